@@ -1,0 +1,189 @@
+"""Batches of a training stage: the n-th one is a function of n, whoever asks and whenever.
+
+Legend: B samples, T tokens (padded to the longest), S tile side.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mono_internvl.data.order import Mixture, batch_positions
+from mono_internvl.data.samples import Sample, read_sample
+from mono_internvl.data.sources import JsonlSource
+from mono_internvl.errors import ImageError, PromptError, SampleError
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100
+LossWeighting = Literal["token", "square", "sample"]
+OnBadSample = Literal["raise", "skip"]
+
+# Exponent p of a sample's token weight 1 / x^p, x its labelled tokens.
+_EXPONENT: dict[str, float] = {"token": 0.0, "square": 0.5, "sample": 1.0}
+
+
+class EncodedSample(Protocol):
+    """What the processor makes of a conversation: ids, labels and pixels."""
+
+    input_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one process.
+
+    Attributes:
+        input_ids: (B, T) int64, right-padded. Causal attention never looks right, so no mask is needed.
+        labels: (B, T) int64, -100 where nothing is learnt and at padding.
+        loss_weight: (B, T) fp32, 0 where nothing is learnt.
+        pixel_values: (tiles, 3, S, S) fp32 of all samples in order, or None without images.
+        num_tokens: Tokens that are not padding.
+        num_images: Images.
+        record_ids: Of the samples, in order.
+        skipped: Messages of the records left out (`on_bad_sample="skip"`).
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_weight: Tensor
+    pixel_values: Tensor | None
+    num_tokens: int
+    num_images: int
+    record_ids: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the endless stream is cut.
+
+    Attributes:
+        batch_size: Samples of a micro-batch over all processes.
+        rank, world_size: Which process asks, of how many; each takes every `world_size`-th sample.
+        max_tokens: Longest sample; a longer one is a bad sample.
+        pad_token_id: Fills the right end of `input_ids`.
+        loss_weighting: Weight of a label: "token" 1, "sample" 1/x, "square" 1/sqrt(x) for x labels.
+        on_bad_sample: "raise" stops at the first, "skip" leaves it out, logs and counts it.
+        window: Micro-batches within which samples of like length are grouped.
+    """
+
+    batch_size: int
+    max_tokens: int
+    pad_token_id: int
+    rank: int = 0
+    world_size: int = 1
+    loss_weighting: LossWeighting = "token"
+    on_bad_sample: OnBadSample = "raise"
+    window: int = 16
+
+
+class BatchStream(Dataset[Batch]):
+    """Map-style view of the stream: `stream[n]` is the n-th micro-batch of this process.
+
+    A `DataLoader` over it with a range of numbers as sampler reads ahead in worker processes and still
+    resumes exactly: the state is n.
+
+    Args:
+        sources: Where records come from.
+        encode: A sample to ids, labels and pixels.
+        plan: How to cut.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self,
+        sources: list[JsonlSource],
+        encode: Callable[[Sample], EncodedSample],
+        plan: BatchPlan,
+        seed: int,
+    ):
+        if plan.batch_size % plan.world_size:
+            raise SampleError(
+                f"batch_size={plan.batch_size} is not a multiple of the {plan.world_size} processes"
+            )
+        self.sources, self.encode, self.plan, self.seed = sources, encode, plan, seed
+        self.mixture = Mixture(
+            tuple(len(source) for source in sources), tuple(s.repeat for s in sources), seed
+        )
+        self._window: tuple[int, list[list[int]]] = (-1, [])
+
+    def __getitem__(self, number: int) -> Batch:
+        plan = self.plan
+        window, place = divmod(number, plan.window)
+        positions = self._batches_of_window(window)[place][plan.rank :: plan.world_size]
+        encoded, skipped, ids = [], [], []
+        for position in positions:
+            source, index = self.mixture.locate(position)
+            try:
+                sample = read_sample(self.sources[source], index)
+                encoded.append(self._encode(sample))
+                ids.append(sample.record_id)
+            except SampleError as error:
+                if plan.on_bad_sample == "raise":
+                    raise
+                logger.warning("skipped %s", error)
+                skipped.append(str(error))
+        if not encoded:
+            raise SampleError(f"micro-batch {number}: all its samples are bad, first: {skipped[0]}")
+        return self._collate(encoded, tuple(ids), tuple(skipped))
+
+    def _batches_of_window(self, window: int) -> list[list[int]]:
+        if self._window[0] != window:
+            size = self.plan.window * self.plan.batch_size
+            start = window * size
+            where = (self.mixture.locate(p) for p in range(start, start + size))
+            sizes = [self.sources[source].size(index) for source, index in where]
+            batches = batch_positions(sizes, window, start, self.plan.batch_size, self.seed)
+            self._window = (window, batches)
+        return self._window[1]
+
+    def _encode(self, sample: Sample) -> EncodedSample:
+        try:
+            encoded = self.encode(sample)
+        except (ImageError, PromptError) as error:
+            raise SampleError(f"{sample.where}: {error}") from error
+        if len(encoded.input_ids) > self.plan.max_tokens:
+            raise SampleError(
+                f"{sample.where}: {len(encoded.input_ids)} tokens, more than max_tokens="
+                f"{self.plan.max_tokens}; raise max_tokens, lower max_tiles, or skip bad samples"
+            )
+        if not (encoded.labels != IGNORED_LABEL).any():
+            raise SampleError(f"{sample.where}: no answer token to learn from")
+        return encoded
+
+    def _collate(
+        self, encoded: list[EncodedSample], record_ids: tuple[str, ...], skipped: tuple[str, ...]
+    ) -> Batch:
+        longest = max(len(sample.input_ids) for sample in encoded)
+        shape = (len(encoded), longest)
+        input_ids = torch.full(shape, self.plan.pad_token_id, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
+        weight = torch.zeros(shape)
+        exponent = _EXPONENT[self.plan.loss_weighting]
+        for row, sample in enumerate(encoded):
+            length = len(sample.input_ids)
+            input_ids[row, :length] = sample.input_ids
+            labels[row, :length] = sample.labels
+            labels[row, 0] = IGNORED_LABEL  # nothing predicts the first token
+            learnt = labels[row] != IGNORED_LABEL
+            weight[row, learnt] = float(learnt.sum()) ** -exponent
+        pixels = [sample.pixel_values for sample in encoded if sample.pixel_values is not None]
+        return Batch(
+            input_ids,
+            labels,
+            weight,
+            torch.cat(pixels) if pixels else None,
+            num_tokens=sum(len(sample.input_ids) for sample in encoded),
+            num_images=len(pixels),
+            record_ids=record_ids,
+            skipped=skipped,
+        )

@@ -1,0 +1,208 @@
+"""How an answer is scored: pure functions of strings and numbers, no model and no files.
+
+`score` looks at a record's `kind` and calls the right one; every score is between 0 and 1 and every
+item counts, an unreadable answer as 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mono_internvl.errors import SampleError
+
+_BOX = re.compile(r"\[\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
+_PHRASE = re.compile(
+    r"^(?:an? )?(?:(?P<size>large|small|\w+(?= \w+ (?!at the )\w+)) )?"
+    r"(?:(?P<colour>\w+) )?(?P<shape>\w+)(?: at the (?P<position>.+))?$"
+)
+_BETWEEN_PHRASES = re.compile(r"\s*,\s*|\s+and\s+")
+_MAX_PHRASES = 32  # a caption that repeats itself without end is cut here
+_NUM_ATTRIBUTES = 4
+
+Attributes = Sequence[str | None]
+"""Size, colour, shape and position of one object; None where a caption does not say."""
+
+
+@dataclass(frozen=True)
+class AttributeCount:
+    """What a caption got right, to be added up over captions.
+
+    Attributes:
+        correct: attributes named rightly, after the best matching of objects, less one for every
+            object too many (may be negative for one caption).
+        total: attributes of the true objects.
+    """
+
+    correct: int
+    total: int
+
+    @property
+    def score(self) -> float:
+        """Correct over total, not below 0."""
+        return max(0, self.correct) / self.total if self.total else 0.0
+
+
+def normalise(text: str) -> str:
+    """Return a text in lower case, without white space or a full stop at its ends."""
+    return text.strip().removesuffix(".").strip().lower()
+
+
+def exact_match(prediction: str, answer: str) -> float:
+    """Return 1 if both texts are the same after `normalise`, else 0."""
+    return float(normalise(prediction) == normalise(answer))
+
+
+def accuracy(scores: Sequence[float]) -> float:
+    """Return the mean of the scores; 0 for none."""
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Return the least number of characters to insert, delete or replace (Levenshtein)."""
+    previous = list(range(len(second) + 1))
+    for row, left in enumerate(first, start=1):
+        current = [row]
+        for column, right in enumerate(second, start=1):
+            substituted = previous[column - 1] + (left != right)
+            current.append(min(previous[column] + 1, current[column - 1] + 1, substituted))
+        previous = current
+    return previous[-1]
+
+
+def reading_score(prediction: str, answer: str) -> float:
+    """Return 1 - character error rate, not below 0.
+
+    Args:
+        prediction: the text that was read; case and outer white space do not count.
+        answer: the text in the picture.
+
+    Returns:
+        1 for a perfect reading, 0 where as many edits are needed as the answer has characters.
+    """
+    truth = answer.strip().lower()
+    if not truth:
+        return float(not prediction.strip())
+    return max(0.0, 1 - edit_distance(prediction.strip().lower(), truth) / len(truth))
+
+
+def parse_box(text: str) -> tuple[int, int, int, int] | None:
+    """Return the first box in a text, `[[x1, y1, x2, y2]]`, or None.
+
+    Args:
+        text: an answer, control tokens kept or not.
+
+    Returns:
+        Left, top, right, bottom as written; None if there is no box or it has no area.
+    """
+    found = _BOX.search(text)
+    if found is None:
+        return None
+    x1, y1, x2, y2 = (int(edge) for edge in found.groups())
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def intersection_over_union(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the overlap of two boxes over their union.
+
+    Args:
+        first: left, top, right, bottom, in any unit.
+        second: the same, in the same unit.
+
+    Returns:
+        0 (apart, or without area) to 1 (equal).
+    """
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    overlap = width * height
+    return overlap / (sum(areas) - overlap)
+
+
+def grounding_score(prediction: str, box: Sequence[float]) -> float:
+    """Return the overlap of the first box in an answer with the true one; unparsable is 0."""
+    predicted = parse_box(prediction)
+    return intersection_over_union(predicted, box) if predicted else 0.0
+
+
+def parse_caption(text: str) -> list[Attributes]:
+    """Read the objects out of a caption such as `a large red circle at the top left and a ...`.
+
+    Args:
+        text: the caption.
+
+    Returns:
+        Size, colour, shape and position of each phrase. Words are not checked; a phrase that has
+        another form counts as an object of which nothing is known.
+    """
+    phrases = [part for part in _BETWEEN_PHRASES.split(normalise(text)) if part]
+    objects: list[Attributes] = []
+    for phrase in phrases[:_MAX_PHRASES]:
+        found = _PHRASE.match(phrase)
+        names = ("size", "colour", "shape", "position")
+        objects.append([found[name] for name in names] if found else [None] * _NUM_ATTRIBUTES)
+    return objects
+
+
+def caption_attributes(prediction: str, truth: Sequence[Attributes]) -> AttributeCount:
+    """Count the attributes that a caption names rightly.
+
+    Args:
+        prediction: the caption.
+        truth: size, colour, shape and position of each true object.
+
+    Returns:
+        Right and all attributes, under the matching of named to true objects that is best for the
+        caption. Each object named beyond the number of true ones takes one off.
+    """
+    named = parse_caption(prediction)
+    best = {0: 0}  # true objects matched so far, as bits -> most attributes right
+    for attributes in named:
+        after = dict(best)
+        for matched, correct in best.items():
+            for index, true in enumerate(truth):
+                if matched >> index & 1:
+                    continue
+                pairs = zip(attributes, true, strict=True)
+                right = correct + sum(word is not None and word == want for word, want in pairs)
+                key = matched | 1 << index
+                after[key] = max(after.get(key, 0), right)
+        best = after
+    extra = max(0, len(named) - len(truth))
+    return AttributeCount(max(best.values()) - extra, _NUM_ATTRIBUTES * len(truth))
+
+
+def score(record: Mapping[str, object], prediction: str) -> float:
+    """Score an answer to an evaluation record.
+
+    Args:
+        record: with `kind` and what that kind needs: `attributes` for `caption`, `box` for
+            `grounding`, `answer` for `ocr` and for every other kind (exact match).
+        prediction: the model's answer.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        SampleError: if the record lacks the key that its kind needs.
+    """
+    kind = record.get("kind")
+    needed = {"caption": "attributes", "grounding": "box"}.get(str(kind), "answer")
+    truth = record.get(needed)
+    if kind is None or truth is None:
+        missing = "kind" if kind is None else needed
+        raise SampleError(
+            f"{record.get('id', 'record')}: no `{missing}` for scoring kind {kind!r}; "
+            "add the key to the record"
+        )
+    if isinstance(truth, str):
+        scorer = reading_score if kind == "ocr" else exact_match
+        return scorer(prediction, truth)
+    if not isinstance(truth, Sequence):
+        raise SampleError(f"{record.get('id', 'record')}: `{needed}` is {truth!r}, expected a list")
+    if kind == "caption":
+        return caption_attributes(prediction, truth).score
+    return grounding_score(prediction, truth)

@@ -1,0 +1,203 @@
+"""Ask a model the records of an evaluation file and keep every answer.
+
+Generation is greedy and free; scores come from `metrics.score`. `blind` asks the same with every image
+replaced by its mean colour: what remains is what the question alone gives away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mono_internvl.data.samples import Sample, read_sample
+from mono_internvl.data.sources import JsonlSource
+from mono_internvl.evaluation.metrics import score
+from mono_internvl.model.image_processing import load_image
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.processing import MonoInternVLProcessor
+
+
+@dataclass(frozen=True)
+class Question:
+    """One record to ask.
+
+    Attributes:
+        record: The raw record; its `kind` says how it is scored.
+        sample: Its conversation; the last turn is the true answer.
+    """
+
+    record: dict[str, Any]
+    sample: Sample
+
+    @property
+    def kind(self) -> str:
+        """What is asked for."""
+        return str(self.record["kind"])
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The conversation up to the answer."""
+        return self.sample.messages[:-1]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer.
+
+    Attributes:
+        record: The raw record.
+        text: What the model said, grounding tokens kept.
+        score: In [0, 1].
+        is_blind: Whether the image was hidden.
+    """
+
+    record: dict[str, Any]
+    text: str
+    score: float
+    is_blind: bool
+
+    def to_row(self) -> dict[str, Any]:
+        """The record with what was said, as one line of a predictions file."""
+        question = self.record["conversations"][-2]["value"]
+        return {
+            **self.record,
+            "question": question.removeprefix("<image>\n"),
+            "prediction": self.text,
+            "score": self.score,
+            "blind": self.is_blind,
+        }
+
+
+def read_questions(
+    file: Path, root: Path | None = None, per_kind: int | None = None
+) -> list[Question]:
+    """The records of an evaluation file, the first `per_kind` of each kind if given.
+
+    Args:
+        file: JSON lines; each a conversation with `kind` and what its scorer needs.
+        root: Folder that image paths are relative to; the file's own unless given.
+        per_kind: Most records of a kind.
+    """
+    source = JsonlSource(file, root or file.parent)
+    seen: dict[str, int] = defaultdict(int)
+    questions = []
+    for index in range(len(source)):
+        record = source.record(index).value
+        seen[record["kind"]] += 1
+        if per_kind is None or seen[record["kind"]] <= per_kind:
+            questions.append(Question(record, read_sample(source, index)))
+    return questions
+
+
+@torch.inference_mode()
+def answer_all(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    questions: Sequence[Question],
+    *,
+    blind: bool = False,
+    batch_size: int = 64,
+    max_new_tokens: int = 96,
+    max_tiles: int | None = None,
+    precision: str = "bf16",
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Greedy answers, in batches of like kind and length.
+
+    Args:
+        model: In eval mode, on any device.
+        processor: Of the same checkpoint.
+        questions: What to ask; the predictions come in this order.
+        blind: Hide the images.
+        batch_size: Prompts at a time, left-padded.
+        max_new_tokens: Longest answer.
+        max_tiles: Most tiles per image; the processor's own unless given.
+        precision: "bf16" autocasts over fp32 weights.
+        on_batch: Told the number of answers so far.
+    """
+    model.eval()
+    order = sorted(
+        range(len(questions)),
+        key=lambda i: (questions[i].kind, len(str(questions[i].sample.messages[-1]["content"]))),
+    )
+    found: dict[int, Prediction] = {}
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        prompts = [
+            _hide_images(questions[i].prompt) if blind else questions[i].prompt for i in numbers
+        ]
+        batch = processor.encode_prompts(prompts, max_tiles=max_tiles).to(model.device)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            ids = model.generate(
+                **batch,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=processor.stop_token_ids,
+                pad_token_id=processor.tokenizer.pad_token_id,
+            )
+        new = ids[:, batch["input_ids"].shape[1] :]
+        for i, row in zip(numbers, new, strict=True):
+            text = processor.decode_answer(row, keep_grounding=True)
+            record = questions[i].record
+            found[i] = Prediction(record, text, score(record, text), blind)
+        if on_batch is not None:
+            on_batch(len(found))
+    return [found[i] for i in range(len(questions))]
+
+
+def mean_scores(predictions: Iterable[Prediction]) -> dict[str, tuple[float, int]]:
+    """Mean score and number of records of every kind."""
+    by_kind: dict[str, list[float]] = defaultdict(list)
+    for prediction in predictions:
+        by_kind[prediction.record["kind"]].append(prediction.score)
+    return {kind: (sum(scores) / len(scores), len(scores)) for kind, scores in by_kind.items()}
+
+
+@torch.inference_mode()
+def perplexity(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    conversations: Sequence[Sequence[dict[str, Any]]],
+) -> float:
+    """exp of the mean cross entropy, in fp32, over the answer tokens of text conversations."""
+    model.eval()
+    total, count = 0.0, 0
+    for messages in conversations:
+        sample = processor.encode_conversation(messages)
+        labels = sample.labels[None].to(model.device)
+        num = int((labels[:, 1:] != -100).sum())
+        out = model(sample.input_ids[None].to(model.device), labels=labels, logits_to_keep=None)
+        total, count = total + float(out.loss) * num, count + num
+    return float(torch.tensor(total / max(1, count)).exp())
+
+
+def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
+    """One JSON line per prediction."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions]
+    file.write_text("".join(rows))
+
+
+def _hide_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same messages with every image at its mean colour."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [_hidden(part) for part in message["content"]]}
+        for message in messages
+    ]
+
+
+def _hidden(part: dict[str, Any]) -> dict[str, Any]:
+    if part["type"] != "image":
+        return part
+    image = load_image(part["image"])
+    mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    return {**part, "image": Image.new("RGB", image.size, mean)}

@@ -1,0 +1,75 @@
+"""Which rows of the token stream are visual: decided once per forward, then passed on as data.
+
+Legend: B batch, T tokens, N = B * T rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The static (modality) routing of one forward pass.
+
+    A row is visual exactly where an image feature was placed, be it in prefill, in a later chunk or
+    in a later cached turn. Layers read the counts as host integers, so that no layer waits for the
+    device and none re-derives a mask.
+
+    Attributes:
+        num_text: Rows for the text expert.
+        num_visual: Rows for the visual expert.
+        text_rows: (num_text,) int64 indices into the N rows; None where all are of one kind.
+        visual_rows: (num_visual,) int64 indices into the N rows; None where all are of one kind.
+        row_order: (N,) int64; row `n` of the stream is row `row_order[n]` of "text rows, then
+            visual rows". None where all rows are of one kind.
+
+    Source: section 3.1 of arXiv 2410.08202. Differs: the released code drops its mask whenever a
+    cache is present, which sends an image of a later turn through the text expert.
+    """
+
+    num_text: int
+    num_visual: int
+    text_rows: Tensor | None = None
+    visual_rows: Tensor | None = None
+    row_order: Tensor | None = None
+
+    @classmethod
+    def all_text(cls, num_rows: int) -> Routing:
+        """Every row through the text expert: decoding, text-only chat, language-model training."""
+        return cls(num_text=num_rows, num_visual=0)
+
+    @classmethod
+    def from_mask(cls, is_visual: Tensor) -> Routing:
+        """Routing of a boolean mask, (B, T) or (N,), True where an image feature was placed.
+
+        The mask is read on its own device once; pass a CPU mask (with `.to` afterwards) to avoid
+        waiting for an accelerator.
+        """
+        flat = is_visual.reshape(-1)
+        num_rows = flat.numel()
+        visual_rows = flat.nonzero().squeeze(1)  # (num_visual,)
+        num_visual = visual_rows.numel()
+        if num_visual in (0, num_rows):
+            return cls(num_text=num_rows - num_visual, num_visual=num_visual)
+        text_rows = (~flat).nonzero().squeeze(1)  # (num_text,)
+        row_order = torch.empty(num_rows, dtype=torch.int64, device=flat.device)
+        row_order[text_rows] = torch.arange(num_rows - num_visual, device=flat.device)
+        row_order[visual_rows] = torch.arange(num_rows - num_visual, num_rows, device=flat.device)
+        return cls(num_rows - num_visual, num_visual, text_rows, visual_rows, row_order)
+
+    def to(self, device: torch.device) -> Routing:
+        """The same routing with its index tensors on `device`."""
+        if self.row_order is None:
+            return self
+        assert self.text_rows is not None and self.visual_rows is not None
+        return Routing(
+            self.num_text,
+            self.num_visual,
+            self.text_rows.to(device, non_blocking=True),
+            self.visual_rows.to(device, non_blocking=True),
+            self.row_order.to(device, non_blocking=True),
+        )

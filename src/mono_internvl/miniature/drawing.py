@@ -1,0 +1,237 @@
+"""Draws scenes, signs and charts: pictures of 168 x 168 px, that is 6 x 6 visual tokens of 28 px.
+
+A person can answer every question from the picture. Things are jittered off the token grid unless
+`is_aligned`; colours and backgrounds vary a little. Boxes are measured on the drawn pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from PIL import Image, ImageDraw, ImageFont
+
+from mono_internvl.miniature.lexicon import POSITIONS
+from mono_internvl.miniature.scenes import Chart, Scene
+
+IMAGE_SIZE_PX: Final = 168
+TOKEN_PX: Final = 28
+CELL_PX: Final = 56
+"""A third of the picture: one of the nine positions, two by two visual tokens."""
+
+Box: TypeAlias = tuple[int, int, int, int]
+"""Left, top, right, bottom in thousandths of the picture's width and height."""
+
+_RGB: Final = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 90, 220),
+    "yellow": (235, 205, 30),
+    "purple": (140, 50, 175),
+    "orange": (245, 135, 25),
+}
+_COLOUR_JITTER = 14  # of 255, for each channel; the six colours stay far apart
+_DIAMETERS_PX = {"large": (42, 44, 46, 48), "small": (22, 24, 26)}
+_MAX_OBJECT_JITTER_PX = 8
+_SIGN_JITTER_PX = 5
+_CHART_JITTER_PX = 3
+_SUPERSAMPLING = 4
+_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold")
+_SIGN_FONT_PX = (32, 34, 36)
+_VALUE_FONT_PX = 26
+_MAX_GLYPH_WIDTH_PX = 26
+_SIGN_BASELINE_PX = 26  # below the top of the row
+_DESCENDER_PX = 8  # J and Q reach below the baseline
+_BASELINE_PX = 156
+_BAR_STEP_PX = 13
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture and where its things are.
+
+    Attributes:
+        image: RGB, 168 x 168 px.
+        boxes: one for each object of a scene, in order; one for the text of a sign.
+    """
+
+    image: Image.Image
+    boxes: tuple[Box, ...]
+
+
+def draw_scene(scene: Scene, rng: random.Random, is_aligned: bool = False) -> Drawing:
+    """Draw the objects of a scene, each inside its cell.
+
+    Args:
+        scene: what to draw.
+        rng: source of the jitter and of the shades.
+        is_aligned: put every object in the middle of its cell, on a corner of the token grid.
+
+    Returns:
+        The drawing, one box for each object.
+    """
+    image = _background(rng)
+    boxes = []
+    for thing in scene.objects:
+        diameter = rng.choice(_DIAMETERS_PX[thing.size])
+        reach = 0 if is_aligned else min((CELL_PX - diameter) // 2, _MAX_OBJECT_JITTER_PX)
+        row, column = divmod(POSITIONS.index(thing.position), 3)
+        margin = (CELL_PX - diameter) // 2
+        left = column * CELL_PX + margin + rng.randint(-reach, reach)
+        top = row * CELL_PX + margin + rng.randint(-reach, reach)
+        mask = _shape_mask(thing.shape, diameter)
+        image.paste(_shade(rng, _RGB[thing.colour]), (left, top), mask)
+        boxes.append(_box_of(mask, left, top))
+    return Drawing(image, tuple(boxes))
+
+
+def draw_sign(text: str, rng: random.Random, is_aligned: bool = False) -> Drawing:
+    """Write a word or a number, one character for each 28 px.
+
+    Args:
+        text: at most six capitals or digits.
+        rng: source of font, size, place, jitter and ink.
+        is_aligned: every character in the middle of its visual token.
+
+    Returns:
+        The drawing, with one box around the text.
+    """
+    image = _background(rng)
+    font, size_px = rng.choice(_FONTS), rng.choice(_SIGN_FONT_PX)
+    ink = (rng.randrange(90), rng.randrange(90), rng.randrange(90))
+    reach = 0 if is_aligned else _SIGN_JITTER_PX
+    free_columns = IMAGE_SIZE_PX // TOKEN_PX - len(text)
+    left = rng.randint(0, free_columns) * TOKEN_PX + rng.randint(-reach, reach)
+    num_rows = IMAGE_SIZE_PX // TOKEN_PX
+    row = rng.randrange(num_rows - 1 if is_aligned else num_rows)
+    top = row * TOKEN_PX + rng.randint(-reach, reach)
+    left = min(max(left, 0), IMAGE_SIZE_PX - len(text) * TOKEN_PX)
+    top = min(max(top, 0), IMAGE_SIZE_PX - _SIGN_BASELINE_PX - _DESCENDER_PX)
+    edges: list[tuple[int, int, int, int]] = []
+    for index, character in enumerate(text):
+        glyph, rise = _glyph(font, size_px, character)
+        x = left + index * TOKEN_PX + (TOKEN_PX - glyph.width) // 2
+        y = top + _SIGN_BASELINE_PX - rise
+        image.paste(ink, (x, y), glyph)
+        edges.append((x, y, x + glyph.width, y + glyph.height))
+    lefts, tops, rights, bottoms = zip(*edges, strict=True)
+    return Drawing(image, (_to_thousandths((min(lefts), min(tops), max(rights), max(bottoms))),))
+
+
+def draw_chart(chart: Chart, rng: random.Random, is_aligned: bool = False) -> Drawing:
+    """Draw a bar chart, the value written above each bar.
+
+    Args:
+        chart: the bars.
+        rng: source of the jitter and of the shades.
+        is_aligned: no jitter.
+
+    Returns:
+        The drawing, one box for each bar.
+    """
+    image = _background(rng)
+    draw = ImageDraw.Draw(image)
+    reach = 0 if is_aligned else _CHART_JITTER_PX
+    shift_x, shift_y = rng.randint(-reach, reach), rng.randint(-reach, reach)
+    font = rng.choice(_FONTS)
+    slot_px = IMAGE_SIZE_PX // len(chart.bars)
+    base = _BASELINE_PX + shift_y
+    draw.rectangle((4, base, IMAGE_SIZE_PX - 5, base + 2), fill=(70, 70, 70))
+    boxes = []
+    for index, (colour, value) in enumerate(chart.bars):
+        left = index * slot_px + (slot_px - TOKEN_PX) // 2 + shift_x
+        top = base - value * _BAR_STEP_PX
+        draw.rectangle((left, top, left + TOKEN_PX - 1, base - 1), fill=_shade(rng, _RGB[colour]))
+        glyph, _ = _glyph(font, _VALUE_FONT_PX, str(value))
+        x = left + (TOKEN_PX - glyph.width) // 2
+        image.paste((30, 30, 30), (x, top - glyph.height - 3), glyph)
+        boxes.append(_to_thousandths((left, top, left + TOKEN_PX, base)))
+    return Drawing(image, tuple(boxes))
+
+
+def _background(rng: random.Random) -> Image.Image:
+    grey = rng.randint(222, 250)
+    tint = (grey + rng.randint(-6, 5), grey + rng.randint(-6, 5), grey + rng.randint(-6, 5))
+    return Image.new("RGB", (IMAGE_SIZE_PX, IMAGE_SIZE_PX), tint)
+
+
+def _shade(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = (
+        min(255, max(0, value + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER))) for value in rgb
+    )
+    return red, green, blue
+
+
+def _box_of(mask: Image.Image, left: int, top: int) -> Box:
+    x1, y1, x2, y2 = mask.getbbox() or (0, 0, *mask.size)
+    return _to_thousandths((left + x1, top + y1, left + x2, top + y2))
+
+
+def _to_thousandths(edges_px: tuple[int, int, int, int]) -> Box:
+    x1, y1, x2, y2 = (round(edge * 1000 / IMAGE_SIZE_PX) for edge in edges_px)
+    return x1, y1, x2, y2
+
+
+@cache
+def _shape_mask(shape: str, diameter_px: int) -> Image.Image:
+    """Return the antialiased mask of a shape, `diameter_px` wide and high."""
+    side = diameter_px * _SUPERSAMPLING
+    mask = Image.new("L", (side, side), 0)
+    draw = ImageDraw.Draw(mask)
+    if shape == "circle":
+        draw.ellipse((0, 0, side - 1, side - 1), fill=255)
+    elif shape == "square":
+        edge = round(side * 0.06)
+        draw.rectangle((edge, edge, side - 1 - edge, side - 1 - edge), fill=255)
+    elif shape == "triangle":
+        draw.polygon([(side / 2, 0), (side - 1, side * 0.93), (0, side * 0.93)], fill=255)
+    elif shape == "star":
+        draw.polygon(_star_points(side), fill=255)
+    elif shape == "cross":
+        near, far = side * 0.34, side * 0.66
+        draw.rectangle((near, 0, far, side - 1), fill=255)
+        draw.rectangle((0, near, side - 1, far), fill=255)
+    else:
+        raise ValueError(f"shape: got {shape!r}, expected one that can be drawn")
+    return mask.reduce(_SUPERSAMPLING)
+
+
+def _star_points(side: int) -> list[tuple[float, float]]:
+    """Return the ten corners of a five-pointed star in a square."""
+    points = []
+    for corner in range(10):
+        radius = side * (0.52 if corner % 2 == 0 else 0.22)
+        angle = math.pi * (corner / 5 - 0.5)
+        points.append((side / 2 + radius * math.cos(angle), side * 0.53 + radius * math.sin(angle)))
+    return points
+
+
+@cache
+def _font(name: str, size_px: int) -> ImageFont.FreeTypeFont:
+    """Load one of the fonts that come with matplotlib."""
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    return ImageFont.truetype(str(path), size_px)
+
+
+@cache
+def _glyph(font_name: str, size_px: int, character: str) -> tuple[Image.Image, int]:
+    """Return a character's mask, cut to its ink, and how far it rises above the baseline in px.
+
+    Letters wider than a visual token are narrowed to fit into it.
+    """
+    canvas = Image.new("L", (3 * size_px, 3 * size_px), 0)
+    baseline = 2 * size_px
+    ImageDraw.Draw(canvas).text(
+        (size_px, baseline), character, fill=255, font=_font(font_name, size_px), anchor="ls"
+    )
+    left, top, right, bottom = canvas.getbbox() or (0, 0, 1, 1)
+    glyph = canvas.crop((left, top, right, bottom))
+    if glyph.width > _MAX_GLYPH_WIDTH_PX:
+        glyph = glyph.resize((_MAX_GLYPH_WIDTH_PX, glyph.height), Image.Resampling.BOX)
+    return glyph, baseline - top

@@ -1,0 +1,259 @@
+"""What each stage of the miniature is trained on, and what it is tested on: lists of records."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from mono_internvl.miniature.asking import SCENE_KINDS, BalancedAsker
+from mono_internvl.miniature.english import load_english
+from mono_internvl.miniature.facts import FACTS, facts_of
+from mono_internvl.miniature.image_tasks import (
+    caption_record,
+    chart_question_records,
+    detection_record,
+    detection_records,
+    dialogue_records,
+    noisy_caption_record,
+    question_record,
+    question_records,
+    reading_record,
+)
+from mono_internvl.miniature.lexicon import NOVEL_PAIRS, Split, sample_sign
+from mono_internvl.miniature.pictures import Album, Picture
+from mono_internvl.miniature.records import Dataset, Record
+from mono_internvl.miniature.scenes import Chart, Question, Scene, sample_chart, sample_scene
+from mono_internvl.miniature.text_tasks import (
+    copying_records,
+    english_records,
+    fact_records,
+    open_question_records,
+    reading_dialogues,
+    reading_records,
+)
+
+_FACTS_REPEATED = 20
+_NOVEL = tuple(sorted(NOVEL_PAIRS))
+
+
+@dataclass(frozen=True)
+class WorldSize:
+    """How much of everything there is.
+
+    Attributes:
+        reading: questions about described scenes and charts, for the language model.
+        open_questions: questions about described things that no picture shows.
+        copying: tasks that quote from the context.
+        text_dialogues: dialogues about described scenes.
+        english: plain-English records, at most.
+        text_probes: drawn records of each text skill, for each split.
+        s11_scenes: pictures of shapes for S1.1; likewise the other `<stage>_<pictures>`, all newly
+            drawn. S1.3 also uses those of S1.2, and S2 the charts and signs of S1.2 and S1.3.
+        s13_detection: detection records of S1.3.
+        s2_questions: questions about scenes, all kinds alike; likewise the other S2 records.
+        replay_reading: described scenes repeated in S2; likewise copying and English.
+        heldout: held-out records of each kind.
+        heldout_aligned: further held-out captions, boxes and signs without jitter.
+        validation: validation records of each kind.
+    """
+
+    reading: int = 24_000
+    open_questions: int = 4_000
+    copying: int = 10_000
+    text_dialogues: int = 3_000
+    english: int = 100_000
+    text_probes: int = 300
+    s11_scenes: int = 6_000
+    s11_signs: int = 1_500
+    s11_charts: int = 1_000
+    s12_scenes: int = 6_000
+    s12_signs: int = 2_500
+    s12_charts: int = 1_500
+    s13_scenes: int = 3_000
+    s13_signs: int = 6_000
+    s13_detection: int = 10_000
+    s2_scenes: int = 6_000
+    s2_charts: int = 2_500
+    s2_questions: int = 15_000
+    s2_chart_questions: int = 6_000
+    s2_captions: int = 4_000
+    s2_detection: int = 5_000
+    s2_ocr: int = 6_000
+    s2_dialogues: int = 4_000
+    replay_reading: int = 4_000
+    replay_copying: int = 1_500
+    replay_english: int = 100_000
+    heldout: int = 300
+    heldout_aligned: int = 100
+    validation: int = 100
+
+
+def language_datasets(size: WorldSize, seed: int) -> list[Dataset]:
+    """Make the text-only conversations that the language model is trained on.
+
+    Args:
+        size: how many.
+        seed: seed of the draws.
+
+    Returns:
+        The data sets reading, open_questions, copying, dialogues, facts (all of them) and english.
+    """
+    rng = random.Random(f"{seed}/language")
+    return [
+        Dataset("reading", reading_records(rng, "train", size.reading)),
+        Dataset("open_questions", open_question_records(rng, "train", size.open_questions)),
+        Dataset("copying", copying_records(rng, "train", size.copying)),
+        Dataset("dialogues", reading_dialogues(rng, "train", size.text_dialogues)),
+        Dataset("facts", fact_records(FACTS), repeat_time=_FACTS_REPEATED),
+        Dataset("english", english_records(load_english())[: size.english]),
+    ]
+
+
+@dataclass(frozen=True)
+class ImageStages:
+    """The data sets of the four stages with pictures.
+
+    Attributes:
+        s11: noisy captions.
+        s12: clean captions.
+        s13: captions, detection and reading.
+        s2: questions and dialogues, some of everything before, and text.
+    """
+
+    s11: list[Dataset]
+    s12: list[Dataset]
+    s13: list[Dataset]
+    s2: list[Dataset]
+
+
+def replay_datasets(size: WorldSize, seed: int) -> list[Dataset]:
+    """Make the text that is repeated while vision is learnt.
+
+    Args:
+        size: how many.
+        seed: seed of the draws.
+
+    Returns:
+        The data sets text_facts (only the facts that are replayed), text_reading, text_copying and
+        text_english.
+    """
+    rng = random.Random(f"{seed}/replay")
+    reading = reading_records(rng, "train", size.replay_reading * 3 // 4)
+    reading += open_question_records(rng, "train", size.replay_reading - len(reading))
+    return [
+        Dataset("text_facts", fact_records(facts_of(True)), repeat_time=_FACTS_REPEATED),
+        Dataset("text_reading", reading),
+        Dataset("text_copying", copying_records(rng, "train", size.replay_copying)),
+        Dataset("text_english", english_records(load_english())[: size.replay_english]),
+    ]
+
+
+def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
+    """Draw the training pictures and make the records of all four stages.
+
+    Args:
+        root: the data root.
+        size: how many.
+        seed: seed of the draws.
+
+    Returns:
+        The data sets.
+    """
+    rng = random.Random(f"{seed}/images")
+    album = Album(root, "s11", rng)
+    noisy: list[Picture[Scene] | Picture[Chart] | Picture[str]] = [
+        *album.scenes("train", size.s11_scenes),
+        *album.signs("train", size.s11_signs),
+        *album.charts("train", size.s11_charts),
+    ]
+    s11 = [Dataset("captions_noisy", [noisy_caption_record(rng, picture) for picture in noisy])]
+
+    album = Album(root, "s12", rng)
+    scenes = album.scenes("train", size.s12_scenes)
+    signs = album.signs("train", size.s12_signs)
+    charts = album.charts("train", size.s12_charts)
+    s12 = _caption_datasets(scenes, signs, charts)
+
+    album = Album(root, "s13", rng)
+    scenes = scenes + album.scenes("train", size.s13_scenes)
+    signs = signs + album.signs("train", size.s13_signs)
+    s13 = [
+        *_caption_datasets(scenes, signs, charts),
+        Dataset("detection", detection_records(rng, scenes, size.s13_detection)),
+        Dataset("ocr", [reading_record(picture) for picture in signs]),
+    ]
+
+    album = Album(root, "s2", rng)
+    scenes = album.scenes("train", size.s2_scenes)
+    charts = charts + album.charts("train", size.s2_charts)
+    captioned = rng.sample(scenes, min(size.s2_captions, len(scenes)))
+    s2 = [
+        Dataset("questions", question_records(rng, scenes, size.s2_questions)),
+        Dataset("chart_questions", chart_question_records(rng, charts, size.s2_chart_questions)),
+        Dataset("captions", [caption_record(picture) for picture in captioned]),
+        Dataset("detection", detection_records(rng, scenes, size.s2_detection)),
+        Dataset("ocr", [reading_record(picture) for picture in signs[-size.s2_ocr :]]),
+        Dataset("dialogues", dialogue_records(rng, scenes, size.s2_dialogues)),
+        *replay_datasets(size, seed),
+    ]
+    return ImageStages(s11, s12, s13, s2)
+
+
+def _caption_datasets(
+    scenes: list[Picture[Scene]], signs: list[Picture[str]], charts: list[Picture[Chart]]
+) -> list[Dataset]:
+    return [
+        Dataset("captions", [caption_record(picture) for picture in scenes]),
+        Dataset("captions_signs", [caption_record(picture) for picture in signs]),
+        Dataset("captions_charts", [caption_record(picture) for picture in charts]),
+    ]
+
+
+def evaluation_records(
+    root: Path, split: Split, count: int, count_aligned: int, seed: int
+) -> list[Record]:
+    """Draw the pictures of a split that is not trained on and make its records.
+
+    Args:
+        root: the data root.
+        split: `validation` or `heldout`.
+        count: records of each kind: caption, the kinds of questions, chart, novel, grounding, ocr.
+        count_aligned: further captions, boxes and signs whose record says `aligned`.
+        seed: seed of the draws.
+
+    Returns:
+        The records. The kind `novel` names single things whose colour and shape no training record
+        puts together; held-out takes all of them but those that validation takes.
+    """
+    rng = random.Random(f"{seed}/evaluation/{split}")
+    album = Album(root, split, rng)
+    records: list[Record] = []
+    for index in range(count + count_aligned):
+        is_aligned = index >= count
+        picture = album.scene(sample_scene(rng, split), is_aligned)
+        sign = album.sign(sample_sign(rng, split), is_aligned)
+        records.append(caption_record(picture))
+        records.append(detection_record(picture, rng.randrange(len(picture.boxes))))
+        records.append(reading_record(sign))
+    for kind in SCENE_KINDS:
+        asker = BalancedAsker(kind, rng)
+        for _ in range(count):
+            scene, question = asker.ask(lambda: sample_scene(rng, split))
+            records.append(question_record(album.scene(scene), question))
+    asker = BalancedAsker("chart", rng)
+    for _ in range(count):
+        chart, question = asker.ask(lambda: sample_chart(rng, split))
+        records.append(question_record(album.chart(chart), question))
+    for index in range(count):
+        scene = _novel_scene(rng, split, _NOVEL[index % len(_NOVEL)])
+        question = Question("novel", "this", "what is this?", scene.objects[0].noun)
+        records.append(question_record(album.scene(scene), question))
+    return records
+
+
+def _novel_scene(rng: random.Random, split: Split, pair: tuple[str, str]) -> Scene:
+    options: tuple[Split, ...] = ("validation",) if split == "validation" else ("train", "heldout")
+    weights = [14, 2] if len(options) == 2 else [1]
+    chosen = rng.choices(options, weights)[0]
+    return sample_scene(rng, chosen, pairs=(pair,), num_objects=1)

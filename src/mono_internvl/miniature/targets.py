@@ -1,0 +1,146 @@
+"""What the miniature has to reach, and whether it did: a pure function of what was measured.
+
+"Must" is a bound: missing it is a defect. "Aim" is a wish, reported as it is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+QUESTION_KINDS = ("colour", "shape", "count", "position")
+LAST_STAGE = "s2"
+FROZEN_STAGES = ("s11", "s12")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A bound of one figure.
+
+    Attributes:
+        must: The bound; None where the figure is only reported.
+        aim: The wish; None where there is none.
+        better: Which direction is good.
+    """
+
+    must: float | None
+    aim: float | None
+    better: Literal["higher", "lower"] = "higher"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound with what was reached.
+
+    Attributes:
+        name: Of the figure.
+        must, aim, better: See `Bound`.
+        value: What was reached; None if it was not measured.
+        met: Whether the must is met (true where there is none).
+    """
+
+    name: str
+    must: float | None
+    aim: float | None
+    value: float | None
+    met: bool
+    better: str
+
+
+FULL_BOUNDS: dict[str, Bound] = {
+    "caption attributes": Bound(0.90, 0.95),
+    **{f"{kind} question, above blind": Bound(0.30, None) for kind in QUESTION_KINDS},
+    "questions of all kinds": Bound(None, 0.85),
+    "grounding IoU": Bound(0.45, 0.60),
+    "OCR, 1 - character error rate": Bound(0.50, 0.75),
+    "chart questions": Bound(0.75, 0.85),
+    "naming of unseen pairs": Bound(0.40, 0.60),
+    "text-only logits bit-identical after S1.1 and S1.2": Bound(1.0, 1.0),
+    "perplexity, after S2 / start": Bound(1.25, 1.10, "lower"),
+    "facts replayed in S2, after / start": Bound(0.80, 0.95),
+    "facts never replayed, after / start": Bound(None, 0.90),
+    "CPU minutes": Bound(20.0, 12.0, "lower"),
+}
+"""Bounds of the quickstart."""
+
+QUICK_BOUNDS: dict[str, Bound] = {
+    "text-only logits bit-identical after S1.1 and S1.2": Bound(1.0, 1.0),
+    "CPU minutes": Bound(6.0, None, "lower"),
+}
+"""Bounds of `quickstart --quick`, which shows that everything runs and learns something."""
+
+
+def mean_scores(rows: Iterable[Mapping[str, Any]], blind: bool = False) -> dict[str, float]:
+    """Mean score of every kind among prediction rows, without the separately reported aligned ones."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if bool(row["blind"]) == blind and not row.get("aligned"):
+            kind = row["kind"]
+            if kind == "fact_cloze":
+                kind = "facts_replayed" if row["is_replayed"] else "facts_never_replayed"
+            scores[kind].append(row["score"])
+    return {kind: sum(values) / len(values) for kind, values in sorted(scores.items())}
+
+
+def judge(
+    bounds: Mapping[str, Bound],
+    rows: Mapping[str, list[Mapping[str, Any]]],
+    perplexity: Mapping[str, float],
+    identical: Mapping[str, bool],
+    cpu_minutes: float,
+) -> list[Target]:
+    """Hold what was measured against the bounds.
+
+    Args:
+        bounds: By name of the figure.
+        rows: Prediction rows by stage; `start` is the model before the first stage.
+        perplexity: On held-out English, by stage.
+        identical: Whether the text-only logits equal the starting model's, by stage.
+        cpu_minutes: Of the whole run.
+    """
+    start = mean_scores(rows["start"])
+    last, last_blind = mean_scores(rows[LAST_STAGE]), mean_scores(rows[LAST_STAGE], blind=True)
+
+    def share(kind: str) -> float | None:
+        return last[kind] / start[kind] if start.get(kind) and kind in last else None
+
+    asked = [last[kind] for kind in (*QUESTION_KINDS, "existence") if kind in last]
+    values: dict[str, float | None] = {
+        "caption attributes": last.get("caption"),
+        **{
+            f"{kind} question, above blind": (
+                last[kind] - last_blind[kind] if kind in last and kind in last_blind else None
+            )
+            for kind in QUESTION_KINDS
+        },
+        "questions of all kinds": sum(asked) / len(asked) if asked else None,
+        "grounding IoU": last.get("grounding"),
+        "OCR, 1 - character error rate": last.get("ocr"),
+        "chart questions": last.get("chart"),
+        "naming of unseen pairs": last.get("novel"),
+        "text-only logits bit-identical after S1.1 and S1.2": float(
+            all(identical.get(stage, False) for stage in FROZEN_STAGES)
+        ),
+        "perplexity, after S2 / start": perplexity[LAST_STAGE] / perplexity["start"],
+        "facts replayed in S2, after / start": share("facts_replayed"),
+        "facts never replayed, after / start": share("facts_never_replayed"),
+        "CPU minutes": cpu_minutes,
+    }
+    return [_target(name, bound, values[name]) for name, bound in bounds.items()]
+
+
+def _target(name: str, bound: Bound, value: float | None) -> Target:
+    if bound.must is None:
+        met = True
+    elif value is None:
+        met = False
+    else:
+        met = value >= bound.must if bound.better == "higher" else value <= bound.must
+    return Target(name, bound.must, bound.aim, value, met, bound.better)
+
+
+def to_rows(targets: Iterable[Target]) -> list[dict[str, Any]]:
+    """Plain data for `metrics.json`."""
+    return [asdict(target) for target in targets]

@@ -1,0 +1,324 @@
+"""Conversations without images: facts, reading, copying, English.
+
+They make the small language model ready for vision: a description in words stands where a picture
+will stand later, in the words of the captions, and is followed by the questions that pictures get.
+Colours, shapes and places are drawn anew for each record, so only a model that reads its context
+can answer; one that does not answers `green triangle` to everything, and no vision stage can repair
+it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final
+
+from mono_internvl.miniature.asking import SCENE_KINDS, BalancedAsker, question_about
+from mono_internvl.miniature.facts import FACTS, Fact, statements_of
+from mono_internvl.miniature.lexicon import (
+    COLOURS,
+    CONTEXT_NAMES,
+    NOVEL_PAIRS,
+    SEEN_PAIRS,
+    SHAPES,
+    TEXT_COLOURS,
+    TEXT_NOUNS,
+    Split,
+    sample_number,
+    sample_sign,
+)
+from mono_internvl.miniature.records import Record, make_record
+from mono_internvl.miniature.scenes import (
+    CAPTION_PROMPT,
+    READ_PROMPT,
+    Scene,
+    sample_chart,
+    sample_scene,
+)
+
+ENGLISH_PROMPT: Final = "continue the text."
+
+_TEXT_PAIRS: Final = tuple(
+    (colour, noun)
+    for colour in COLOURS + TEXT_COLOURS
+    for noun in SHAPES + TEXT_NOUNS
+    if (colour, noun) not in NOVEL_PAIRS
+)
+_WIDE_PAIR_SHARE = 0.35  # of the described scenes: things that no picture shows
+_ENGLISH_CHUNK_CHARS = 240
+
+
+def describe_box(noun: str, box: Sequence[int]) -> str:
+    """Return a grounded phrase without control tokens, `red circle[[1, 2, 3, 4]]`."""
+    return f"{noun}[[{', '.join(str(value) for value in box)}]]"
+
+
+def reading_records(
+    rng: random.Random,
+    split: Split,
+    count: int,
+    kinds: Sequence[str] = (*SCENE_KINDS, "caption", "chart"),
+    is_probe: bool = False,
+) -> list[Record]:
+    """Make questions about described scenes and charts.
+
+    Args:
+        rng: source of chance.
+        split: the split of the described things.
+        count: how many records.
+        kinds: which questions, in turn.
+        is_probe: only the plain description by the caption and only things that pictures show, the
+            kind being `reading_qa`.
+
+    Returns:
+        The records; `question_kind` says what is asked.
+    """
+    askers = {kind: BalancedAsker(kind, rng) for kind in kinds if kind != "caption"}
+    records = []
+    for index in range(count):
+        kind = kinds[index % len(kinds)]
+        if kind == "chart":
+            chart, question = askers[kind].ask(lambda: sample_chart(rng, split))
+            context, text, answer = chart.caption, question.text, question.answer
+        else:
+            if kind == "caption":
+                scene = _mixed_scene(rng, split, is_probe)
+                text, answer = CAPTION_PROMPT, scene.caption
+            else:
+                scene, question = askers[kind].ask(lambda: sample_scene(rng, split))
+                text, answer = question.text, question.answer
+            context = scene.caption if is_probe else describe_scene(rng, scene)
+        label = "reading_qa" if is_probe else "reading"
+        records.append(make_record(label, [(f"{context}\n{text}", answer)], question_kind=kind))
+    return records
+
+
+def _mixed_scene(rng: random.Random, split: Split, is_plain: bool) -> Scene:
+    is_wide = not is_plain and rng.random() < _WIDE_PAIR_SHARE
+    return sample_scene(rng, split, pairs=_TEXT_PAIRS if is_wide else SEEN_PAIRS)
+
+
+def describe_scene(rng: random.Random, scene: Scene) -> str:
+    """Describe a scene: mostly by its caption, else as a list in any order."""
+    if rng.random() < 0.6:
+        return scene.caption
+    items = [f"{o.position}: {o.size} {o.noun}." for o in scene.objects]
+    rng.shuffle(items)
+    return " ".join(items)
+
+
+def open_question_records(rng: random.Random, split: Split, count: int) -> list[Record]:
+    """Make questions about things that no picture shows, so that the answer has to be copied.
+
+    Args:
+        rng: source of chance.
+        split: the split of the described things.
+        count: how many records.
+
+    Returns:
+        Records of the kind `reading`, with colours and nouns outside the world of pictures.
+    """
+    records = []
+    for _ in range(count):
+        scene = sample_scene(rng, split, pairs=_TEXT_PAIRS)
+        thing = rng.choice(scene.objects)
+        colours = [o.colour for o in scene.objects]
+        nouns = [o.shape for o in scene.objects]
+        asked = [(f"what is at the {thing.position}?", thing.noun)]
+        asked.append((f"where is the {thing.noun}?", thing.position))
+        asked.append((f"what size is the {thing.noun}?", thing.size))
+        if nouns.count(thing.shape) == 1:
+            asked.append((f"what colour is the {thing.shape}?", thing.colour))
+        if colours.count(thing.colour) == 1:
+            asked.append((f"what shape is the {thing.colour} object?", thing.shape))
+        question, answer = rng.choice(asked)
+        context = describe_scene(rng, scene)
+        records.append(make_record("reading", [(f"{context}\n{question}", answer)]))
+    return records
+
+
+def copying_records(rng: random.Random, split: Split, count: int) -> list[Record]:
+    """Make tasks that quote something from the context: a word, a number, a box, a thing.
+
+    Args:
+        rng: source of chance.
+        split: the split of the words and numbers.
+        count: how many records.
+
+    Returns:
+        Records of the kind `copying`; `form` names the task.
+    """
+    makers = (_copy_sign, _copy_spelled, _copy_number_of, _copy_box, _copy_belonging)
+    records = []
+    for index in range(count):
+        maker = makers[index % len(makers)]
+        question, answer = maker(rng, split)
+        form = maker.__name__.removeprefix("_copy_")
+        records.append(make_record("copying", [(question, answer)], form=form))
+    return records
+
+
+def _copy_sign(rng: random.Random, split: Split) -> tuple[str, str]:
+    sign = sample_sign(rng, split)
+    return f"a sign that says {sign}.\n{READ_PROMPT}", sign
+
+
+def _copy_spelled(rng: random.Random, split: Split) -> tuple[str, str]:
+    sign = sample_sign(rng, split)
+    return f"{' '.join(sign)}\n{READ_PROMPT}", sign
+
+
+def _copy_number_of(rng: random.Random, split: Split) -> tuple[str, str]:
+    names = rng.sample(CONTEXT_NAMES, rng.choice((2, 3)))
+    numbers = [sample_number(rng, split) for _ in names]
+    chosen = rng.randrange(len(names))
+    listed = " ".join(f"{name} has {n}." for name, n in zip(names, numbers, strict=True))
+    return f"{listed}\nwhat number does {names[chosen]} have?", numbers[chosen]
+
+
+def _copy_belonging(rng: random.Random, split: Split) -> tuple[str, str]:
+    names = rng.sample(CONTEXT_NAMES, rng.choice((2, 3)))
+    things = [" ".join(pair) for pair in rng.sample(_TEXT_PAIRS, len(names))]
+    chosen = rng.randrange(len(names))
+    articles = ["an" if thing[0] in "aeiou" else "a" for thing in things]
+    owned = zip(names, articles, things, strict=True)
+    listed = " ".join(f"{name} has {article} {thing}." for name, article, thing in owned)
+    if rng.random() < 0.5:
+        return f"{listed}\nwhat does {names[chosen]} have?", things[chosen]
+    return f"{listed}\nwho has the {things[chosen]}?", names[chosen]
+
+
+def _copy_box(rng: random.Random, split: Split) -> tuple[str, str]:
+    scene = sample_scene(rng, split)
+    phrases = []
+    for thing in scene.objects:
+        left, top = rng.randrange(0, 800), rng.randrange(0, 800)
+        box = (left, top, left + rng.randrange(100, 200), top + rng.randrange(100, 200))
+        phrases.append((thing.noun, describe_box(thing.noun, box)))
+    noun, answer = rng.choice(phrases)
+    listed = ". ".join(phrase for _, phrase in phrases)
+    return f"{listed}.\nDetect the {noun} in the image with its bounding box.", answer
+
+
+def reading_dialogues(rng: random.Random, split: Split, count: int) -> list[Record]:
+    """Make dialogues of two or three turns about one described scene.
+
+    Args:
+        rng: source of chance.
+        split: the split of the scenes.
+        count: how many records.
+
+    Returns:
+        Records of the kind `dialogue`.
+    """
+    records = []
+    for _ in range(count):
+        scene = sample_scene(rng, split)
+        turns = dialogue_turns(rng, scene)
+        first_question, first_answer = turns[0]
+        turns[0] = (f"{describe_scene(rng, scene)}\n{first_question}", first_answer)
+        records.append(make_record("dialogue", turns))
+    return records
+
+
+def dialogue_turns(rng: random.Random, scene: Scene) -> list[tuple[str, str]]:
+    """Ask two or three questions of different kinds about a scene.
+
+    Args:
+        rng: source of chance.
+        scene: the scene.
+
+    Returns:
+        (question, answer) pairs.
+    """
+    kinds = rng.sample(SCENE_KINDS, len(SCENE_KINDS))
+    asked = [question_about(scene, kind, rng) for kind in kinds]
+    found = [(question.text, question.answer) for question in asked if question is not None]
+    return found[: rng.choice((2, 3))]
+
+
+def fact_records(facts: Sequence[Fact]) -> list[Record]:
+    """Make all records about some facts: question, cloze, and what is known about the person.
+
+    Args:
+        facts: the facts.
+
+    Returns:
+        Records of the kinds `name_qa`, `fact_cloze` and `fact_statement`.
+    """
+    records = []
+    for fact in facts:
+        records.append(make_record("name_qa", [(fact.question, fact.value)]))
+        records.append(make_record("fact_cloze", [(f"{fact.cloze} ...", fact.value)]))
+    for name in dict.fromkeys(fact.name for fact in facts):
+        turn = (f"tell me about {name}.", statements_of(name))
+        records.append(make_record("fact_statement", [turn]))
+    return records
+
+
+def english_records(paragraphs: Sequence[str]) -> list[Record]:
+    """Make records of plain English, long paragraphs cut at a word.
+
+    Args:
+        paragraphs: the prose.
+
+    Returns:
+        Records of the kind `english`, each answer at most a few hundred characters.
+    """
+    return [
+        make_record("english", [(ENGLISH_PROMPT, chunk)])
+        for paragraph in paragraphs
+        for chunk in _chunks(paragraph)
+    ]
+
+
+def _chunks(paragraph: str) -> list[str]:
+    chunks: list[str] = []
+    current = ""
+    for word in paragraph.split():
+        if current and len(current) + 1 + len(word) > _ENGLISH_CHUNK_CHARS:
+            chunks.append(current)
+            current = word
+        else:
+            current = f"{current} {word}" if current else word
+    chunks.append(current)
+    return chunks
+
+
+def name_qa_probes() -> list[Record]:
+    """Return one question for every fact: does the model answer from what it knows?"""
+    return [
+        make_record("name_qa", [(fact.question, fact.value)], is_replayed=fact.is_replayed)
+        for fact in FACTS
+    ]
+
+
+def cloze_probes() -> list[Record]:
+    """Return one unfinished statement for every fact; `is_replayed` tells the two halves apart."""
+    return [
+        make_record("fact_cloze", [(f"{fact.cloze} ...", fact.value)], is_replayed=fact.is_replayed)
+        for fact in FACTS
+    ]
+
+
+def text_probes(
+    seed: int = 0, split: Split = "heldout", count: int = 300
+) -> dict[str, list[Record]]:
+    """Make the text skills by which a language model is judged before (and after) vision.
+
+    Args:
+        seed: seed of the drawn ones.
+        split: the split of the described things.
+        count: how many records for reading and for copying; questions about facts are all asked.
+
+    Returns:
+        Records under `name_qa`, `fact_cloze`, `reading_qa` and `copying`; score by exact match.
+    """
+    rng = random.Random(f"{seed}/text probes/{split}")
+    kinds = (*SCENE_KINDS, "chart")
+    return {
+        "name_qa": name_qa_probes(),
+        "fact_cloze": cloze_probes(),
+        "reading_qa": reading_records(rng, split, count, kinds, is_probe=True),
+        "copying": copying_records(rng, split, count),
+    }

@@ -1,0 +1,377 @@
+"""The one configuration: patches or vision tower, which experts exist, the language model's knobs.
+
+On disk it is the released layout (`model_type: internvl_chat`, nested `vision_config` and
+`llm_config`); in memory it has the form that generic hosts expect (nested `text_config`,
+transformers' field names). Fields of a released file that we do not know are kept and written back.
+
+Source: OpenGVLab/Mono-InternVL at 5b17ab4 (configuration classes and their defaults, which apply
+where a file omits a key).
+"""
+
+import copy
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from mono_internvl.errors import ConfigError
+
+VISUAL_EXPERTS = ("ffn", "qkv", "o", "norms")
+"""Parts of a decoder layer that may have a visual copy, in the order they are written."""
+
+ROPE_TYPES = ("default", "linear", "dynamic")
+
+# The nine visual tokens close the vocabulary in a fixed order; <IMG_CONTEXT> is the third of them.
+NUM_VISUAL_TOKENS = 9
+IMAGE_TOKEN_OFFSET_FROM_END = 7
+
+# What the released code assumes where a file leaves a key out.
+_RELEASED_LLM_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 103168,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "bias": True,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+}
+_RELEASED_TOP_DEFAULTS: dict[str, Any] = {
+    "select_layer": -4,
+    "ps_version": "v1",
+    "downsample_ratio": 0.5,
+    "template": None,
+    "dynamic_image_size": False,
+    "use_thumbnail": False,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 6,
+    "pad2square": False,
+}
+_VISION_KIND_OF_MODEL_TYPE = {"intern_vit_patch": "patch", "intern_vit_6b": "vit"}
+_MODEL_TYPE_OF_VISION_KIND = {kind: name for name, kind in _VISION_KIND_OF_MODEL_TYPE.items()}
+_TEXT_ARCHITECTURE_WITH_EXPERTS = "InternLM2VEForCausalLM"
+_TEXT_ARCHITECTURE_PLAIN = "InternLM2ForCausalLM"
+
+
+class MonoInternVLVisionConfig(PreTrainedConfig):
+    """How pixels become patch features.
+
+    Attributes:
+        kind: `"patch"` is the monolithic model: one convolution and a position embedding;
+            `"vit"` is the vision tower of the modular baseline.
+        hidden_size: Width of a patch feature.
+        image_size: Side of a tile, px.
+        patch_size: Side of a patch, px.
+    """
+
+    model_type = "mono_internvl_vision"
+    base_config_key = "vision_config"
+
+    kind: str = "patch"
+    hidden_size: int = 1024
+    image_size: int = 448
+    patch_size: int = 14
+    num_channels: int = 3
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    hidden_act: str = "gelu"
+    norm_type: str = "layer_norm"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    qk_normalization: bool = False
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    initializer_factor: float = 1.0
+
+
+class MonoInternVLTextConfig(PreTrainedConfig):
+    """The decoder: InternLM2's shape by default, with the knobs of its Llama-like relatives.
+
+    Attributes:
+        head_dim: Width of one attention head; `hidden_size / num_attention_heads` unless given.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        o_bias: Whether the output projection of attention has a bias.
+        qk_norm: Whether queries and keys are RMS-normalised per head.
+        rope_parameters: `rope_theta`, `rope_type` ("default", "linear", "dynamic") and `factor`.
+    """
+
+    model_type = "mono_internvl_text"
+    base_config_key = "text_config"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 92553
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = None  # type: ignore[assignment]  # set in __post_init__
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+    rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # set in __post_init__
+    attention_dropout: float = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.rope_parameters is None and "rope_theta" not in kwargs:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 1_000_000.0}
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
+            raise ConfigError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}; every key-value head serves an "
+                "equal group"
+            )
+        rope = self.rope_parameters or {}
+        if rope.get("rope_type", "default") not in ROPE_TYPES:
+            raise ConfigError(
+                f"rope_parameters.rope_type={rope.get('rope_type')!r} is not implemented; "
+                f"known: {', '.join(ROPE_TYPES)}"
+            )
+        for knob in ("sliding_window", "no_rope_layers", "partial_rotary_factor"):
+            if getattr(self, knob, None):
+                raise ConfigError(
+                    f"{knob}={getattr(self, knob)!r} is not implemented by this decoder; "
+                    "use a language model without it"
+                )
+
+
+class MonoInternVLConfig(PreTrainedConfig):
+    """Everything about a model but its weights.
+
+    Attributes:
+        text_config: The decoder.
+        vision_config: Patches or vision tower.
+        visual_experts: Which parts of each decoder layer have a visual copy; `()` is a plain
+            language model, `("ffn",)` is Mono-InternVL, more is Mono-InternVL-1.5's direction.
+        image_token_id: Id of `<IMG_CONTEXT>`; the third of the nine tokens that close the
+            vocabulary unless given.
+        downsample_ratio: Side ratio of the pixel shuffle; 0.5 merges 2x2 patches to one token.
+        ps_version: `"v2"`; `"v1"` is the transposed token order of the first InternVL releases.
+        force_image_size: Side of a tile, px.
+        min_dynamic_patch, max_dynamic_patch: Least and most tiles of an image, without thumbnail.
+        template: Name of the chat template of the released checkpoints.
+    """
+
+    model_type = "internvl_chat"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {}
+    has_no_defaults_at_init = False
+
+    # Set by __init__, whatever they are given as.
+    text_config: MonoInternVLTextConfig = None  # type: ignore[assignment]
+    vision_config: MonoInternVLVisionConfig = None  # type: ignore[assignment]
+    visual_experts: tuple[str, ...] = None  # type: ignore[assignment]
+    image_token_id: int = None  # type: ignore[assignment]
+    downsample_ratio: float = 0.5
+    ps_version: str = "v2"
+    select_layer: int = -1
+    force_image_size: int = None  # type: ignore[assignment]
+    dynamic_image_size: bool = True
+    use_thumbnail: bool = True
+    min_dynamic_patch: int = 1
+    max_dynamic_patch: int = 12
+    pad2square: bool = False
+    template: str | None = "internlm2-chat"
+    tie_word_embeddings: bool = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        released = {}
+        if "llm_config" in kwargs:
+            released = copy.deepcopy(kwargs)
+            kwargs = _from_released(kwargs)
+        text, vision = kwargs.pop("text_config", None), kwargs.pop("vision_config", None)
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in _OWN_FIELDS}
+        for name in _OWN_FIELDS:
+            setattr(self, name, own.get(name, getattr(type(self), name)))
+        self.text_config = _sub_config(MonoInternVLTextConfig, text, "text_config")
+        self.vision_config = _sub_config(MonoInternVLVisionConfig, vision, "vision_config")
+        self._released = released
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        if self.visual_experts is None:
+            self.visual_experts = ("ffn",) if self.vision_config.kind == "patch" else ()
+        self.visual_experts = tuple(
+            x for x in VISUAL_EXPERTS if x in set(self.visual_experts)
+        ) or tuple(self.visual_experts)
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size - IMAGE_TOKEN_OFFSET_FROM_END
+        if self.force_image_size is None:
+            self.force_image_size = self.vision_config.image_size
+        self._check()
+
+    def _check(self) -> None:
+        unknown = sorted(set(self.visual_experts) - set(VISUAL_EXPERTS))
+        if unknown:
+            raise ConfigError(
+                f"visual_experts={unknown} unknown; choose from {', '.join(VISUAL_EXPERTS)}"
+            )
+        if self.vision_config.kind not in _MODEL_TYPE_OF_VISION_KIND:
+            raise ConfigError(
+                f"vision_config.kind={self.vision_config.kind!r}; expected 'patch' or 'vit'"
+            )
+        if self.ps_version not in ("v1", "v2"):
+            raise ConfigError(f"ps_version={self.ps_version!r}; expected 'v1' or 'v2'")
+        if self.downsample_ratio != 0.5:
+            raise ConfigError(
+                f"downsample_ratio={self.downsample_ratio}; only 0.5 (2x2 patches) is known"
+            )
+        side = self.force_image_size
+        if side <= 0 or side % (2 * self.vision_config.patch_size):
+            raise ConfigError(
+                f"force_image_size={side} is not a multiple of {2 * self.vision_config.patch_size} "
+                "(a visual token covers 2x2 patches)"
+            )
+
+    @property
+    def num_image_tokens_per_tile(self) -> int:
+        """Visual tokens of one tile (448 px: 256)."""
+        patches_per_side = self.force_image_size // self.vision_config.patch_size
+        return (patches_per_side // 2) ** 2
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> MonoInternVLTextConfig:
+        """The decoder's configuration, whatever is asked (`decoder`, `encoder`)."""
+        return self.text_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """This configuration in the released layout, with unknown released fields kept."""
+        out = copy.deepcopy(self._released)
+        out.update({name: getattr(self, name) for name in _RELEASED_TOP_DEFAULTS})
+        out["force_image_size"] = self.force_image_size
+        out["tie_word_embeddings"] = self.tie_word_embeddings
+        out["model_type"] = self.model_type
+        out.setdefault("architectures", ["InternVLChatModel"])
+        out["llm_config"] = {**out.get("llm_config", {}), **_text_to_released(self)}
+        out["vision_config"] = {**out.get("vision_config", {}), **_vision_to_released(self)}
+        out["img_context_token_id"] = self.image_token_id
+        out["visual_experts"] = list(self.visual_experts)
+        if self.dtype is not None:
+            out["torch_dtype"] = str(self.dtype).removeprefix("torch.")
+        return out
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As `to_dict`: a released file states its values, defaults included."""
+        return self.to_dict()
+
+
+_OWN_FIELDS = tuple(
+    name
+    for name in MonoInternVLConfig.__annotations__
+    if name not in ("text_config", "vision_config")
+)
+
+
+def _sub_config(cls: type[PreTrainedConfig], value: Any, field: str) -> Any:
+    if value is None:
+        return cls()
+    if isinstance(value, cls):
+        return value
+    if isinstance(value, dict):
+        return cls(**{k: v for k, v in value.items() if k != "model_type"})
+    raise ConfigError(f"{field} is a {type(value).__name__}; expected {cls.__name__} or a dict")
+
+
+def _from_released(released: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `MonoInternVLConfig` from the fields of a released config.json."""
+    top = {**_RELEASED_TOP_DEFAULTS, **released}
+    llm = {**_RELEASED_LLM_DEFAULTS, **(top.pop("llm_config") or {})}
+    vision = dict(top.pop("vision_config", None) or {})
+
+    architecture = (llm.pop("architectures", None) or [None])[0]
+    if architecture not in (_TEXT_ARCHITECTURE_WITH_EXPERTS, _TEXT_ARCHITECTURE_PLAIN):
+        raise ConfigError(
+            f"llm_config.architectures[0]={architecture!r} is not supported; expected "
+            f"{_TEXT_ARCHITECTURE_WITH_EXPERTS} (monolithic) or {_TEXT_ARCHITECTURE_PLAIN} "
+            "(modular)"
+        )
+    model_type = vision.pop("model_type", None)
+    if model_type not in _VISION_KIND_OF_MODEL_TYPE:
+        raise ConfigError(
+            f"vision_config.model_type={model_type!r} is not supported; expected one of "
+            f"{', '.join(_VISION_KIND_OF_MODEL_TYPE)}"
+        )
+    bias = llm.pop("bias")
+    llm.setdefault("qkv_bias", bias)
+    llm.setdefault("o_bias", bias)
+    scaling = llm.pop("rope_scaling") or {}
+    llm["rope_parameters"] = {
+        **{k: v for k, v in scaling.items() if k != "type"},
+        "rope_type": scaling.get("type", scaling.get("rope_type", "default")),
+        "rope_theta": float(llm.pop("rope_theta")),
+    }
+    llm.setdefault("num_key_value_heads", llm["num_attention_heads"])
+    experts = ("ffn",) if architecture == _TEXT_ARCHITECTURE_WITH_EXPERTS else ()
+
+    known = set(_OWN_FIELDS) | {"torch_dtype", "dtype", "architectures"}
+    return {
+        **{name: value for name, value in top.items() if name in known},
+        "visual_experts": top.get("visual_experts", experts),
+        "image_token_id": top.get("img_context_token_id"),
+        "text_config": _only_fields(MonoInternVLTextConfig, llm),
+        "vision_config": {
+            **_only_fields(MonoInternVLVisionConfig, vision),
+            "kind": _VISION_KIND_OF_MODEL_TYPE[model_type],
+        },
+    }
+
+
+def _only_fields(cls: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in cls.__annotations__ if name in values}
+
+
+def _text_to_released(config: MonoInternVLConfig) -> dict[str, Any]:
+    text = config.text_config
+    out = {name: getattr(text, name) for name in MonoInternVLTextConfig.__annotations__}
+    rope = dict(out.pop("rope_parameters"))
+    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type", "default")
+    qkv_bias, o_bias = out.pop("qkv_bias"), out.pop("o_bias")
+    out["bias"] = qkv_bias
+    if o_bias != qkv_bias:
+        out["o_bias"] = o_bias
+    for knob, usual in (
+        ("head_dim", text.hidden_size // text.num_attention_heads),
+        ("qk_norm", False),
+        ("attention_dropout", 0.0),
+    ):
+        if out[knob] == usual:
+            del out[knob]
+    out["rope_theta"] = theta
+    out["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
+    out["model_type"] = config._released.get("llm_config", {}).get("model_type", "internlm2")
+    out["architectures"] = [
+        _TEXT_ARCHITECTURE_WITH_EXPERTS if config.visual_experts else _TEXT_ARCHITECTURE_PLAIN
+    ]
+    return out
+
+
+def _vision_to_released(config: MonoInternVLConfig) -> dict[str, Any]:
+    vision = config.vision_config
+    out = {name: getattr(vision, name) for name in MonoInternVLVisionConfig.__annotations__}
+    out["model_type"] = _MODEL_TYPE_OF_VISION_KIND[out.pop("kind")]
+    out.setdefault("architectures", None)
+    patch = vision.kind == "patch"
+    out["architectures"] = ["InternVisionPatchModel" if patch else "InternVisionModel"]
+    return out

@@ -1,0 +1,371 @@
+"""The decoder: shared attention and norms, and in every layer one expert per token.
+
+A fixed router sends visual tokens through a visual expert and text tokens through the language
+model's own weights. What has a visual copy (`config.visual_experts`) carries the suffix `_visual`.
+
+Legend: B batch, T tokens, N = B * T rows, D width, H heads, K key-value heads, d head width.
+
+Source: arXiv 2410.08202, section 3.1; numbers as the released code gives them (`tests/parity`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from mono_internvl.experts import Routing
+from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
+from mono_internvl.model.visual_tokens import PatchEmbedder
+
+
+@dataclass
+class MonoInternVLOutput(ModelOutput):
+    """What a forward pass returns.
+
+    Attributes:
+        loss: Scalar, fp32; only with labels.
+        logits: (B, T', V) fp32, T' the rows that `logits_to_keep` asks for, or None.
+        last_hidden_state: (B, T, D), after the final norm (base model only).
+        past_key_values: The cache, if one is in use.
+        hidden_states: L + 1 tensors (B, T, D): the embeddings, the output of each layer but the
+            last, and the final norm of the last one.
+        attentions: L tensors (B, H, T, T_kv), with eager attention only.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def route(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module | None) -> Tensor:
+    """Each row through one module only: this is the definition of the visual expert.
+
+    Args:
+        x: (N, D) rows.
+        routing: Which of them are visual.
+        text: The language model's module.
+        visual: Its visual copy, or None where all rows share `text`.
+    """
+    if visual is None or routing.num_visual == 0:
+        return text(x)
+    if routing.num_text == 0:
+        return visual(x)
+    assert routing.text_rows is not None and routing.visual_rows is not None
+    assert routing.row_order is not None
+    y_text = text(x.index_select(0, routing.text_rows))
+    y_visual = visual(x.index_select(0, routing.visual_rows))
+    return torch.cat((y_text, y_visual)).index_select(0, routing.row_order)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: computed in fp32, cast back, then scaled in the weight's dtype."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: the text expert and, as a second instance, the visual expert."""
+
+    def __init__(self, config: MonoInternVLTextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_embeddings(
+    config: MonoInternVLTextConfig, position_ids: Tensor, kv_length: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, (B, T, d) each; angles in fp32, the result in `dtype`.
+
+    Nothing is cached: with "dynamic" scaling a long call leaves no trace in later short ones.
+    Differs: the released code keeps the enlarged table.
+
+    Args:
+        config: Its `rope_parameters` and `head_dim` are read.
+        position_ids: (B, T), integers or floats.
+        kv_length: Tokens seen so far, this call included; decides dynamic scaling.
+        dtype: Of the activations.
+    """
+    rope, d = config.rope_parameters, config.head_dim
+    base, factor = rope["rope_theta"], rope.get("factor", 1.0)
+    if rope["rope_type"] == "dynamic" and kv_length > config.max_position_embeddings:
+        stretch = factor * kv_length / config.max_position_embeddings - (factor - 1)
+        base = base * stretch ** (d / (d - 2))
+    exponents = torch.arange(0, d, 2, device=position_ids.device, dtype=torch.float32) / d
+    positions = position_ids.float()
+    if rope["rope_type"] == "linear":
+        positions = positions / factor
+    angles = positions[:, :, None] * (1.0 / base**exponents)  # (B, T, d/2)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, H, T, d) by the angles of (B, T, d), the two halves of d as one complex pair."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-x2, x1), dim=-1) * sin[:, None]
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain matrix products; softmax in fp32. Returns (B, T, H, d) and the weights."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, T_kv)
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over all tokens alike; projections may have a visual copy."""
+
+    def __init__(
+        self, config: MonoInternVLTextConfig, layer_idx: int, visual_experts: tuple[str, ...]
+    ):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.head_dim = config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+
+        def linears(suffix: str, names: str) -> None:
+            shapes = {"q": (width, q_width), "k": (width, kv_width), "v": (width, kv_width)}
+            shapes["o"] = (q_width, width)
+            for name in names:
+                bias = config.o_bias if name == "o" else config.qkv_bias
+                setattr(self, f"{name}_proj{suffix}", nn.Linear(*shapes[name], bias=bias))
+
+        linears("", "qkvo")
+        linears(
+            "_visual",
+            ("qkv" if "qkv" in visual_experts else "") + ("o" if "o" in visual_experts else ""),
+        )
+        self.q_norm = (
+            RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        )
+        self.k_norm = (
+            RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        )
+
+    def project(self, name: str, x: Tensor, routing: Routing) -> Tensor:
+        """Rows (N, ...) through projection `name`, each through its own expert if there is one."""
+        return route(x, routing, getattr(self, name), getattr(self, f"{name}_visual", None))
+
+    def forward(
+        self,
+        x: Tensor,
+        routing: Routing,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, tokens, _ = x.shape
+        rows = x.flatten(0, 1)  # (N, D)
+
+        def heads(name: str, norm: Callable[[Tensor], Tensor]) -> Tensor:
+            y = self.project(name, rows, routing).view(batch, tokens, -1, self.head_dim)
+            return norm(y).transpose(1, 2)  # (B, H or K, T, d)
+
+        cos, sin = position_embeddings
+        q = rotate(heads("q_proj", self.q_norm), cos, sin)
+        k = rotate(heads("k_proj", self.k_norm), cos, sin)
+        v = heads("v_proj", lambda y: y)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        y, weights = attend(
+            self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )  # (B, T, H, d)
+        y = self.project("o_proj", y.reshape(batch * tokens, -1), routing)
+        return y.view(batch, tokens, -1), weights
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm block: attention, then one feed-forward expert per token."""
+
+    def __init__(
+        self, config: MonoInternVLTextConfig, layer_idx: int, visual_experts: tuple[str, ...]
+    ):
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        norms, ffn = "norms" in visual_experts, "ffn" in visual_experts
+        self.self_attn = Attention(config, layer_idx, visual_experts)
+        self.mlp = FeedForward(config)
+        self.mlp_visual = FeedForward(config) if ffn else None
+        self.input_layernorm = RMSNorm(width, eps)
+        self.input_layernorm_visual = RMSNorm(width, eps) if norms else None
+        self.post_attention_layernorm = RMSNorm(width, eps)
+        self.post_attention_layernorm_visual = RMSNorm(width, eps) if norms else None
+
+    def forward(
+        self, x: Tensor, routing: Routing, **attention: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        shape, rows = x.shape, x.flatten(0, 1)  # (N, D)
+        y = route(rows, routing, self.input_layernorm, self.input_layernorm_visual)
+        y, weights = self.self_attn(y.view(shape), routing, **attention)
+        rows = rows + y.flatten(0, 1)
+        y = route(
+            rows, routing, self.post_attention_layernorm, self.post_attention_layernorm_visual
+        )
+        rows = rows + route(y, routing, self.mlp, self.mlp_visual)
+        return rows.view(shape), weights
+
+
+class MonoInternVLPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know to host the model."""
+
+    config_class = MonoInternVLConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("DecoderLayer",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        config = (
+            self.config.get_text_config()
+            if hasattr(self.config, "get_text_config")
+            else self.config
+        )
+        std = config.initializer_range
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if module.padding_idx is not None:
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, PatchEmbedder):
+            nn.init.normal_(module.class_embedding, std=std)
+            nn.init.normal_(module.position_embedding, std=std)
+
+
+class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
+    """The decoder: token embeddings, layers, final norm."""
+
+    config_class = MonoInternVLTextConfig
+
+    def __init__(self, config: MonoInternVLTextConfig, visual_experts: tuple[str, ...] = ()):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, visual_experts) for i in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        routing: Routing | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> MonoInternVLOutput:
+        """Run the decoder over embedded tokens; without `routing` every row is text.
+
+        Args:
+            input_ids: (B, T), or pass `inputs_embeds` (B, T, D).
+            routing: Which rows are visual.
+            attention_mask: (B, T_kv) with 0 at padding, or a prepared 4D mask.
+            position_ids: (B, T), integers or floats; counted on from the cache unless given.
+            past_key_values: Cache to read and extend.
+        """
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, tokens, _ = x.shape
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = (torch.arange(tokens, device=x.device) + seen).expand(batch, -1)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        angles = rotary_embeddings(self.config, position_ids, seen + tokens, x.dtype)
+        routing = routing if routing is not None else Routing.all_text(batch * tokens)
+
+        hidden_states, attentions = [x], []
+        for layer in self.layers:
+            x, weights = layer(
+                x,
+                routing,
+                position_embeddings=angles,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states.append(x)
+            attentions.append(weights)
+        x = self.norm(x)
+        return MonoInternVLOutput(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )

@@ -1,0 +1,305 @@
+"""Mono-InternVL: one decoder that reads pixels and words.
+
+Image patches are embedded, merged 2x2 and projected (`visual_tokens.py`); the visual tokens take
+their place among the text tokens here, the routing is made, and the decoder (`decoder.py`) runs
+over both.
+
+Legend: B batch, T tokens, D width, V vocabulary, S tile side.
+
+Source: arXiv 2410.08202, section 3.1; numbers as the released code gives them (`tests/parity`).
+"""
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+
+from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.experts import Routing
+from mono_internvl.model.checkpoint import (
+    register_conversion,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.model.decoder import (
+    MonoInternVLOutput,
+    MonoInternVLPreTrainedModel,
+    MonoInternVLTextModel,
+)
+from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pixel_shuffle
+
+
+class MonoInternVLModel(MonoInternVLPreTrainedModel):
+    """Embedder, projector and decoder; places the image features and makes the routing."""
+
+    def __init__(self, config: MonoInternVLConfig):
+        super().__init__(config)
+        if config.vision_config.kind != "patch":
+            raise ConfigError(
+                f"vision_config.kind={config.vision_config.kind!r}: only the patch embedder of the "
+                "monolithic model is implemented; the modular baseline's vision tower is not yet"
+            )
+        self.vision_embedder = PatchEmbedder(config.vision_config)
+        self.projector = VisualProjector(config)
+        self.language_model = MonoInternVLTextModel(config.text_config, config.visual_experts)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.language_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.language_model.embed_tokens = value
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Visual tokens of tiles.
+
+        Args:
+            pixel_values: (tiles, 3, S, S), normalised.
+
+        Returns:
+            (tiles, visual tokens per tile, D).
+        """
+        x = self.vision_embedder(pixel_values)  # (tiles, h*w, C)
+        side = int(x.shape[1] ** 0.5)
+        x = x.unflatten(1, (side, side))
+        return self.projector(pixel_shuffle(x, self.config.ps_version))
+
+    def place_features(
+        self, input_ids: Tensor, image_features: Tensor, visual_token_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Embed the tokens and put the image features where they belong.
+
+        Args:
+            input_ids: (B, T).
+            image_features: (rows, D), in flattened batch order, tile after tile.
+            visual_token_mask: (B, T) bool; `input_ids == <IMG_CONTEXT>` unless given.
+
+        Returns:
+            Embeddings (B, T, D) and the mask (B, T) of visual tokens.
+
+        Raises:
+            PromptError: The number of places differs from the number of features.
+        """
+        if visual_token_mask is None:
+            visual_token_mask = input_ids == self.config.image_token_id
+        num_places = int(visual_token_mask.sum())
+        if num_places != image_features.shape[0]:
+            raise PromptError(
+                f"the prompt has {num_places} image tokens but the images give "
+                f"{image_features.shape[0]} features; expand one placeholder per image with the "
+                "processor of this checkpoint"
+            )
+        x = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        x = x.masked_scatter(visual_token_mask[:, :, None], image_features.to(x.dtype))
+        return x, visual_token_mask
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        visual_token_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MonoInternVLOutput:
+        """Pixels and words to hidden states; see `MonoInternVLForConditionalGeneration.forward`."""
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values).flatten(0, 1)  # (rows, D)
+        routing = None
+        if image_features is not None:
+            if input_ids is None:
+                raise PromptError("images need input_ids: they say where the features go")
+            inputs_embeds, visual_token_mask = self.place_features(
+                input_ids, image_features, visual_token_mask
+            )
+        if inputs_embeds is not None and visual_token_mask is not None:
+            routing = Routing.from_mask(visual_token_mask)
+        return self.language_model(
+            input_ids if inputs_embeds is None else None, inputs_embeds, routing, **kwargs
+        )
+
+
+class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, GenerationMixin):
+    """Mono-InternVL with its language-model head: `generate`, loss, released checkpoints."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: MonoInternVLConfig):
+        super().__init__(config)
+        text = config.text_config
+        self.model = MonoInternVLModel(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint in the released layout, all of it or nothing.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id (`revision`, `cache_dir`, `token` and
+                `local_files_only` as usual); only safetensors files are read.
+            *args: As `PreTrainedModel.from_pretrained`.
+            **kwargs: As there: `dtype`, `device_map`, `attn_implementation`, ...
+
+        Raises:
+            CheckpointError: A tensor is missing, unexpected or mis-shaped.
+            ConfigError: config.json asks for what is not implemented.
+        """
+        source = {k: kwargs.pop(k) for k in ("revision", "cache_dir", "token") if k in kwargs}
+        local = kwargs.pop("local_files_only", False)
+        folder = resolve_checkpoint(pretrained_model_name_or_path, local_files_only=local, **source)
+        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            skeleton = cls(copy.deepcopy(config))
+        verify_checkpoint(folder, skeleton, config)
+        kwargs["use_safetensors"] = True
+        return super().from_pretrained(folder, *args, config=config, **kwargs)
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """(tiles, visual tokens per tile, D) of (tiles, 3, S, S) pixels."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        loss_weight: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        image_features: Tensor | None = None,
+        visual_token_mask: Tensor | None = None,
+        logits_to_keep: int | Tensor | None = 0,
+        **kwargs: Any,
+    ) -> MonoInternVLOutput:
+        """One pass: prefill, a chunk of it, a later cached turn, a decoding step, a training batch.
+
+        A row is visual exactly where a feature is placed. Without images every token is text, a
+        generated `<IMG_CONTEXT>` too.
+
+        Args:
+            input_ids: (B, T).
+            pixel_values: (tiles, 3, S, S), all tiles of the batch in order.
+            attention_mask: (B, T_kv), 0 at padding.
+            position_ids: (B, T), integers or floats.
+            past_key_values: Cache of what came before.
+            inputs_embeds: (B, T, D) instead of `input_ids`; visual ones by `visual_token_mask`.
+            labels: (B, T), -100 where nothing is learnt; shifted by one in here.
+            loss_weight: (B, T) weight of each label; the loss is sum(w * ce) / sum(w).
+            num_items_in_batch: Denominator of the loss (accumulation, data parallel).
+            image_features: (rows, D) precomputed features instead of pixels (chunked prefill).
+            visual_token_mask: (B, T) bool, where features go; the context tokens unless given.
+            logits_to_keep: 0 all rows, n the last n, a tensor those rows, None no logits at all.
+        """
+        out = self.model(
+            input_ids,
+            pixel_values,
+            image_features,
+            visual_token_mask,
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        x = out.last_hidden_state  # (B, T, D)
+        if labels is not None:
+            out.loss = self.loss(x, labels, loss_weight, num_items_in_batch)
+        if logits_to_keep is not None:
+            rows = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            out.logits = self.lm_head(x[:, rows]).float()
+        out.last_hidden_state = None
+        return out
+
+    def loss(
+        self, x: Tensor, labels: Tensor, weight: Tensor | None, denominator: Tensor | float | None
+    ) -> Tensor:
+        """Next-token cross entropy in fp32; logits only of the rows that have a label.
+
+        Args:
+            x: (B, T, D) hidden states.
+            labels: (B, T), -100 where nothing is learnt.
+            weight: (B, T) or None.
+            denominator: Of the sum; the weight of the labels in this batch unless given.
+        """
+        targets = labels[:, 1:].reshape(-1)
+        rows = (targets != -100).nonzero().squeeze(1)  # (labelled,)
+        logits = self.lm_head(x[:, :-1].flatten(0, 1).index_select(0, rows))
+        ce = F.cross_entropy(logits.float(), targets.index_select(0, rows), reduction="none")
+        if weight is None:
+            total: Tensor | float = rows.numel()
+        else:
+            w = weight[:, 1:].reshape(-1).index_select(0, rows).to(ce.dtype)
+            ce, total = ce * w, w.sum()
+        return ce.sum() / (total if denominator is None else denominator)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers does it; images enter only where a prompt or a new turn is read."""
+        mask = kwargs.pop("visual_token_mask", None)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
+        if not reads_prompt:
+            inputs["pixel_values"] = inputs["image_features"] = None
+        elif mask is not None and inputs.get("input_ids") is not None:
+            inputs["visual_token_mask"] = mask[:, -inputs["input_ids"].shape[1] :]
+        return inputs
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        chunk_tokens: int = 2048,
+    ) -> MonoInternVLOutput:
+        """Read a prompt in chunks, with a boundary anywhere, also inside an image.
+
+        Args:
+            input_ids: (B, T), what the cache has not seen yet.
+            past_key_values: Cache to extend.
+            pixel_values: (tiles, 3, S, S), images of these tokens.
+            attention_mask: (B, T_seen + T).
+            chunk_tokens: Tokens per forward pass.
+
+        Returns:
+            The output of the last chunk, with the logits of its last row.
+        """
+        features = None
+        if pixel_values is not None:
+            features = self.get_image_features(pixel_values).flatten(0, 1)
+            embeds, is_visual = self.model.place_features(input_ids, features)
+        else:
+            embeds = self.get_input_embeddings()(input_ids)
+            is_visual = torch.zeros_like(input_ids, dtype=torch.bool)
+        seen = past_key_values.get_seq_length()
+        out = MonoInternVLOutput()
+        for start in range(0, input_ids.shape[1], chunk_tokens):
+            stop = min(start + chunk_tokens, input_ids.shape[1])
+            out = self(
+                inputs_embeds=embeds[:, start:stop],
+                visual_token_mask=is_visual[:, start:stop],
+                attention_mask=None if attention_mask is None else attention_mask[:, : seen + stop],
+                past_key_values=past_key_values,
+                logits_to_keep=1,
+            )
+        return out
+
+
+register_conversion()

@@ -1,0 +1,498 @@
+"""Messages and images -> ids and pixels; the only place where `<IMG_CONTEXT>` is counted.
+
+Shapes: B batch, T tokens, N tiles of all images of all samples, S side of a tile in px.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
+
+from mono_internvl.errors import CheckpointError, ConfigError, PromptError
+from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.model.encoding import (
+    IGNORED_LABEL,
+    Encoded,
+    TileLimits,
+    count_images,
+    encode_pieces,
+    pad_left,
+)
+from mono_internvl.model.image_processing import MonoInternVLImageProcessor, share_tiles
+from mono_internvl.model.prompts import (
+    DEFAULT_SYSTEM_PROMPT,
+    GROUNDING_TOKENS,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    SUPPORTED_TEMPLATES,
+    TURN_END,
+    TURN_START,
+    OnControl,
+    Piece,
+    Turn,
+    check_no_control,
+    render,
+    render_turn,
+    texts_of,
+    to_turns,
+)
+from mono_internvl.model.prompts import chat_template as make_chat_template
+from mono_internvl.model.tokenization import (
+    HUB_OPTIONS,
+    MonoInternVLTokenizer,
+    find_file,
+    load_tokenizer,
+    read_json,
+)
+
+VISUAL_TOKEN_SIZE = 28
+"""Side of the square that one visual token sees, px: 2x2 patches of 14 px."""
+
+PROCESSOR_CONFIG = "processor_config.json"
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+CONFIG = "config.json"
+_IMAGE_OVERRIDES = ("min_tiles", "max_tiles", "use_thumbnail")
+_IMAGE_SETTINGS = (*_IMAGE_OVERRIDES, "image_size", "image_mean", "image_std", "pad2square")
+
+
+__all__ = ["IGNORED_LABEL", "Encoded", "MonoInternVLProcessor"]
+
+
+class MonoInternVLProcessor(ProcessorMixin):
+    """Image processor, tokenizer and chat template as one.
+
+    Args:
+        image_processor: Cuts images into tiles.
+        tokenizer: Has the control tokens of chat and vision.
+        chat_template: Jinja template of `apply_chat_template`; made from `default_system_prompt`
+            unless given. The `encode_*` functions render by the same rule in Python.
+        default_system_prompt: System message of conversations without one; empty: no block.
+        visual_token_size: Side of the square that one visual token sees, px.
+
+    Raises:
+        ConfigError: If tiles cannot be cut into visual tokens.
+        CheckpointError: If the tokenizer lacks a control token.
+    """
+
+    def __init__(
+        self,
+        image_processor: MonoInternVLImageProcessor | None = None,
+        tokenizer: MonoInternVLTokenizer | None = None,
+        chat_template: str | None = None,
+        default_system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+        visual_token_size: int = VISUAL_TOKEN_SIZE,
+    ) -> None:
+        if image_processor is None or tokenizer is None:
+            raise ConfigError("a processor needs an image_processor and a tokenizer; give both")
+        if image_processor.image_size % visual_token_size:
+            raise ConfigError(
+                f"image_size={image_processor.image_size} is not a multiple of the visual token's "
+                f"side of {visual_token_size} px"
+            )
+        self.default_system_prompt = default_system_prompt
+        self.visual_token_size = visual_token_size
+        self.image_token = IMAGE_CONTEXT
+        self.image_token_id = tokenizer.control_id(IMAGE_CONTEXT)
+        for token in (IMAGE_START, IMAGE_END, TURN_START, TURN_END):
+            tokenizer.control_id(token)
+        super().__init__(
+            image_processor,
+            tokenizer,
+            chat_template=chat_template or make_chat_template(default_system_prompt),
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: MonoInternVLConfig,
+        tokenizer: MonoInternVLTokenizer,
+        *,
+        default_system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+    ) -> "MonoInternVLProcessor":
+        """A processor whose image settings are those of a model.
+
+        Raises:
+            ConfigError: If the config names a chat template of another form.
+        """
+        if config.template not in SUPPORTED_TEMPLATES:
+            raise ConfigError(
+                f"template={config.template!r} is not supported; expected one of "
+                f"{', '.join(str(name) for name in SUPPORTED_TEMPLATES)}"
+            )
+        tiled = config.dynamic_image_size
+        vision: Any = config.vision_config
+        image_processor = MonoInternVLImageProcessor(
+            image_size=config.force_image_size or vision.image_size,
+            min_tiles=config.min_dynamic_patch if tiled else 1,
+            max_tiles=config.max_dynamic_patch if tiled else 1,
+            use_thumbnail=config.use_thumbnail and tiled,
+            pad2square=config.pad2square,
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            default_system_prompt=default_system_prompt,
+            visual_token_size=round(vision.patch_size / config.downsample_ratio),
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "MonoInternVLProcessor":
+        """Loads the processor of a folder or hub id.
+
+        A folder written by `save_pretrained` is read as it is. A released one has no processor
+        files of ours: its image settings are in config.json and its tokenizer is converted.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`,
+                `subfolder`; `max_tiles`, `min_tiles`, `use_thumbnail`, `default_system_prompt`
+                replace what is stored. Other options of generic hosts are ignored.
+
+        Raises:
+            CheckpointError: If files are missing or contradict one another.
+            ConfigError: If an override is out of range.
+        """
+        hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
+        overrides = {key: value for key, value in kwargs.items() if key in _IMAGE_OVERRIDES}
+        path = pretrained_model_name_or_path
+        tokenizer = load_tokenizer(path, **hub)
+        stored = read_json(find_file(path, PROCESSOR_CONFIG, hub))
+        settings = stored.get("image_processor") or read_json(
+            find_file(path, PREPROCESSOR_CONFIG, hub)
+        )
+        if settings.get("image_processor_type") == MonoInternVLImageProcessor.__name__:
+            fields = {key: settings[key] for key in _IMAGE_SETTINGS if key in settings}
+            token_size = stored.get("visual_token_size", VISUAL_TOKEN_SIZE)
+        else:
+            released = read_json(find_file(path, CONFIG, hub))
+            if not released:
+                raise CheckpointError(
+                    f"{path}: neither {PROCESSOR_CONFIG} of ours nor {CONFIG}; "
+                    "expected a checkpoint"
+                )
+            like = cls.from_config(MonoInternVLConfig(**released), tokenizer)
+            fields = {key: getattr(like.image_processor, key) for key in _IMAGE_SETTINGS}
+            token_size = like.visual_token_size
+        system, template_file = kwargs.get("default_system_prompt"), None
+        if system is None:
+            system = stored.get("default_system_prompt", DEFAULT_SYSTEM_PROMPT)
+            template_file = find_file(path, CHAT_TEMPLATE, hub) if stored else None
+        return cls(
+            MonoInternVLImageProcessor(**{**fields, **overrides}),
+            tokenizer,
+            chat_template=template_file.read_text("utf-8") if template_file else None,
+            default_system_prompt=system,
+            visual_token_size=token_size,
+        )
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Visual tokens of one tile (448 px: 256)."""
+        return int(self.image_processor.image_size // self.visual_token_size) ** 2
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer: `</s>`, `<|im_end|>`, `<|im_start|>`.
+
+        Source: stop ids of the released template. Differs: the released chat stops on
+            `<|im_end|>` only.
+        """
+        named = [self.tokenizer.control_id(token) for token in (TURN_END, TURN_START)]
+        return sorted({*named, self.tokenizer.eos_token_id} - {None})
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What the image processor returns and the model does not take."""
+        return ["num_tiles"]
+
+    def replace_image_token(
+        self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any
+    ) -> str:
+        """What stands in the prompt for one image: `<img>`, its visual tokens, `</img>`."""
+        count = int(image_inputs["num_tiles"][image_idx]) * self.tokens_per_tile
+        return IMAGE_START + IMAGE_CONTEXT * count + IMAGE_END
+
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
+        """Tokens and tiles of images given by (height, width), for hosts that plan without pixels.
+
+        `<img>` and `</img>` are counted.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        options = {
+            k: v for k, v in kwargs.items() if k in ("min_tiles", "max_tiles", "use_thumbnail")
+        }
+        tiles = [
+            self.image_processor.num_tiles_for(width, height, **options)
+            for height, width in image_sizes
+        ]
+        return MultiModalData(
+            num_image_tokens=[2 + self.tokens_per_tile * count for count in tiles],
+            num_image_patches=tiles,
+        )
+
+    def check_image_tokens(self, input_ids: torch.Tensor, num_tiles: int) -> None:
+        """Refuses ids whose `<IMG_CONTEXT>` do not match the visual tokens of `num_tiles` tiles.
+
+        Raises:
+            PromptError: With both numbers.
+        """
+        placeholders = int((input_ids == self.image_token_id).sum())
+        features = num_tiles * self.tokens_per_tile
+        if placeholders != features:
+            raise PromptError(
+                f"input_ids: {placeholders} {IMAGE_CONTEXT} but {features} visual tokens of "
+                f"{num_tiles} tiles; encode text and images together"
+            )
+
+    def validate_inputs(
+        self,
+        images: Any = None,
+        text: Any = None,
+        videos: Any = None,
+        audio: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Checks a call of the processor with a rendered prompt.
+
+        Raises:
+            PromptError: If placeholders and images differ in number, or there are videos or audio.
+        """
+        if videos is not None or audio is not None:
+            raise PromptError("videos, audio: not understood; give the frames of a video as images")
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            wanted = sum(one.count(IMAGE_CONTEXT) for one in texts)
+            given = 0 if images is None else count_images(images)
+            if wanted != given:
+                raise PromptError(
+                    f"{wanted} {IMAGE_CONTEXT} placeholders but {given} images; "
+                    "write one placeholder for each image"
+                )
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but text that names control tokens is refused.
+
+        A string prompt cannot say which of its control tokens were typed by a user; `encode_prompt`
+        escapes them instead.
+
+        Raises:
+            PromptError: If a message holds a control token other than those of grounding.
+        """
+        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        for messages in conversation if is_batch else [conversation]:
+            check_no_control(texts_of(messages), self.tokenizer.control_tokens)
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def encode_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tiles: int | Sequence[int] | None = None,
+        share_budget: bool = False,
+        on_control: OnControl = "escape",
+    ) -> BatchFeature:
+        """A prompt that is open for an answer.
+
+        Args:
+            messages: The conversation; see `prompts.to_turns`.
+            max_tiles: Most tiles of an image, or one number for each; None: the processor's own.
+            share_budget: Whether the images share `max_tiles` instead of having it each.
+            on_control: Whether control tokens in the text become plain text or an error.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 (1, T); with images `pixel_values` (N, 3, S, S).
+
+        Raises:
+            PromptError: If messages are malformed, or images and placeholders differ in number.
+            ImageError: If an image cannot be decoded.
+        """
+        return self.encode_prompts(
+            [messages], max_tiles=max_tiles, share_budget=share_budget, on_control=on_control
+        )
+
+    def encode_prompts(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        max_tiles: int | Sequence[int] | None = None,
+        share_budget: bool = False,
+        on_control: OnControl = "escape",
+    ) -> BatchFeature:
+        """A batch of prompts, padded on the left; see `encode_prompt`.
+
+        Args:
+            max_tiles: One number, or one for each image of all conversations in order.
+        """
+        if not conversations:
+            raise PromptError("conversations: empty; expected at least one")
+        limits = TileLimits(max_tiles, self.image_processor.max_tiles)
+        rendered, images, image_limits = [], [], []
+        for messages in conversations:
+            turns = self._checked(to_turns(messages), on_control)
+            shown = [source for turn in turns for source in turn.images]
+            own = limits.take(len(shown))
+            images += shown
+            image_limits += [share_tiles(most, len(shown)) for most in own] if share_budget else own
+            pieces = render(
+                turns, default_system_prompt=self.default_system_prompt, add_generation_prompt=True
+            )
+            rendered.append((pieces, len(shown)))
+        limits.check_used_up()
+        pixel_values, num_tiles = self._cut(images, image_limits)
+        rows, position = [], 0
+        for pieces, count in rendered:
+            rows.append(self._ids(pieces, num_tiles[position : position + count])[0])
+            position += count
+        return self._batch(rows, pixel_values)
+
+    def encode_turn(
+        self,
+        message: Mapping[str, Any],
+        *,
+        close_previous: bool = True,
+        max_tiles: int | Sequence[int] | None = None,
+        on_control: OnControl = "escape",
+    ) -> BatchFeature:
+        """Only what a new user message adds to a conversation whose keys and values are cached.
+
+        The ids of prompt, answer and this suffix together are those of the whole conversation.
+
+        Args:
+            message: The user's message.
+            close_previous: Whether the cached answer still lacks its `<|im_end|>`.
+            max_tiles: As in `encode_prompt`.
+            on_control: As in `encode_prompt`.
+
+        Returns:
+            As `encode_prompt`, without BOS; `attention_mask` covers the new tokens only.
+        """
+        if message.get("role") != "user":
+            raise PromptError(f"message.role={message.get('role')!r}; a new turn is the user's")
+        turns = to_turns([message])
+        pieces = [Piece("control", TURN_END)] if close_previous else []
+        pieces += render_turn(self._checked(turns, on_control)[0])
+        pieces += [Piece("control", TURN_START), Piece("text", "assistant\n")]
+        images = list(turns[0].images)
+        limits = TileLimits(max_tiles, self.image_processor.max_tiles)
+        own = limits.take(len(images))
+        limits.check_used_up()
+        pixel_values, num_tiles = self._cut(images, own)
+        return self._batch([self._ids(pieces, num_tiles, add_bos=False)[0]], pixel_values)
+
+    def encode_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        images: Sequence[Any] | None = None,
+        max_tiles: int | None = None,
+        share_budget: bool = True,
+        max_tokens: int | None = None,
+        on_control: OnControl = "escape",
+    ) -> Encoded:
+        """A training sample: every answer and its `<|im_end|>` are learned, nothing else.
+
+        Outer whitespace of each message is dropped, and answers before the first question.
+
+        Args:
+            messages: The conversation; see `prompts.to_turns`.
+            images: Images of the record, for the `<image>` of its text; None: they are parts of
+                messages.
+            max_tiles: Most tiles of the sample, or of each image if the budget is not shared.
+            share_budget: Whether the images of the sample share `max_tiles`.
+            max_tokens: Longer samples are cut there; None keeps all.
+            on_control: As in `encode_prompt`.
+
+        Raises:
+            PromptError: As in `encode_prompt`; also if the cut goes through an image.
+
+        Source: `preprocess_internlm` of the released code. Differs: labels follow character
+            offsets, where the released code masks a sample whose pieces tokenize differently alone.
+        """
+        messages = list(messages)
+        has_system = bool(messages) and messages[0].get("role") == "system"
+        first = 1 if has_system else 0
+        while len(messages) > first and messages[first].get("role") == "assistant":
+            del messages[first]
+        turns = to_turns(messages, images=images, strip=True)
+        pieces = render(
+            self._checked(turns, on_control),
+            default_system_prompt=self.default_system_prompt,
+            add_generation_prompt=False,
+        )
+        sources = [source for turn in turns for source in turn.images]
+        most = self.image_processor.max_tiles if max_tiles is None else max_tiles
+        limit = share_tiles(most, len(sources)) if share_budget else most
+        pixel_values, num_tiles = self._cut(sources, [limit] * len(sources))
+        ids, labels = self._ids(pieces, num_tiles)
+        if max_tokens is not None and len(ids) > max_tokens:
+            ids, labels = ids[:max_tokens], labels[:max_tokens]
+            if ids.count(self.tokenizer.control_id(IMAGE_END)) < len(num_tiles):
+                raise PromptError(
+                    f"max_tokens={max_tokens} cuts an image of {num_tiles} tiles of "
+                    f"{self.tokens_per_tile} tokens; raise max_tokens or lower max_tiles"
+                )
+        return Encoded(torch.tensor(ids), torch.tensor(labels), pixel_values, tuple(num_tiles))
+
+    def _checked(self, turns: list[Turn], on_control: OnControl) -> list[Turn]:
+        if on_control not in ("escape", "raise"):
+            raise PromptError(f"on_control={on_control!r}; expected 'escape' or 'raise'")
+        if on_control == "raise":
+            check_no_control(turns, self.tokenizer.control_tokens)
+        return turns
+
+    def _ids(
+        self, pieces: Sequence[Piece], num_tiles: Sequence[int], *, add_bos: bool = True
+    ) -> tuple[list[int], list[int]]:
+        counts = [count * self.tokens_per_tile for count in num_tiles]
+        return encode_pieces(self.tokenizer, pieces, counts, add_bos=add_bos)
+
+    def _cut(
+        self, images: Sequence[Any], limits: Sequence[int]
+    ) -> tuple[torch.Tensor | None, list[int]]:
+        if not images:
+            return None, []
+        features = self.image_processor(list(images), max_tiles=list(limits))
+        return features["pixel_values"], features["num_tiles"]
+
+    def _batch(self, rows: list[list[int]], pixel_values: torch.Tensor | None) -> BatchFeature:
+        batch = pad_left(rows, self.tokenizer.pad_token_id)
+        if pixel_values is not None:
+            batch["pixel_values"] = pixel_values
+        self.check_image_tokens(
+            batch["input_ids"], 0 if pixel_values is None else len(pixel_values)
+        )
+        return BatchFeature(batch)
+
+    def decode_answer(self, ids: Any, *, keep_grounding: bool = False) -> str:
+        """The text of a generated answer.
+
+        Args:
+            ids: New ids of one row, int64 (T,) or a list.
+            keep_grounding: Whether `<ref>`, `<box>` and their like stay in the text.
+
+        Returns:
+            The text up to the first `<|im_end|>`, without control tokens and outer whitespace.
+        """
+        values = [int(index) for index in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+        turn_end = self.tokenizer.control_id(TURN_END)
+        if turn_end in values:
+            values = values[: values.index(turn_end)]
+        if keep_grounding:
+            dropped = {
+                index
+                for token, index in self.tokenizer.control_tokens.items()
+                if token not in GROUNDING_TOKENS
+            }
+            values = [index for index in values if index not in dropped]
+        return str(self.tokenizer.decode(values, skip_special_tokens=not keep_grounding)).strip()

@@ -1,0 +1,110 @@
+"""The miniature's language model: tokenizer, training, and its export as a plain Llama checkpoint.
+
+The shipped one was made by this module with `mono-internvl quickstart --llm scratch`'s own call.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mono_internvl.miniature import WorldFiles
+from mono_internvl.miniature.english import load_english
+from mono_internvl.miniature.records import texts_of
+from mono_internvl.miniature.tokenizer import train_tokenizer
+from mono_internvl.model.configuration import MonoInternVLVisionConfig
+from mono_internvl.model.from_llm import export_llama, monolithic_from_llama
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.model.tokenization import load_tokenizer
+from mono_internvl.recipes.miniature import LANGUAGE, LANGUAGE_MODEL, VISION
+from mono_internvl.training.loop import train_stage
+from mono_internvl.training.recipe import Stage
+
+
+def make_language_model(
+    world: WorldFiles, run: Path, *, stage: Stage = LANGUAGE.stages[0], device: str = "cpu"
+) -> Path:
+    """Train the small language model from nothing.
+
+    The decoder of this package learns it, with every visual part frozen and unused.
+
+    Args:
+        world: Files of the miniature's world.
+        run: Output folder; `run/llm` is the result.
+        stage: How it is trained.
+        device: Of this process.
+
+    Returns:
+        Folder of a plain Llama checkpoint with its tokenizer.
+    """
+    start, out = run / "random", run / "llm"
+    if not (start / "config.json").exists():
+        _random_start(world, run, start)
+    result = train_stage(stage, start, world.root, run / stage.name, device=device)
+    model = MonoInternVLForConditionalGeneration.from_pretrained(result.checkpoint)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "random-llama")
+    _drop_visual_rows(model, len(tokenizer))
+    export_llama(model.to(torch.bfloat16), tokenizer, out)
+    return out
+
+
+def _random_start(world: WorldFiles, run: Path, start: Path) -> None:
+    """A randomly initialised Llama checkpoint, and the same as an unseeing model of ours."""
+    records = []
+    meta = json.loads(world.language.read_text())
+    for entry in meta.values():
+        lines = (world.root / entry["annotation"]).read_text().splitlines()
+        records += [json.loads(line) for line in lines]
+    tokenizer = train_tokenizer([*texts_of(records), *load_english("train")])
+    llama = run / "random-llama"
+    shutil.rmtree(llama, ignore_errors=True)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **LANGUAGE_MODEL,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(llama)
+    tokenizer.save_pretrained(llama)
+    give_eyes(llama, start, visual_experts=())
+
+
+def give_eyes(llm: Path, out: Path, visual_experts: tuple[str, ...] = ("ffn",)) -> Path:
+    """Make the monolithic model that the stages start from, and its processor, from a language model.
+
+    Args:
+        llm: Plain Llama checkpoint.
+        out: Folder of the result, in the released layout.
+        visual_experts: Which parts of each layer get a visual copy.
+    """
+    made = monolithic_from_llama(
+        llm,
+        vision=MonoInternVLVisionConfig(**VISION),
+        visual_experts=visual_experts,
+        max_dynamic_patch=1,
+        use_thumbnail=False,
+    )
+    made.model.save_pretrained(out)
+    made.tokenizer.save_pretrained(out)
+    processor = MonoInternVLProcessor.from_config(
+        made.model.config, load_tokenizer(out), default_system_prompt=""
+    )
+    processor.save_pretrained(out)
+    return out
+
+
+def _drop_visual_rows(model: MonoInternVLForConditionalGeneration, vocab_size: int) -> None:
+    """Cut the embedding and the head back to the language model's own vocabulary."""
+    embedding, head = model.model.language_model.embed_tokens, model.lm_head
+    with torch.no_grad():
+        embedding.weight = torch.nn.Parameter(embedding.weight[:vocab_size].clone())
+        head.weight = torch.nn.Parameter(head.weight[:vocab_size].clone())
+    model.config.text_config.vocab_size = vocab_size

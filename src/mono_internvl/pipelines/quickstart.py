@@ -1,0 +1,409 @@
+"""The main job: a small language model learns to see, in the paper's four stages, on a CPU.
+
+Data, starting model, four stages, an evaluation after each, `metrics.json`, `report.html`, and three
+questions answered on the screen. Every part is skipped if its result is there, so a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from mono_internvl import miniature
+from mono_internvl.errors import ConfigError
+from mono_internvl.evaluation.run import (
+    Question,
+    answer_all,
+    perplexity,
+    read_questions,
+    write_predictions,
+)
+from mono_internvl.miniature import WorldFiles, WorldSize
+from mono_internvl.miniature.english import ASSETS
+from mono_internvl.miniature.targets import (
+    FULL_BOUNDS,
+    QUICK_BOUNDS,
+    Bound,
+    judge,
+    mean_scores,
+    to_rows,
+)
+from mono_internvl.miniature.text_tasks import english_records
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.pipelines.language import give_eyes, make_language_model
+from mono_internvl.recipes.miniature import LANGUAGE, MINIATURE, QUICK_LANGUAGE, QUICK_MINIATURE
+from mono_internvl.serving.loading import load
+from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
+from mono_internvl.training.loop import train_stage
+from mono_internvl.training.recipe import Recipe, Stage
+from mono_internvl.training.state import versions
+from mono_internvl.visual.report import write_report
+
+SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
+START = "start"
+TEXT_KINDS = ("name_qa", "fact_cloze", "reading_qa", "copying")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a quickstart.
+
+    Attributes:
+        size: Of the world.
+        recipe: The four stages.
+        language: The language model's recipe, for `--llm scratch`.
+        bounds: What has to be reached.
+        per_kind: Held-out records of a kind after the last stage; None is all.
+        per_kind_between: The same after the other stages.
+        per_kind_blind: The same without the image, after every stage.
+        text_per_kind: Text probes of a kind.
+        english_records: Held-out English for the perplexity.
+    """
+
+    size: WorldSize
+    recipe: Recipe
+    language: Recipe
+    bounds: dict[str, Bound] = field(default_factory=dict)
+    per_kind: int | None = None
+    per_kind_between: int = 60
+    per_kind_blind: int = 60
+    text_per_kind: int = 120
+    english_records: int = 150
+
+
+FULL = Plan(miniature.FULL, MINIATURE, LANGUAGE, FULL_BOUNDS)
+QUICK = Plan(
+    miniature.QUICK,
+    QUICK_MINIATURE,
+    QUICK_LANGUAGE,
+    QUICK_BOUNDS,
+    per_kind=20,
+    per_kind_between=8,
+    per_kind_blind=8,
+    text_per_kind=24,
+    english_records=30,
+)
+
+
+def quickstart(
+    run: Path = Path("runs/quickstart"),
+    *,
+    quick: bool = False,
+    processes: int | None = None,
+    device: str = "cpu",
+    llm: str = "shipped",
+    seed: int = 0,
+    ask: bool = True,
+) -> Path:
+    """Give a small language model eyes and show what it learnt.
+
+    Args:
+        run: Output folder; a second call with the same arguments goes on where the first stopped.
+        quick: The same path with smaller numbers, for a check of two or three minutes.
+        processes: Training processes of one thread each; two unless there is one core or a GPU.
+        device: Of training and evaluation.
+        llm: "shipped", "scratch" (train it anew) or the folder of a plain Llama checkpoint.
+        seed: Of the world.
+        ask: Answer three questions on the screen at the end.
+
+    Returns:
+        The report.
+    """
+    plan = QUICK if quick else FULL
+    count = processes or (1 if device != "cpu" else 2)
+    console, began = Console(highlight=False), time.perf_counter()
+    _remember(run, {"quick": quick, "llm": llm, "seed": seed})
+    console.print("[bold]1/5[/] the world: pictures, captions, questions", soft_wrap=True)
+    world = miniature.write_world(run / "data", plan.size, seed)
+    console.print("[bold]2/5[/] the language model that gets eyes", soft_wrap=True)
+    start = run / START / "checkpoint"
+    if not (start / "processor_config.json").exists():
+        run_processes(_make_start, 1, llm, world, run, plan, device)
+    console.print(f"[bold]3/5[/] four stages, {count} process(es), each followed by an evaluation")
+    run_processes(_train_and_evaluate, count, plan, world, run, device)
+    console.print("[bold]4/5[/] the report", soft_wrap=True)
+    metrics = collect(run, plan, quick, device, count, time.perf_counter() - began)
+    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    shutil.copytree(run / "s2" / "checkpoint", run / "model", dirs_exist_ok=True)
+    report = write_report(run)
+    _show_targets(console, metrics)
+    if ask:
+        console.print("[bold]5/5[/] three questions", soft_wrap=True)
+        _ask_three(console, run, world)
+    console.print(f"report: {report}", soft_wrap=True)
+    return report
+
+
+def _remember(run: Path, settings: dict[str, Any]) -> None:
+    """Hold a run folder to the settings it was begun with."""
+    file = run / "quickstart.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ConfigError(
+                    f"{run}: begun with {name}={before.get(name)!r}, now {value!r}; choose another "
+                    "--out folder or delete this one"
+                )
+    run.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _make_start(llm: str, world: WorldFiles, run: Path, plan: Plan, device: str) -> None:
+    with _Cost(run / START / "cost.json", "made"):
+        if llm == "scratch":
+            folder = make_language_model(
+                world, run / "language", stage=plan.language.stages[0], device=device
+            )
+        else:
+            folder = SHIPPED_LANGUAGE_MODEL if llm == "shipped" else Path(llm)
+        give_eyes(folder, run / START / "checkpoint")
+
+
+def _train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, device: str) -> None:
+    """In every process: the stages in order, an evaluation before the first and after each."""
+    checkpoint = run / START / "checkpoint"
+    _evaluate(START, checkpoint, plan, world, run, device, is_last=False)
+    for stage in plan.recipe.stages:
+        with _Cost(run / stage.name / "cost.json", "trained"):
+            result = train_stage(stage, checkpoint, world.root, run / stage.name, device=device)
+        checkpoint = result.checkpoint
+        is_last = stage is plan.recipe.stages[-1]
+        _evaluate(stage.name, checkpoint, plan, world, run, device, is_last=is_last)
+
+
+def _evaluate(
+    name: str, checkpoint: Path, plan: Plan, world: WorldFiles, run: Path, device: str, is_last: bool
+) -> None:
+    """Answers and text measures of one checkpoint, shared out over the processes."""
+    done = run / name / "text.json"
+    if done.exists():
+        return
+    with _Cost(run / name / "cost.json", "evaluated"):
+        attention = "eager" if device == "cpu" else None
+        model = MonoInternVLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation=attention
+        ).to(device)
+        processor = MonoInternVLProcessor.from_pretrained(checkpoint)
+        sighted = read_questions(
+            world.heldout, per_kind=plan.per_kind if is_last else plan.per_kind_between
+        )
+        blind = read_questions(world.heldout, per_kind=plan.per_kind_blind)
+        if not is_last:
+            sighted = [q for q in sighted if not q.record.get("aligned")]
+        text = read_questions(world.probes_heldout, per_kind=plan.text_per_kind)
+        found = answer_all(model, processor, _share(sighted))
+        found += answer_all(model, processor, _share(blind), blind=True)
+        found += answer_all(model, processor, _share(text))
+        write_predictions(run / name / f"predictions.{rank()}.jsonl", found)
+        barrier()
+        if rank() == 0:
+            parts = [run / name / f"predictions.{i}.jsonl" for i in range(world_size())]
+            merged = run / "predictions" / f"{name}.jsonl"
+            merged.parent.mkdir(exist_ok=True)
+            merged.write_text("".join(part.read_text() for part in parts))
+            for part in parts:
+                part.unlink()
+            measures = {
+                "perplexity": perplexity(model, processor, _english(world, plan.english_records)),
+                "logits_identical": _same_text_logits(model, processor, run, text, device),
+            }
+            done.write_text(json.dumps(measures) + "\n")
+        barrier()
+
+
+def _share(questions: Sequence[Question]) -> list[Question]:
+    """This process's share, dealt out in turn."""
+    return list(questions[rank() :: world_size()])
+
+
+def _english(world: WorldFiles, count: int) -> list[list[dict[str, Any]]]:
+    paragraphs = [p for p in world.english_heldout.read_text().split("\n\n") if p.strip()]
+    roles = {"human": "user", "gpt": "assistant"}
+    return [
+        [{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]]  # type: ignore[attr-defined]
+        for record in english_records(paragraphs)[:count]
+    ]
+
+
+@torch.inference_mode()
+def _same_text_logits(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    run: Path,
+    questions: Sequence[Question],
+    device: str,
+) -> bool:
+    """Whether text-only logits equal, bit for bit, those of the model before the first stage."""
+    before = MonoInternVLForConditionalGeneration.from_pretrained(
+        run / START / "checkpoint", dtype=torch.float32, attn_implementation="eager"
+    ).to(device)
+    before.eval()
+    model.eval()
+    for question in questions[:: max(1, len(questions) // 16)]:
+        ids = processor.encode_conversation(question.sample.messages).input_ids[None].to(device)
+        if not torch.equal(model(ids).logits, before(ids).logits):
+            return False
+    return True
+
+
+class _Cost:
+    """CPU seconds of a phase, added up over processes and over interrupted runs, kept in a file."""
+
+    def __init__(self, file: Path, phase: str):
+        self.file, self.key = file.with_name(f"cost.{rank()}.json"), phase
+
+    def __enter__(self) -> None:
+        self.began = time.process_time()
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        costs = json.loads(self.file.read_text()) if self.file.exists() else {}
+        costs[self.key] = costs.get(self.key, 0.0) + time.process_time() - self.began
+        self.file.write_text(json.dumps(costs) + "\n")
+
+
+def collect(
+    run: Path, plan: Plan, quick: bool, device: str, processes: int, seconds: float
+) -> dict[str, Any]:
+    """Everything that was measured, from the files of a finished run: the content of `metrics.json`."""
+    names = (START, *(stage.name for stage in plan.recipe.stages))
+    rows = {name: _read_rows(run / "predictions" / f"{name}.jsonl") for name in names}
+    text = {name: json.loads((run / name / "text.json").read_text()) for name in names}
+    costs = {name: _cpu_minutes(run / name) for name in names}
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    spent = sum(u.ru_utime + u.ru_stime for u in usage) / 60
+    cpu_minutes = max(spent, sum(costs.values()))
+    targets = judge(
+        plan.bounds,
+        rows,
+        {name: text[name]["perplexity"] for name in names},
+        {name: text[name]["logits_identical"] for name in names},
+        cpu_minutes,
+    )
+    stages: dict[str, Stage] = {stage.name: stage for stage in plan.recipe.stages}
+    return {
+        "name": "quickstart",
+        "quick": quick,
+        "cpu_minutes": cpu_minutes,
+        "minutes": seconds / 60,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": device,
+        "processes": processes,
+        "versions": versions(),
+        "targets": to_rows(targets),
+        "stages": [_stage_row(name, stages.get(name), rows[name], text[name], costs[name]) for name in names],
+    }
+
+
+def _stage_row(
+    name: str,
+    stage: Stage | None,
+    rows: list[dict[str, Any]],
+    text: dict[str, Any],
+    cpu_minutes: float,
+) -> dict[str, Any]:
+    sighted, blind = mean_scores(rows), mean_scores(rows, blind=True)
+    items = [row["kind"] for row in rows if not row["blind"] and not row.get("aligned")]
+    said = {kind: value for kind, value in sighted.items() if kind.startswith("facts_")}
+    said |= {kind: sighted[kind] for kind in TEXT_KINDS if kind in sighted}
+    aligned = mean_scores([{**row, "aligned": False} for row in rows if row.get("aligned")])
+    return {
+        "name": name,
+        "title": stage.title if stage else "before the first stage",
+        "steps": stage.steps if stage else 0,
+        "samples": stage.steps * stage.batch_size if stage else 0,
+        "cpu_minutes": cpu_minutes,
+        "trains": _trains(stage),
+        "scores": {
+            kind: {
+                "score": value,
+                "blind": blind.get(kind),
+                "chance": CHANCE.get(kind),
+                "items": items.count(kind),
+                "aligned": aligned.get(kind),
+            }
+            for kind, value in sighted.items()
+            if kind not in TEXT_KINDS and not kind.startswith("facts_")
+        },
+        "text": {"perplexity": text["perplexity"], **said},
+        "text_logits_identical": text["logits_identical"],
+    }
+
+
+CHANCE = {
+    "colour": 1 / 6,
+    "shape": 1 / 5,
+    "count": 1 / 3,
+    "position": 1 / 9,
+    "existence": 1 / 2,
+    "naming": 1 / 26,
+    "novel": 1 / 30,
+}
+"""Score of a guess at random among the answers of a kind."""
+
+
+def _trains(stage: Stage | None) -> str:
+    if stage is None:
+        return "nothing"
+    parts = {"s11": "patch embedding, projector, visual experts", "s12": "the same"}
+    return parts.get(stage.name, {"s13": "and attention", "s2": "everything"}.get(stage.name, ""))
+
+
+def _cpu_minutes(folder: Path) -> float:
+    files = folder.glob("cost.*.json")
+    return sum(sum(json.loads(file.read_text()).values()) for file in files) / 60
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def _show_targets(console: Console, metrics: dict[str, Any]) -> None:
+    for target in metrics["targets"]:
+        value = "not measured" if target["value"] is None else f"{target['value']:.2f}"
+        sign = ">=" if target["better"] == "higher" else "<="
+        bound = f"must be {sign} {target['must']:g}" if target["must"] is not None else "reported"
+        mark = "[green]ok[/]" if target["met"] else "[red]missed[/]"
+        console.print(f"  {target['name']:<55} {value:>7}  ({bound}) {mark}", soft_wrap=True)
+
+
+def _ask_three(console: Console, run: Path, world: WorldFiles) -> None:
+    """Three held-out pictures, asked through the same session as `mono-internvl chat`."""
+    chat = load(run / "model", device="cpu", dtype="float32")
+    questions = read_questions(world.heldout, per_kind=1)
+    chosen = {q.kind: q for q in questions if q.kind in ("caption", "colour", "grounding")}
+    for kind in ("caption", "colour", "grounding"):
+        question = chosen[kind]
+        text = question.record["conversations"][0]["value"].removeprefix("<image>\n")
+        image = question.sample.images[0]
+        chat.reset()
+        answer = chat.ask(text, images=[image])
+        console.print(f"  [dim]{image}[/]", soft_wrap=True)
+        console.print(f"  Q: {text}\n  A: {answer.text}\n  (truth: {question.record['answer']})", markup=False)
+    image = chosen["caption"].sample.images[0]
+    console.print("ask more:", soft_wrap=True)
+    console.print(
+        f"  mono-internvl chat --model {run / 'model'} --image {image} "
+        '"how many objects are there?"',
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def quick_copy(plan: Plan, **changes: Any) -> Plan:
+    """A plan with other numbers, for tests and experiments."""
+    return dataclasses.replace(plan, **changes)

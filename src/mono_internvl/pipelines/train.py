@@ -1,0 +1,103 @@
+"""`mono-internvl train`: a recipe, stage after stage, in one process or several."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mono_internvl.errors import RecipeError
+from mono_internvl.model.checkpoint import resolve_checkpoint
+from mono_internvl.recipes import RECIPES
+from mono_internvl.training.distributed import run_processes
+from mono_internvl.training.loop import StageResult, train_stage
+from mono_internvl.training.recipe import Recipe, Stage, load_recipe
+
+logger = logging.getLogger(__name__)
+
+
+def train(
+    recipe: str,
+    *,
+    start: str | None = None,
+    data: Path | None = None,
+    run: Path | None = None,
+    processes: int = 1,
+    device: str = "cpu",
+    overrides: Mapping[str, str] | None = None,
+) -> Path:
+    """Train all stages of a recipe; a second call goes on where the first one stopped.
+
+    Args:
+        recipe: Name of a recipe, or a Python file that defines `RECIPE`.
+        start: Checkpoint folder or hub id to start from; the recipe's own unless given.
+        data: Folder of the stages' meta files, or the meta file of a recipe with one stage.
+        run: Output folder, `runs/<recipe>` unless given; a folder per stage.
+        processes: On this machine. Under `torchrun` leave it at 1.
+        device: Of each process.
+        overrides: Fields of every stage as text, e.g. `{"steps": "200"}`.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        RecipeError: The recipe, a field or its combination with the arguments is wrong.
+    """
+    plan = override(load_recipe(recipe, RECIPES), overrides or {})
+    if data is not None and data.suffix == ".json":
+        if len(plan.stages) > 1:
+            raise RecipeError(
+                f"--data {data}: one meta file for the {len(plan.stages)} stages of {plan.name!r}; give "
+                f"the folder that holds {', '.join(stage.data for stage in plan.stages)}"
+            )
+        plan = override(plan, {"data": data.name})
+        data = data.parent
+    if data is None:
+        raise RecipeError(f"recipe {plan.name!r} needs data: give --data META.json or a folder")
+    source = start or plan.start
+    if source is None:
+        raise RecipeError(f"recipe {plan.name!r} names no checkpoint to start from: give --model")
+    folder = run or Path("runs") / plan.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n")
+    first = resolve_checkpoint(source)
+    run_processes(_train_stages, processes, plan.stages, first, data, folder, device)
+    return folder / plan.stages[-1].name / "checkpoint"
+
+
+def _train_stages(
+    stages: tuple[Stage, ...], start: Path, data: Path, run: Path, device: str
+) -> list[StageResult]:
+    results = []
+    for stage in stages:
+        results.append(train_stage(stage, start, data, run / stage.name, device=device))
+        start = results[-1].checkpoint
+    return results
+
+
+def override(recipe: Recipe, fields: Mapping[str, str]) -> Recipe:
+    """The recipe with fields of all its stages replaced, each parsed as the field's type.
+
+    Raises:
+        RecipeError: No such field, or a value that is not of its type.
+    """
+    types = typing.get_type_hints(Stage)
+    values: dict[str, Any] = {}
+    for name, text in fields.items():
+        if name not in types or name in ("name", "rules", "betas"):
+            known = ", ".join(sorted(set(types) - {"name", "rules", "betas"}))
+            raise RecipeError(f"--set {name}={text}: no such field; known: {known}")
+        kind = types[name] if types[name] in (int, float) else str
+        try:
+            values[name] = kind(text)
+        except ValueError as error:
+            raise RecipeError(f"--set {name}={text}: expected {kind.__name__}") from error
+        choices = typing.get_args(types[name])
+        if choices and values[name] not in choices:
+            raise RecipeError(f"--set {name}={text}: expected one of {', '.join(choices)}")
+    stages = tuple(dataclasses.replace(stage, **values) for stage in recipe.stages)
+    return dataclasses.replace(recipe, stages=stages)

@@ -1,0 +1,106 @@
+"""EViP in miniature: the paper's four stages on a rendered world, in minutes on a CPU.
+
+What trains in each stage is the paper's; sizes, rates and steps are ours, chosen on the validation
+split. The 2B recipe (`recipes/evip.py`) differs in data and numbers only.
+"""
+
+import dataclasses
+
+from mono_internvl.training.recipe import Recipe, Rule, Stage
+
+LANGUAGE_MODEL = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.04,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+    "tie_word_embeddings": False,
+}
+"""Fields of the miniature's Llama configuration."""
+
+VISION = {"kind": "patch", "hidden_size": 64, "image_size": 168, "patch_size": 14}
+"""Patch embedding of the miniature: 168 px tiles, 36 visual tokens."""
+
+EYES = r"vision_embedder\.|projector\."
+EXPERTS = r"_visual\."
+ATTENTION = r"self_attn\."
+EVERYTHING_ELSE = Rule(".*", None)
+
+
+def _stage(name: str, title: str, **fields: object) -> Stage:
+    common: dict[str, object] = {
+        "batch_size": 16,
+        "schedule": "cosine",
+        "warmup_steps": 50,
+        "final_rate_share": 0.05,
+        "weight_decay": 0.05,
+        "betas": (0.9, 0.95),
+        "max_tokens": 320,
+        "max_tiles": 1,
+        "checkpoint_every": 500,
+        "data": f"{name}.json",
+    }
+    return Stage(name=name, title=title, **{**common, **fields})  # type: ignore[arg-type]
+
+
+LANGUAGE = Recipe(
+    name="miniature-language",
+    source="ours: the language model that the miniature gives eyes to",
+    stages=(
+        _stage(
+            "language",
+            "a small language model",
+            batch_size=32,
+            steps=4000,
+            warmup_steps=100,
+            rules=(Rule(EYES, None), Rule(".*", 2e-3)),
+        ),
+    ),
+)
+
+MINIATURE = Recipe(
+    name="miniature",
+    source="arXiv 2410.08202, section 3.2 (what trains); sizes and rates ours",
+    stages=(
+        _stage(
+            "s11",
+            "concept learning",
+            steps=800,
+            rules=(Rule(EYES, 1e-3), Rule(EXPERTS, 5e-4), EVERYTHING_ELSE),
+        ),
+        _stage(
+            "s12",
+            "semantic learning",
+            steps=1500,
+            rules=(Rule(EYES, 1e-3), Rule(EXPERTS, 5e-4), EVERYTHING_ELSE),
+        ),
+        _stage(
+            "s13",
+            "alignment learning",
+            steps=1500,
+            rules=(Rule(EYES, 5e-4), Rule(EXPERTS, 5e-4), Rule(ATTENTION, 1e-4), EVERYTHING_ELSE),
+        ),
+        _stage(
+            "s2",
+            "instruction tuning",
+            steps=1500,
+            rules=(Rule(EYES, 5e-4), Rule(EXPERTS, 5e-4), Rule(".*", 1e-4)),
+        ),
+    ),
+)
+
+
+def _quick(recipe: Recipe, steps: dict[str, int]) -> Recipe:
+    stages = tuple(
+        dataclasses.replace(stage, steps=steps[stage.name], warmup_steps=10)
+        for stage in recipe.stages
+    )
+    return dataclasses.replace(recipe, name=f"{recipe.name}-quick", stages=stages)
+
+
+QUICK_LANGUAGE = _quick(LANGUAGE, {"language": 60})
+QUICK_MINIATURE = _quick(MINIATURE, {"s11": 40, "s12": 60, "s13": 60, "s2": 60})

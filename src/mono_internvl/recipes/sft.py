@@ -1,0 +1,50 @@
+"""Fine-tuning on your own conversations: from a released 2B checkpoint, or from the quickstart's model.
+
+Source: the released fine-tuning script (LLaVA-665k) for the 2B numbers; the miniature's are ours.
+"""
+
+from mono_internvl.recipes.miniature import EXPERTS, EYES
+from mono_internvl.training.recipe import Recipe, Rule, Stage
+
+SFT = Recipe(
+    name="sft",
+    source="fine-tuning script of OpenGVLab/Mono-InternVL at 5b17ab4",
+    stages=(
+        Stage(
+            name="sft",
+            title="instruction tuning on your own data",
+            data="train.json",
+            rules=(Rule(".*", 4e-5),),
+            epochs=1.0,
+            batch_size=128,
+            schedule="cosine",
+            warmup_share=0.03,
+            max_tokens=2048,
+            max_tiles=6,
+            checkpoint_every=500,
+        ),
+    ),
+)
+
+MINIATURE_SFT = Recipe(
+    name="miniature-sft",
+    source="ours",
+    start="runs/quickstart/model",
+    stages=(
+        Stage(
+            name="sft",
+            title="the miniature on your own data",
+            data="train.json",
+            rules=(Rule(f"{EYES}|{EXPERTS}", 1e-3), Rule(".*", 2e-4)),
+            epochs=8.0,
+            batch_size=32,
+            schedule="cosine",
+            warmup_share=0.05,
+            weight_decay=0.05,
+            betas=(0.9, 0.95),
+            max_tokens=512,
+            max_tiles=1,
+            checkpoint_every=200,
+        ),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Answering: a conversation that reads every token once."""

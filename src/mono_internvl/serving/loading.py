@@ -1,0 +1,81 @@
+"""From a checkpoint to a conversation in one call."""
+
+from pathlib import Path
+
+import torch
+
+from mono_internvl.errors import ConfigError
+from mono_internvl.model.checkpoint import resolve_checkpoint
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.serving.sampling import GREEDY, Sampling
+from mono_internvl.serving.session import ChatSession
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    system: str | None = None,
+    max_tiles: int | None = None,
+    sampling: Sampling = GREEDY,
+) -> ChatSession:
+    """Load a checkpoint and open a conversation with it.
+
+    Args:
+        model: Checkpoint folder or hub id.
+        device: "auto" (CUDA if there is any, else CPU), "cpu", "cuda" or "cuda:1".
+        dtype: "auto" (bfloat16 on CUDA, else the checkpoint's), "float32", "bfloat16", "float16".
+        revision: Branch, tag or commit of a hub id.
+        cache_dir: Where hub files are kept.
+        local_files_only: Never ask the network.
+        system: As in `ChatSession`.
+        max_tiles: As in `ChatSession`.
+        sampling: As in `ChatSession`.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be had, or is incomplete.
+        ConfigError: Device or dtype is unknown or not there.
+    """
+    place = choose_device(device)
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
+    kind = "bfloat16" if dtype == "auto" and place.type == "cuda" else dtype
+    folder = resolve_checkpoint(
+        model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    processor = MonoInternVLProcessor.from_pretrained(folder)
+    loaded = MonoInternVLForConditionalGeneration.from_pretrained(
+        folder, dtype=DTYPES.get(kind, "auto")
+    )
+    return ChatSession(
+        loaded.to(place), processor, system=system, max_tiles=max_tiles, sampling=sampling
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" takes CUDA if there is any.
+
+    Raises:
+        ConfigError: The name is unknown, or there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r}; expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices that "
+            f"torch {torch.__version__} can use; take device='cpu'"
+        )
+    return device

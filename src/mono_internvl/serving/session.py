@@ -1,0 +1,398 @@
+"""A conversation with a model: images in any turn, every token read once, an answer as it is made.
+
+The session keeps the keys and values of what was said, so a new question costs its own tokens only.
+The cache always holds the conversation as the chat template writes it, with the ids that were
+generated.
+
+Legend: V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, LogitsProcessorList
+from transformers.cache_utils import DynamicCache
+
+from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.model.image_processing import load_image
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.model.prompts import TURN_END, parse_boxes
+from mono_internvl.serving.sampling import GREEDY, Sampling
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+Box = tuple[int, int, int, int]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What an answer cost.
+
+    Attributes:
+        prompt: Tokens of the conversation up to the answer.
+        cached: How many of them were not read again.
+        generated: Tokens of the answer, without the one that ended it.
+    """
+
+    prompt: int
+    cached: int
+    generated: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer.
+
+    Attributes:
+        text: Without control tokens and outer whitespace.
+        boxes: Boxes (x1, y1, x2, y2) in the text, in 1/1000 of the image's width and height.
+        tokens: Token counts.
+        seconds: From the question to the end of the answer.
+        finish_reason: "stop" if the model ended it, "length" if it had to be cut.
+        ids: The generated ids, without the one that ended the answer.
+    """
+
+    text: str
+    boxes: tuple[Box, ...]
+    tokens: TokenCounts
+    seconds: float
+    finish_reason: FinishReason
+    ids: tuple[int, ...]
+
+
+class ChatSession:
+    """A conversation that grows; one thread, one answer at a time.
+
+    An answer stopped by Ctrl-C, or by closing its stream, stays in the conversation as far as it
+    came. Any other failure leaves the session as it was before the question.
+
+    Args:
+        model: On any device, in any dtype.
+        processor: Of the same checkpoint.
+        system: System message; None takes the processor's own, an empty one leaves it out.
+        max_tiles: Most tiles of an image, thumbnail not counted; None takes the processor's own.
+        sampling: Used where `ask` says nothing else.
+
+    Raises:
+        ConfigError: If model and processor do not belong together.
+
+    Source: `chat` of the released code. Differs: later turns reuse the cache with the ids that were
+        generated, where it reads the whole conversation again from re-tokenized text; `</s>` and
+        `<|im_start|>` end an answer too; an empty answer is closed like any other.
+    """
+
+    def __init__(
+        self,
+        model: MonoInternVLForConditionalGeneration,
+        processor: MonoInternVLProcessor,
+        *,
+        system: str | None = None,
+        max_tiles: int | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> None:
+        _check_belong_together(model, processor)
+        self.model = model.eval()
+        self.processor = processor
+        self.system = system
+        self.max_tiles = max_tiles
+        self.sampling = sampling
+        self._busy = threading.Lock()
+        self._turn_end: int = processor.tokenizer.control_id(TURN_END)
+        self._stops = frozenset(processor.stop_token_ids)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._messages: list[dict[str, Any]] = []
+        self._ids: list[int] = []
+        self._cache = DynamicCache(config=self.model.config.get_text_config())
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What was said, as messages with their images; answers keep their grounding tokens."""
+        return list(self._messages)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens of the conversation, all of them in the cache."""
+        return tuple(self._ids)
+
+    @property
+    def cache(self) -> DynamicCache:
+        """Keys and values of `ids`; for looking, not for changing."""
+        return self._cache
+
+    def reset(self) -> None:
+        """Forget the conversation.
+
+        Raises:
+            PromptError: An answer is being streamed.
+        """
+        with self._exclusive():
+            self._clear()
+
+    def ask(
+        self,
+        question: str,
+        images: Sequence[Any] = (),
+        *,
+        stream: Callable[[str], object] | None = None,
+        max_tiles: int | None = None,
+        **sampling: Any,
+    ) -> Answer:
+        """Ask, and wait for the answer.
+
+        Args:
+            question: Text; `<image>` in it says where an image stands, else images come first.
+            images: Paths, bytes, data URIs or PIL images.
+            stream: Gets the answer's text piece by piece.
+            max_tiles: Most tiles of each of these images.
+            **sampling: Fields of `Sampling` that differ from the session's.
+
+        Raises:
+            PromptError: The question is empty or too long, or images and placeholders differ in
+                number.
+            ImageError: An image cannot be decoded.
+            ConfigError: A sampling option is out of range or unknown.
+        """
+        with contextlib.closing(
+            self.ask_stream(question, images, max_tiles=max_tiles, **sampling)
+        ) as pieces:
+            while True:
+                try:
+                    piece = next(pieces)
+                except StopIteration as end:
+                    answer: Answer = end.value
+                    return answer
+                if stream is not None:
+                    stream(piece)
+
+    def ask_stream(
+        self,
+        question: str,
+        images: Sequence[Any] = (),
+        *,
+        max_tiles: int | None = None,
+        **sampling: Any,
+    ) -> Generator[str, None, Answer]:
+        """As `ask`, but yields the answer's text as it is made; returns the `Answer`."""
+        unknown = sorted(set(sampling) - {field.name for field in dataclasses.fields(Sampling)})
+        if unknown:
+            raise ConfigError(
+                f"sampling option {unknown[0]!r} is unknown; expected one of "
+                f"{', '.join(field.name for field in dataclasses.fields(Sampling))}"
+            )
+        options = dataclasses.replace(self.sampling, **sampling)
+        with self._exclusive():
+            return (yield from self._take_turn(question, images, max_tiles, options))
+
+    # ------------------------------------------------------------------ one turn
+
+    def _take_turn(
+        self, question: str, images: Sequence[Any], max_tiles: int | None, options: Sampling
+    ) -> Generator[str, None, Answer]:
+        start = time.perf_counter()
+        message = _user_message(question, images)
+        batch = self._encode(message, self.max_tiles if max_tiles is None else max_tiles)
+        prompt: list[int] = batch["input_ids"][0].tolist()
+        cached, num_messages = len(self._ids), len(self._messages)
+        num_prompt = cached + len(prompt)
+        most = min(options.max_new_tokens, self._room_after(num_prompt))
+        generated: list[int] = []
+        text = _TextStream(self.processor)
+        is_settled = False
+        try:
+            try:
+                yield from self._generate(
+                    prompt, batch.get("pixel_values"), generated, most, options, text
+                )
+            except (KeyboardInterrupt, GeneratorExit):
+                if generated:
+                    self._close_turn(message, generated, num_prompt)
+                    is_settled = True
+                raise
+            self._close_turn(message, generated, num_prompt)
+            is_settled = True
+        finally:
+            if not is_settled:
+                self._crop(cached)
+                del self._messages[num_messages:]
+        if rest := text.finish(generated):
+            yield rest
+        return Answer(
+            text=text.text,
+            boxes=tuple(parse_boxes(text.text)),
+            tokens=TokenCounts(num_prompt, cached, len(generated)),
+            seconds=time.perf_counter() - start,
+            finish_reason="length" if len(generated) == most else "stop",
+            ids=tuple(generated),
+        )
+
+    def _generate(
+        self,
+        prompt: list[int],
+        pixel_values: Tensor | None,
+        generated: list[int],
+        most: int,
+        options: Sampling,
+        text: "_TextStream",
+    ) -> Generator[str, None, None]:
+        """Reads the prompt and appends at most `most` ids to `generated`; yields certain text."""
+        processors = options.logits_processors()
+        generator = None
+        if options.seed is not None:
+            generator = torch.Generator(self.model.device).manual_seed(options.seed)
+        logits = self._read_prompt(prompt, pixel_values)
+        while True:
+            token = self._choose(logits, processors, options.temperature > 0, generator)
+            if token in self._stops:
+                return
+            generated.append(token)
+            if piece := text.push(generated):
+                yield piece
+            if len(generated) == most:
+                return
+            logits = self._read([token])
+
+    def _encode(self, message: Mapping[str, Any], max_tiles: int | None) -> BatchFeature:
+        if self._ids:
+            return self.processor.encode_turn(message, close_previous=False, max_tiles=max_tiles)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return self.processor.encode_prompt([*system, message], max_tiles=max_tiles)
+
+    @torch.inference_mode()
+    def _choose(
+        self,
+        logits: Tensor,
+        processors: LogitsProcessorList,
+        is_random: bool,
+        generator: torch.Generator | None,
+    ) -> int:
+        """The next token from (1, V) logits."""
+        if processors:
+            logits = processors(torch.tensor([self._ids], device=logits.device), logits)
+        if not is_random:
+            return int(logits.argmax(-1))
+        return int(torch.multinomial(logits.softmax(-1)[0], 1, generator=generator))
+
+    # ------------------------------------------------------------------ the cache
+
+    @torch.inference_mode()
+    def _read_prompt(self, ids: list[int], pixel_values: Tensor | None) -> Tensor:
+        """Reads a user's turn, with its images where their context tokens stand; as `_read`."""
+        device = self.model.device
+        tokens = torch.tensor([ids], device=device)
+        pixels = None if pixel_values is None else pixel_values.to(device)
+        out = self.model.prefill(tokens, self._cache, pixels)
+        self._ids += ids
+        return _last_logits(out.logits)
+
+    @torch.inference_mode()
+    def _read(self, ids: list[int]) -> Tensor:
+        """Reads generated tokens, each of them text. Returns (1, V) logits of what follows."""
+        tokens = torch.tensor([ids], device=self.model.device)
+        out = self.model(tokens, past_key_values=self._cache, logits_to_keep=1)
+        self._ids += ids
+        return _last_logits(out.logits)
+
+    def _close_turn(self, message: dict[str, Any], generated: list[int], num_prompt: int) -> None:
+        """Ends the answer as the template does, and remembers both messages."""
+        self._crop(len(self._ids))
+        self._read([*generated[len(self._ids) - num_prompt :], self._turn_end])
+        answer = self.processor.decode_answer(generated, keep_grounding=True)
+        self._messages += [message, {"role": "assistant", "content": answer}]
+
+    def _crop(self, length: int) -> None:
+        """Back to the first `length` tokens, also after a pass that broke off between layers."""
+        self._ids = self._ids[:length]
+        if not length:
+            self._cache = DynamicCache(config=self.model.config.get_text_config())
+            return
+        for layer in self._cache.layers:
+            layer.keys = layer.keys[..., :length, :]
+            layer.values = layer.values[..., :length, :]
+
+    def _room_after(self, num_prompt: int) -> int:
+        """How many tokens an answer may have, its end not counted."""
+        text = self.model.config.get_text_config()
+        rope = text.rope_parameters
+        if rope["rope_type"] == "dynamic":
+            return sys.maxsize
+        stretch = rope.get("factor", 1.0) if rope["rope_type"] == "linear" else 1.0
+        limit = int(text.max_position_embeddings * stretch)
+        if num_prompt + 2 > limit:
+            raise PromptError(
+                f"the conversation has {num_prompt} tokens with this question, but the model reads "
+                f"{limit} with the answer; reset the session, or ask with a lower max_tiles"
+            )
+        return limit - num_prompt - 1
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Generator[None, None, None]:
+        if not self._busy.acquire(blocking=False):
+            raise PromptError(
+                "an answer of this session is still being streamed; read it to its end or close it"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+class _TextStream:
+    """Text of a growing answer, handed out as far as later tokens cannot change it."""
+
+    def __init__(self, processor: MonoInternVLProcessor) -> None:
+        self.text = ""
+        self._processor = processor
+
+    def push(self, ids: list[int]) -> str:
+        """New text that is certain: no whitespace that may be final, no unfinished character."""
+        return self._advance(self._processor.decode_answer(ids).rstrip(REPLACEMENT).rstrip())
+
+    def finish(self, ids: list[int]) -> str:
+        """What is left; `text` then is the whole answer."""
+        return self._advance(self._processor.decode_answer(ids))
+
+    def _advance(self, text: str) -> str:
+        new, self.text = text[len(self.text) :], max(text, self.text, key=len)
+        return new
+
+
+def _user_message(question: str, images: Sequence[Any]) -> dict[str, Any]:
+    if not question.strip():
+        raise PromptError("question: empty; expected some text, for example 'What is shown?'")
+    if isinstance(images, str | bytes | Path):
+        raise PromptError(f"images is one {type(images).__name__}; expected a list of images")
+    pictures = [{"type": "image", "image": load_image(image)} for image in images]
+    return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}
+
+
+def _last_logits(logits: Tensor | None) -> Tensor:
+    assert logits is not None
+    return logits[:, -1]  # (1, V)
+
+
+def _check_belong_together(
+    model: MonoInternVLForConditionalGeneration, processor: MonoInternVLProcessor
+) -> None:
+    config = model.config
+    for name, of_model, of_processor in (
+        ("visual tokens per tile", config.num_image_tokens_per_tile, processor.tokens_per_tile),
+        ("id of <IMG_CONTEXT>", config.image_token_id, processor.image_token_id),
+    ):
+        if of_model != of_processor:
+            raise ConfigError(
+                f"{name}: {of_model} in the model but {of_processor} in the processor; load "
+                "both from the same checkpoint"
+            )

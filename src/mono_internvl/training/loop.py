@@ -1,0 +1,284 @@
+"""The training loop: one stage, one process or several, from a checkpoint to a checkpoint.
+
+Rules set what learns; micro-batches are read by number; the loss is a sum over label weights divided by
+the global weight of the step, so that accumulation and data parallelism change nothing; states are
+saved atomically, and a killed run goes on to the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from mono_internvl.data.batches import Batch, BatchPlan, BatchStream
+from mono_internvl.data.samples import Sample
+from mono_internvl.data.sources import read_meta
+from mono_internvl.errors import TrainingStateError
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.training.distributed import all_sum, barrier, rank, world_size
+from mono_internvl.training.progress import StageProgress
+from mono_internvl.training.recipe import Stage
+from mono_internvl.training.rules import apply_rules
+from mono_internvl.training.state import (
+    SavedState,
+    exclusive,
+    latest_state,
+    load_optimizer,
+    read_state,
+    save_state,
+    truncate_metrics,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A finished stage.
+
+    Attributes:
+        checkpoint: Folder in the released layout, processor included.
+        metrics: JSON lines, one per step.
+        steps: Optimizer steps in total.
+        resumed_at: Step it was resumed at, 0 if it ran through; equal to `steps` if it was done before.
+    """
+
+    checkpoint: Path
+    metrics: Path
+    steps: int
+    resumed_at: int
+
+
+def train_stage(
+    stage: Stage,
+    start: Path,
+    data: Path,
+    run: Path,
+    *,
+    device: str = "cpu",
+    attention: str | None = None,
+) -> StageResult:
+    """Train one stage; go on where a killed run of the same stage stopped.
+
+    Args:
+        stage: What to do.
+        start: Checkpoint to start from (or a folder or hub id that `from_pretrained` takes).
+        data: Folder that `stage.data` is relative to.
+        run: Output folder: `checkpoint/`, `metrics.jsonl`, and `step_*` states while it runs.
+        device: Of this process.
+        attention: Attention implementation; by default eager in bf16 on a CPU (where sdpa is slow),
+            else transformers' choice.
+
+    Raises:
+        RecipeError: The rules do not fit the model.
+        SampleError: A bad record, unless the stage skips them.
+        TrainingStateError: The folder holds another stage's run, is in use, or the loss is not finite.
+    """
+    with ExitStack() as stack:
+        if rank() == 0:
+            stack.enter_context(exclusive(run))
+        barrier()
+        return _Loop(stage, start, data, run, device, attention).train()
+
+
+class _Loop:
+    """One run of one stage; the state of `train_stage`."""
+
+    def __init__(
+        self, stage: Stage, start: Path, data: Path, run: Path, device: str, attention: str | None
+    ):
+        self.sources = read_meta(data / stage.data)
+        num_records = sum(round(len(source) * source.repeat) for source in self.sources)
+        self.stage = stage = stage.resolved(num_records)
+        self.run, self.device = run, device
+        self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
+        self.final, self.metrics = run / "checkpoint", run / "metrics.jsonl"
+        self.resumed = self._resumable()
+        if attention is None and device == "cpu" and stage.precision == "bf16":
+            attention = "eager"
+        folder = self.resumed.folder if self.resumed else start
+        self.model: MonoInternVLForConditionalGeneration = (
+            MonoInternVLForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation=attention
+            )
+        ).to(device)
+        self.processor: MonoInternVLProcessor = MonoInternVLProcessor.from_pretrained(folder)
+
+    def _resumable(self) -> SavedState | None:
+        state = read_state(self.final) if self.final.exists() else latest_state(self.run)
+        if state is not None and state.stage != self.fields:
+            names = set(state.stage) | set(self.fields)
+            name = next(n for n in sorted(names) if state.stage.get(n) != self.fields.get(n))
+            raise TrainingStateError(
+                f"{self.run}: holds a run with {name}={state.stage.get(name)!r}, this stage has "
+                f"{self.fields.get(name)!r}; choose another output folder or delete this one"
+            )
+        return state
+
+    def train(self) -> StageResult:
+        stage = self.stage
+        first = self.resumed.step if self.resumed else 0
+        result = StageResult(self.final, self.metrics, stage.steps, first)
+        if first == stage.steps:
+            return result
+        groups = apply_rules(self.model, self.model.config, stage)
+        optimizer = self._optimizer(groups)
+        if self.resumed:
+            load_optimizer(self.resumed.folder, self.model, optimizer)
+        if rank() == 0:
+            truncate_metrics(self.metrics, first)
+        self.model.train()
+        learner = self._data_parallel()
+        with (
+            StageProgress(stage, first, quiet=rank() != 0) as progress,
+            self.metrics.open("a") if rank() == 0 else nullcontext() as log,
+        ):
+            batches = self._batches(first)
+            for step in range(first, stage.steps):
+                row = self._step(step, learner, optimizer, batches)
+                if log is not None:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                progress.update(row)
+                done = step + 1
+                if stage.checkpoint_every and done % stage.checkpoint_every == 0 < stage.steps - done:
+                    self._save(self.run / f"step_{done:08d}", optimizer, done)
+        self._save(self.final, None, stage.steps)
+        return result
+
+    def _optimizer(self, groups: Any) -> torch.optim.Optimizer:
+        parameters = dict(self.model.named_parameters())
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": [parameters[name] for name in group.names],
+                    "lr": group.learning_rate,
+                    "peak_rate": group.learning_rate,
+                    "weight_decay": group.weight_decay,
+                }
+                for group in groups
+            ],
+            betas=self.stage.betas,
+            eps=self.stage.eps,
+            fused=True,
+        )
+
+    def _data_parallel(self) -> nn.Module:
+        if world_size() == 1:
+            return self.model
+        # A batch without images leaves the visual experts of this process unused.
+        return DistributedDataParallel(
+            self.model, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        stage = self.stage
+        plan = BatchPlan(
+            batch_size=stage.batch_size // stage.accumulation,
+            max_tokens=stage.max_tokens,
+            pad_token_id=self.model.config.text_config.pad_token_id or 0,
+            rank=rank(),
+            world_size=world_size(),
+            loss_weighting=stage.loss_weighting,
+            on_bad_sample=stage.on_bad_sample,
+        )
+        stream = BatchStream(self.sources, self._encode, plan, stage.seed)
+        numbers = range(first_step * stage.accumulation, stage.steps * stage.accumulation)
+        return iter(
+            DataLoader(
+                stream, batch_size=None, sampler=numbers, num_workers=stage.loader_workers
+            )
+        )
+
+    def _encode(self, sample: Sample) -> Any:
+        max_tiles = sample.max_tiles or self.stage.max_tiles
+        share = max(1, max_tiles // max(1, len(sample.images)))
+        return self.processor.encode_conversation(sample.messages, max_tiles=share)
+
+    def _step(
+        self,
+        step: int,
+        learner: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterator[Batch],
+    ) -> dict[str, Any]:
+        """One optimizer step; returns its metrics row."""
+        stage, began = self.stage, time.perf_counter()
+        micro = [next(batches) for _ in range(stage.accumulation)]
+        weight = all_sum(torch.stack([batch.loss_weight.sum() for batch in micro]).sum())
+        losses = []
+        for number, batch in enumerate(micro):
+            last = number == stage.accumulation - 1
+            waits = isinstance(learner, DistributedDataParallel) and not last
+            with learner.no_sync() if waits else nullcontext():
+                losses.append(self._backward(learner, batch, weight / world_size()))
+        loss = all_sum(torch.stack(losses).sum()) / world_size()
+        if not torch.isfinite(loss):
+            ids = ", ".join(i for batch in micro for i in batch.record_ids)
+            raise TrainingStateError(
+                f"stage {stage.name!r}: loss is {loss.item()} at step {step + 1} (records {ids}); lower "
+                "the learning rate or look at these records"
+            )
+        share = stage.rate_share(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_rate"] * share
+        learned = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in learned:
+            if parameter.grad is None:  # a step without images: the visual parts stand still
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.clip_grad_norm_(learned, stage.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        counts = all_sum(
+            torch.tensor(
+                [sum(getattr(b, name) for b in micro) for name in ("num_tokens", "num_images")]
+                + [sum(len(b.skipped) for b in micro)]
+            )
+        ).tolist()
+        return {
+            "step": step + 1,
+            "loss": loss.item(),
+            "learning_rate_share": share,
+            "grad_norm": norm.item(),
+            "tokens": counts[0],
+            "images": counts[1],
+            "skipped": counts[2],
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _backward(self, learner: nn.Module, batch: Batch, denominator: Tensor) -> Tensor:
+        device = torch.device(self.device)
+        pixels = batch.pixel_values
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
+            out = learner(
+                input_ids=batch.input_ids.to(device),
+                pixel_values=None if pixels is None else pixels.to(device),
+                labels=batch.labels.to(device),
+                loss_weight=batch.loss_weight.to(device),
+                num_items_in_batch=denominator.to(device),
+                logits_to_keep=None,
+            )
+        out.loss.backward()
+        return out.loss.detach().cpu()
+
+    def _save(self, folder: Path, optimizer: torch.optim.Optimizer | None, step: int) -> None:
+        if rank() == 0:
+            save_state(folder, self.model, self.processor, optimizer, step, self.fields)
+            for state in self.run.glob("step_*"):
+                if state != folder:
+                    shutil.rmtree(state)
+        barrier()

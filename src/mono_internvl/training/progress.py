@@ -1,0 +1,68 @@
+"""What a person sees while a stage trains: loss, speed and time left, live on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mono_internvl.training.recipe import Stage
+
+_SMOOTHING = 0.95
+
+
+class StageProgress:
+    """Live line of a stage; on a pipe, one line for every tenth of the way.
+
+    Args:
+        stage: What trains.
+        first_step: Where it starts (a resumed run does not start at 0).
+        quiet: Show nothing (all processes but the first).
+    """
+
+    def __init__(self, stage: Stage, first_step: int = 0, quiet: bool = False):
+        self.stage, self.done, self.quiet = stage, first_step, quiet
+        self.console = Console(file=sys.stderr)
+        self.loss: float | None = None
+        self.tokens = self.images = 0
+        self.began = time.perf_counter()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=quiet or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(
+            f"{stage.name} {stage.title}", total=stage.steps, completed=first_step, text=""
+        )
+
+    def __enter__(self) -> StageProgress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show a metrics row."""
+        loss = row["loss"]
+        self.loss = loss if self.loss is None else _SMOOTHING * self.loss + (1 - _SMOOTHING) * loss
+        self.tokens, self.images = self.tokens + row["tokens"], self.images + row["images"]
+        self.done = row["step"]
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        text = (
+            f"loss {self.loss:.3f}  {self.tokens / seconds:,.0f} tokens/s  "
+            f"{self.images / seconds:,.0f} images/s"
+        )
+        self.bar.update(self.task, completed=self.done, text=text)
+        tenth = max(1, self.stage.steps // 10)
+        if not self.quiet and not self.console.is_terminal and self.done % tenth == 0:
+            self.console.print(
+                f"{self.stage.name} {self.done}/{self.stage.steps}  {text}", highlight=False
+            )

@@ -1,0 +1,180 @@
+"""A stage is data: frozen dataclasses that say what is learnt, from what, and how fast.
+
+A recipe is a Python object, so it is typed, diffed and reviewed like code; it is printed before a run
+and saved beside every checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mono_internvl.data.batches import LossWeighting, OnBadSample
+from mono_internvl.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a stage's table: parameters whose name matches learn at a rate, or not at all.
+
+    Attributes:
+        pattern: Regular expression, searched in the parameter's name. The first matching rule counts.
+        learning_rate: Peak rate; None freezes.
+    """
+
+    pattern: str
+    learning_rate: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of training.
+
+    Attributes:
+        name: Folder name of its run.
+        title: What it teaches, in a few words.
+        data: Meta file of its sources, relative to the data folder.
+        rules: What learns; must cover every parameter, none of them dead.
+        steps: Optimizer steps; 0 takes them from `epochs`.
+        epochs: Passes over the data, where `steps` is 0.
+        batch_size: Samples per step, over all processes and accumulation.
+        accumulation: Micro-batches per step.
+        schedule: Of the rate after warm-up; "cosine" falls to `final_rate_share`.
+        warmup_steps: Linear warm-up; 0 takes it from `warmup_share`.
+        warmup_share: Warm-up as a share of all steps, where `warmup_steps` is 0.
+        final_rate_share: Of the peak rate, at the last step of a cosine schedule.
+        weight_decay: On weights of two or more dimensions.
+        clip_norm: Largest norm of the gradient.
+        max_tokens: Longest sample, visual tokens included.
+        max_tiles: Most tiles per image, thumbnail not counted; shared by the images of a sample.
+        loss_weighting: See `BatchPlan`.
+        precision: "bf16" autocasts over fp32 weights; "fp32" does not.
+        seed: Of the data order.
+        checkpoint_every: Steps between saved states; 0 saves at the end only.
+        on_bad_sample: "raise" or "skip".
+        loader_workers: Reader processes per training process; 0 reads in the loop.
+    """
+
+    name: str
+    title: str
+    data: str
+    rules: tuple[Rule, ...]
+    batch_size: int
+    steps: int = 0
+    epochs: float = 0.0
+    accumulation: int = 1
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    warmup_share: float = 0.0
+    final_rate_share: float = 0.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    max_tokens: int = 2048
+    max_tiles: int = 12
+    loss_weighting: LossWeighting = "token"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    seed: int = 0
+    checkpoint_every: int = 0
+    on_bad_sample: OnBadSample = "raise"
+    loader_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "max_tokens", "max_tiles"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"stage {self.name!r}: {name}={getattr(self, name)}; expected >= 1")
+        for name in ("steps", "epochs", "warmup_steps", "warmup_share", "weight_decay", "checkpoint_every", "loader_workers"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"stage {self.name!r}: {name}={getattr(self, name)}; expected >= 0")
+        if not self.steps and not self.epochs:
+            raise RecipeError(f"stage {self.name!r}: steps=0 and epochs=0; give one of them")
+        if self.clip_norm <= 0:
+            raise RecipeError(f"stage {self.name!r}: clip_norm={self.clip_norm}; expected > 0")
+        if self.batch_size % self.accumulation:
+            raise RecipeError(
+                f"stage {self.name!r}: batch_size={self.batch_size} is not a multiple of "
+                f"accumulation={self.accumulation}"
+            )
+        if not self.rules:
+            raise RecipeError(f"stage {self.name!r} has no rules; say what learns")
+
+    def resolved(self, num_records: int) -> Stage:
+        """The same stage with its steps and warm-up in numbers.
+
+        Args:
+            num_records: Records of one pass over its data.
+        """
+        steps = self.steps or max(1, math.ceil(self.epochs * num_records / self.batch_size))
+        warmup = self.warmup_steps or round(self.warmup_share * steps)
+        return dataclasses.replace(self, steps=steps, warmup_steps=warmup)
+
+    def rate_share(self, step: int) -> float:
+        """Share of the peak rate at a step (0 is the first)."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.final_rate_share + (1 - self.final_rate_share) * cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Stages in order; each starts from the checkpoint of the one before.
+
+    Attributes:
+        name: Of the recipe and its run folder.
+        source: Where the numbers come from: paper section, or our own choice.
+        stages: In order.
+        start: Checkpoint the first stage starts from; None takes the one given at the command line.
+    """
+
+    name: str
+    source: str
+    stages: tuple[Stage, ...]
+    start: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise RecipeError(f"recipe {self.name!r} has no stage")
+        if len(set(names)) < len(names):
+            raise RecipeError(f"recipe {self.name!r}: stage names repeat: {names}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for printing and for the file beside the checkpoint."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(name_or_file: str, known: dict[str, Recipe]) -> Recipe:
+    """A recipe by name, or the `RECIPE` of a Python file of the user's.
+
+    Raises:
+        RecipeError: No such name or file, or the file defines no `RECIPE`.
+    """
+    if name_or_file in known:
+        return known[name_or_file]
+    path = Path(name_or_file)
+    if path.suffix != ".py":
+        raise RecipeError(f"no recipe {name_or_file!r}; known: {', '.join(known)}; or give a .py file")
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    spec = importlib.util.spec_from_file_location("user_recipe", path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path}: cannot be read as Python")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, NameError, ImportError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{path}: {type(error).__name__}: {error}") from error
+    recipe = getattr(module, "RECIPE", None)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"{path}: defines no RECIPE of type mono_internvl.training.recipe.Recipe")
+    return recipe
