@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from mono_internvl.data.order import Mixture, batch_positions
 from mono_internvl.data.samples import Sample, read_sample
 from mono_internvl.data.sources import JsonlSource
-from mono_internvl.errors import ImageError, PromptError, SampleError
+from mono_internvl.errors import ImageError, PromptError, RecipeError, SampleError
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +26,19 @@ IGNORED_LABEL = -100
 LossWeighting = Literal["token", "square", "sample"]
 OnBadSample = Literal["raise", "skip"]
 
+# How many records are tried in the place of a micro-batch whose own are all bad.
+_MOST_STAND_INS = 64
 # Exponent p of a sample's token weight 1 / x^p, x its labelled tokens.
 _EXPONENT: dict[str, float] = {"token": 0.0, "square": 0.5, "sample": 1.0}
 
 
 class EncodedSample(Protocol):
-    """What the processor makes of a conversation: ids, labels and pixels."""
+    """What the processor makes of a conversation: ids, labels, pixels, and tiles of each image."""
 
     input_ids: Tensor
     labels: Tensor
     pixel_values: Tensor | None
+    num_tiles: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class Batch:
     """One micro-batch of one process.
 
     Attributes:
-        input_ids: (B, T) int64, right-padded. Causal attention never looks right, so no mask is needed.
-        labels: (B, T) int64, -100 where nothing is learnt and at padding.
+        input_ids: (B, T) int64, right-padded; causal attention never looks right, so no mask.
+        labels: (B, T) int64, -100 where nothing is learnt and at padding; unshifted.
         loss_weight: (B, T) fp32, 0 where nothing is learnt.
         pixel_values: (tiles, 3, S, S) fp32 of all samples in order, or None without images.
         num_tokens: Tokens that are not padding.
@@ -89,8 +93,8 @@ class BatchPlan:
 class BatchStream(Dataset[Batch]):
     """Map-style view of the stream: `stream[n]` is the n-th micro-batch of this process.
 
-    A `DataLoader` over it with a range of numbers as sampler reads ahead in worker processes and still
-    resumes exactly: the state is n.
+    A `DataLoader` over it with a range of numbers as sampler reads ahead in worker processes and
+    still resumes exactly: the state is n.
 
     Args:
         sources: Where records come from.
@@ -107,21 +111,31 @@ class BatchStream(Dataset[Batch]):
         seed: int,
     ):
         if plan.batch_size % plan.world_size:
-            raise SampleError(
-                f"batch_size={plan.batch_size} is not a multiple of the {plan.world_size} processes"
+            raise RecipeError(
+                f"batch_size={plan.batch_size} of a micro-batch is not a multiple of the "
+                f"{plan.world_size} processes; change batch_size, accumulation or the processes"
             )
         self.sources, self.encode, self.plan, self.seed = sources, encode, plan, seed
         self.mixture = Mixture(
             tuple(len(source) for source in sources), tuple(s.repeat for s in sources), seed
         )
+        if not len(self.mixture):
+            raise SampleError("an epoch has no record: raise repeat_time of the sources")
         self._window: tuple[int, list[list[int]]] = (-1, [])
 
     def __getitem__(self, number: int) -> Batch:
         plan = self.plan
         window, place = divmod(number, plan.window)
         positions = self._batches_of_window(window)[place][plan.rank :: plan.world_size]
-        encoded, skipped, ids = [], [], []
-        for position in positions:
+        encoded: list[EncodedSample] = []
+        skipped: list[str] = []
+        ids: list[str] = []
+        # A process without any sample could not take part in the step: the records that follow
+        # stand in, so what they are is still a function of `number` alone.
+        stand_ins = range(positions[-1] + 1, positions[-1] + 1 + _MOST_STAND_INS)
+        for tried, position in enumerate(chain(positions, stand_ins)):
+            if encoded and tried >= len(positions):
+                break
             source, index = self.mixture.locate(position)
             try:
                 sample = read_sample(self.sources[source], index)
@@ -133,7 +147,9 @@ class BatchStream(Dataset[Batch]):
                 logger.warning("skipped %s", error)
                 skipped.append(str(error))
         if not encoded:
-            raise SampleError(f"micro-batch {number}: all its samples are bad, first: {skipped[0]}")
+            raise SampleError(
+                f"micro-batch {number}: all {len(skipped)} records are bad, first: {skipped[0]}"
+            )
         return self._collate(encoded, tuple(ids), tuple(skipped))
 
     def _batches_of_window(self, window: int) -> list[list[int]]:
@@ -183,7 +199,7 @@ class BatchStream(Dataset[Batch]):
             weight,
             torch.cat(pixels) if pixels else None,
             num_tokens=sum(len(sample.input_ids) for sample in encoded),
-            num_images=len(pixels),
+            num_images=sum(len(sample.num_tiles) for sample in encoded),
             record_ids=record_ids,
             skipped=skipped,
         )

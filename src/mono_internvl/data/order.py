@@ -1,8 +1,8 @@
 """The order of records as arithmetic: a pure function of seed and position, with nothing to save.
 
-A mixture lays its sources one after another (a source repeated 2.5 times has 2.5 times its length) and
-walks each epoch in a different pseudo-random order. Resuming is adding; another number of processes
-sees the same global batches.
+A mixture lays its sources one after another (a source repeated 2.5 times has 2.5 times its length)
+and walks each epoch in a different pseudo-random order. Resuming is adding; another number of
+processes sees the same global batches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROUNDS = 4
 
 
 def mix(*values: int) -> int:
-    """A 64-bit hash of integers (splitmix64 steps): the only source of randomness in the data order."""
+    """A 64-bit hash of integers (splitmix64 steps): all randomness in the data order."""
     state = 0x9E3779B97F4A7C15
     for value in values:
         state = (state ^ (value & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
@@ -29,8 +29,8 @@ def mix(*values: int) -> int:
 def permuted(index: int, length: int, key: int) -> int:
     """Where `index` goes under a pseudo-random permutation of range(length), without a table.
 
-    A Feistel network over the smallest even number of bits that holds `length`, walked until it lands
-    inside (fewer than four steps on average).
+    A Feistel network over the smallest even number of bits that holds `length`, walked until it
+    lands inside (fewer than four steps on average).
 
     Args:
         index: In range(length).
@@ -67,7 +67,8 @@ class Mixture:
 
     @property
     def _ends(self) -> tuple[int, ...]:
-        return _running_sum(tuple(round(n * r) for n, r in zip(self.lengths, self.repeats, strict=True)))
+        counts = (round(n * r) for n, r in zip(self.lengths, self.repeats, strict=True))
+        return _running_sum(tuple(counts))
 
     def __len__(self) -> int:
         """Records of one epoch."""

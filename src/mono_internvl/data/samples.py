@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +73,18 @@ def _image_paths(record: Record, root: Path) -> tuple[Path, ...]:
     paths = tuple(root / name for name in names)
     for path in paths:
         if not path.is_file():
-            raise SampleError(f"{record.where}: image {path} does not exist; check the source's root")
+            raise SampleError(
+                f"{record.where}: image {path} does not exist; check the source's root"
+            )
     return paths
 
 
 def _turns(record: Record) -> list[tuple[str, str]]:
     conversation = record.value.get("conversations")
     if not isinstance(conversation, list) or not conversation:
-        raise SampleError(f"{record.where}: conversations={conversation!r}; expected a list of turns")
+        raise SampleError(
+            f"{record.where}: conversations={conversation!r}; expected a list of turns"
+        )
     turns = []
     for number, turn in enumerate(conversation):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
@@ -89,17 +95,18 @@ def _turns(record: Record) -> list[tuple[str, str]]:
                 f"expected one of {', '.join(_ROLES)}"
             )
         turns.append((_ROLES[turn["from"]], turn["value"]))
-    if turns[0][0] == "assistant":
-        turns = turns[1:]
+    first = next((i for i, (role, _) in enumerate(turns) if role != "system"), 0)
+    if turns[first][0] == "assistant":
+        del turns[first]
     speakers = [role for role, _ in turns if role != "system"]
-    if speakers[:1] != ["user"] or any(a == b for a, b in zip(speakers, speakers[1:], strict=False)):
+    if speakers[:1] != ["user"] or any(a == b for a, b in pairwise(speakers)):
         raise SampleError(f"{record.where}: roles {speakers}; expected human and gpt by turns")
     if speakers[-1] != "assistant":
         raise SampleError(f"{record.where}: the last turn is the human's; nothing to learn from it")
     return turns
 
 
-def _parts(text: str, images: Any) -> str | list[dict[str, Any]]:
+def _parts(text: str, images: Iterator[Path]) -> str | list[dict[str, Any]]:
     """Message content: plain text, or text and image parts where placeholders stood."""
     if IMAGE_PLACEHOLDER not in text:
         return text

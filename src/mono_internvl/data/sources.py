@@ -4,7 +4,8 @@ A meta file names the sources:
 
     {"captions": {"root": "images/", "annotation": "captions.jsonl", "repeat_time": 1}}
 
-Paths in it are relative to the meta file. An annotation is JSON lines, or one JSON array as LLaVA ships it.
+Paths in it are relative to the meta file. An annotation is JSON lines, or one JSON array (`.json`)
+as LLaVA ships it.
 
 Source: the dataset description of OpenGVLab/Mono-InternVL at 5b17ab4 and LLaVA's instruction files.
 """
@@ -12,8 +13,7 @@ Source: the dataset description of OpenGVLab/Mono-InternVL at 5b17ab4 and LLaVA'
 from __future__ import annotations
 
 import json
-import mmap
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 
 from mono_internvl.errors import SampleError
+
+_CHUNK_BYTES = 1 << 24
+_LONGEST_BLANK = 32  # a line of so many bytes may be nothing but white space
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,17 @@ class JsonlSource:
         self.name, self.repeat, self.max_tiles = name or self.path.stem, repeat, max_tiles
         if not self.path.is_file():
             raise SampleError(f"{self.path}: no such annotation file (source {self.name!r})")
-        if not 0 < repeat:
-            raise SampleError(f"source {self.name!r}: repeat_time={repeat}; expected a positive number")
-        self._lines = _line_numbers_and_offsets(self.path)
+        if not 0 < repeat < math.inf:
+            raise SampleError(
+                f"source {self.name!r}: repeat_time={repeat}; expected a positive number"
+            )
+        self._lines = self._index()
         if not len(self._lines):
             raise SampleError(f"{self.path}: holds no record (source {self.name!r})")
+
+    def _index(self) -> np.ndarray:
+        """(records, 3) int64: place to name in messages, first byte and end byte of each record."""
+        return _line_numbers_and_offsets(self.path)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -86,7 +95,7 @@ class JsonlSource:
             line = file.read(end - start)
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise SampleError(f"{where}: not JSON ({error}); fix or remove the line") from error
         if not isinstance(value, dict):
             raise SampleError(f"{where}: a JSON {type(value).__name__}; expected an object")
@@ -97,17 +106,14 @@ class JsonArraySource(JsonlSource):
     """One JSON array of records, as LLaVA ships its instruction data; read whole."""
 
     def __init__(self, path: Path, image_root: Path, **options: Any):
-        try:
-            self._records = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise SampleError(f"{path}: not a readable JSON file ({error})") from error
+        self._records = _read_json(Path(path))
         if not isinstance(self._records, list):
             raise SampleError(f"{path}: a JSON {type(self._records).__name__}; expected an array")
         super().__init__(path, image_root, **options)
+
+    def _index(self) -> np.ndarray:
         sizes = [len(json.dumps(record)) for record in self._records]
-        self._lines = np.array([[i, 0, size] for i, size in enumerate(sizes)], np.int64).reshape(-1, 3)
-        if not sizes:
-            raise SampleError(f"{path}: holds no record (source {self.name!r})")
+        return np.array([[i, 0, size] for i, size in enumerate(sizes)], np.int64).reshape(-1, 3)
 
     def record(self, index: int) -> Record:
         value, where = self._records[index], f"{self.path}[{index}]"
@@ -116,59 +122,65 @@ class JsonArraySource(JsonlSource):
         return Record(value, where)
 
 
-def read_meta(path: Path, base: Path | None = None) -> list[JsonlSource]:
+def read_meta(path: Path) -> list[JsonlSource]:
     """The sources that a meta file names.
 
     Args:
-        path: JSON file `{name: {root, annotation, repeat_time, max_dynamic_patch, ...}}`.
-        base: Folder its paths are relative to; the meta file's own unless given.
+        path: JSON file `{name: {root, annotation, repeat_time, max_dynamic_patch, ...}}`; paths in
+            it are relative to its folder.
 
     Raises:
         SampleError: Not such a file, or a source of it is missing.
     """
     path = Path(path)
-    try:
-        meta = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise SampleError(f"{path}: no such meta file; expected JSON naming the sources") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise SampleError(f"{path}: not a readable JSON file ({error})") from error
+    if not path.is_file():
+        raise SampleError(f"{path}: no such meta file; expected JSON naming the sources")
+    meta = _read_json(path)
     if not isinstance(meta, dict) or not meta:
         raise SampleError(f"{path}: expected a JSON object with one entry per source")
-    base = base or path.parent
-    sources = []
-    for name, entry in meta.items():
-        missing = [k for k in ("root", "annotation") if k not in entry] if isinstance(entry, dict) else []
-        if not isinstance(entry, dict) or missing:
-            raise SampleError(f"{path}: source {name!r} lacks {', '.join(missing) or 'its fields'}")
-        annotation = base / entry["annotation"]
-        kind = JsonArraySource if annotation.suffix == ".json" else JsonlSource
-        sources.append(
-            kind(
-                annotation,
-                base / entry["root"],
-                name=name,
-                repeat=float(entry.get("repeat_time", 1)),
-                max_tiles=entry.get("max_dynamic_patch"),
-            )
-        )
-    return sources
+    return [_source_of(path, name, entry) for name, entry in meta.items()]
+
+
+def _source_of(meta: Path, name: str, entry: Any) -> JsonlSource:
+    """The source of one entry of a meta file."""
+    here = f"{meta}: source {name!r}"
+    if not isinstance(entry, dict):
+        raise SampleError(f"{here}: {entry!r}; expected an object with root and annotation")
+    for field in ("root", "annotation"):
+        if not isinstance(entry.get(field), str):
+            raise SampleError(f"{here}: {field}={entry.get(field)!r}; expected a path")
+    repeat, max_tiles = entry.get("repeat_time", 1), entry.get("max_dynamic_patch")
+    if isinstance(repeat, bool) or not isinstance(repeat, int | float):
+        raise SampleError(f"{here}: repeat_time={repeat!r}; expected a positive number")
+    if max_tiles is not None and (not isinstance(max_tiles, int) or max_tiles < 1):
+        raise SampleError(f"{here}: max_dynamic_patch={max_tiles!r}; expected an integer >= 1")
+    base = meta.parent
+    annotation = base / entry["annotation"]
+    kind = JsonArraySource if annotation.suffix == ".json" else JsonlSource
+    return kind(
+        annotation, base / entry["root"], name=name, repeat=float(repeat), max_tiles=max_tiles
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise SampleError(f"{path}: not a readable JSON file ({error})") from error
 
 
 def _line_numbers_and_offsets(path: Path) -> np.ndarray:
     """(records, 3) int64: line number (from 1), first byte and end byte of every non-blank line."""
-    if path.stat().st_size == 0:
-        return np.zeros((0, 3), np.int64)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        newlines = np.flatnonzero(np.frombuffer(view, np.uint8) == ord("\n"))
-        ends = newlines if len(newlines) and newlines[-1] == len(view) - 1 else [*newlines, len(view)]
-        ends = np.asarray(ends, np.int64)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    numbers = np.arange(1, len(ends) + 1)
-    lines = np.stack((numbers, starts, ends), axis=1)
-    return lines[lines[:, 2] - lines[:, 1] > 1]
-
-
-def total_size(sources: Sequence[JsonlSource]) -> int:
-    """Records of all sources together, repeats not counted."""
-    return sum(len(source) for source in sources)
+    newlines, size = [], 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            newlines.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + size)
+            size += len(chunk)
+        ends = np.concatenate([*newlines, np.array([size])]).astype(np.int64)
+        starts = np.concatenate(([0], ends[:-1] + 1))
+        lines = np.stack((np.arange(1, len(ends) + 1), starts, ends), axis=1)
+        is_record = ends > starts
+        for row in np.flatnonzero(is_record & (ends - starts <= _LONGEST_BLANK)):
+            file.seek(starts[row])
+            is_record[row] = bool(file.read(int(ends[row] - starts[row])).strip())
+    return lines[is_record]

@@ -1,7 +1,7 @@
 """Ask a model the records of an evaluation file and keep every answer.
 
-Generation is greedy and free; scores come from `metrics.score`. `blind` asks the same with every image
-replaced by its mean colour: what remains is what the question alone gives away.
+Generation is greedy and free; scores come from `metrics.score`. `blind` asks the same with every
+image replaced by its mean colour: what remains is what the question alone gives away.
 """
 
 from __future__ import annotations

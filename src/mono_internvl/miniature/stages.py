@@ -60,7 +60,7 @@ class WorldSize:
 
     reading: int = 24_000
     open_questions: int = 4_000
-    copying: int = 10_000
+    copying: int = 14_000
     text_dialogues: int = 3_000
     english: int = 100_000
     text_probes: int = 300

@@ -37,6 +37,7 @@ from mono_internvl.miniature.scenes import (
 )
 
 ENGLISH_PROMPT: Final = "continue the text."
+REPEAT_PROMPT: Final = "say it again."
 
 _TEXT_PAIRS: Final = tuple(
     (colour, noun)
@@ -148,7 +149,15 @@ def copying_records(rng: random.Random, split: Split, count: int) -> list[Record
     Returns:
         Records of the kind `copying`; `form` names the task.
     """
-    makers = (_copy_sign, _copy_spelled, _copy_number_of, _copy_box, _copy_belonging)
+    makers = (
+        _copy_sign,
+        _copy_words,
+        _copy_spelled,
+        _copy_number_of,
+        _copy_caption,
+        _copy_box,
+        _copy_belonging,
+    )
     records = []
     for index in range(count):
         maker = makers[index % len(makers)]
@@ -166,6 +175,18 @@ def _copy_sign(rng: random.Random, split: Split) -> tuple[str, str]:
 def _copy_spelled(rng: random.Random, split: Split) -> tuple[str, str]:
     sign = sample_sign(rng, split)
     return f"{' '.join(sign)}\n{READ_PROMPT}", sign
+
+
+def _copy_words(rng: random.Random, split: Split) -> tuple[str, str]:
+    """Words without sense, so that every one of them has to be looked up: the densest lesson."""
+    words = (*CONTEXT_NAMES, *TEXT_NOUNS, *TEXT_COLOURS, *COLOURS)  # no shape: no unseen pair
+    listed = " ".join(rng.choices(words, k=rng.randrange(4, 10)))
+    return f"{listed}.\n{REPEAT_PROMPT}", f"{listed}."
+
+
+def _copy_caption(rng: random.Random, split: Split) -> tuple[str, str]:
+    caption = sample_scene(rng, split, pairs=_TEXT_PAIRS).caption
+    return f"{caption}\n{REPEAT_PROMPT}", caption
 
 
 def _copy_number_of(rng: random.Random, split: Split) -> tuple[str, str]:

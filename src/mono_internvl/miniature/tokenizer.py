@@ -53,7 +53,7 @@ _WORD_WEIGHT = 400
 _ALPHABET_SIZE = 256
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 1200) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     """Train a tokenizer for a text-only language model.
 
     The visual tokens are not in it: a vision-language model appends them (`add_visual_tokens`).

@@ -66,7 +66,7 @@ QUICK: Final = WorldSize(
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

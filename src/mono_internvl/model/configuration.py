@@ -214,9 +214,12 @@ class MonoInternVLConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         if self.visual_experts is None:
             self.visual_experts = ("ffn",) if self.vision_config.kind == "patch" else ()
-        self.visual_experts = tuple(
-            x for x in VISUAL_EXPERTS if x in set(self.visual_experts)
-        ) or tuple(self.visual_experts)
+        unknown = sorted(set(self.visual_experts) - set(VISUAL_EXPERTS))
+        if unknown:
+            raise ConfigError(
+                f"visual_experts={unknown} unknown; choose from {', '.join(VISUAL_EXPERTS)}"
+            )
+        self.visual_experts = tuple(x for x in VISUAL_EXPERTS if x in self.visual_experts)
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size - IMAGE_TOKEN_OFFSET_FROM_END
         if self.force_image_size is None:
@@ -224,11 +227,6 @@ class MonoInternVLConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        unknown = sorted(set(self.visual_experts) - set(VISUAL_EXPERTS))
-        if unknown:
-            raise ConfigError(
-                f"visual_experts={unknown} unknown; choose from {', '.join(VISUAL_EXPERTS)}"
-            )
         if self.vision_config.kind not in _MODEL_TYPE_OF_VISION_KIND:
             raise ConfigError(
                 f"vision_config.kind={self.vision_config.kind!r}; expected 'patch' or 'vit'"

@@ -345,7 +345,8 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             inputs_embeds=x,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            # Integers that start anew mark packed segments; fractions mark nothing.
+            position_ids=None if position_ids.is_floating_point() else position_ids,
         )
         angles = rotary_embeddings(self.config, position_ids, seen + tokens, x.dtype)
         routing = routing if routing is not None else Routing.all_text(batch * tokens)

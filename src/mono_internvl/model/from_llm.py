@@ -156,17 +156,9 @@ def text_config_from_llama(folder: Path) -> MonoInternVLTextConfig:
     if stored.get("mlp_bias"):
         raise ConfigError(f"{file}: mlp_bias=True; the experts of this decoder have no bias")
 
+    _check_rope(stored.get("rope_parameters") or stored.get("rope_scaling") or {}, file)
     llama = LlamaConfig.from_dict(stored)
-    rope = dict(llama.rope_parameters)
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ConfigError(
-            f"{file}: rope_type={rope['rope_type']!r} is not implemented; "
-            f"known: {', '.join(ROPE_TYPES)}"
-        )
-    unknown = sorted(name for name in rope.keys() - _ROPE_FIELDS if rope[name] is not None)
-    if unknown:
-        raise ConfigError(f"{file}: rope parameter {unknown[0]}={rope[unknown[0]]!r} is not known")
-    rope.pop("type", None)
+    rope = {k: v for k, v in llama.rope_parameters.items() if k in _ROPE_FIELDS and k != "type"}
     return MonoInternVLTextConfig(
         vocab_size=llama.vocab_size,
         qkv_bias=llama.attention_bias,
@@ -174,6 +166,17 @@ def text_config_from_llama(folder: Path) -> MonoInternVLTextConfig:
         rope_parameters=rope,
         **{name: getattr(llama, name) for name in _SHARED_FIELDS},
     )
+
+
+def _check_rope(rope: dict[str, Any], file: Path) -> None:
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"{file}: rope_type={rope_type!r} is not implemented; known: {', '.join(ROPE_TYPES)}"
+        )
+    unknown = sorted(name for name in rope.keys() - _ROPE_FIELDS if rope[name] is not None)
+    if unknown:
+        raise ConfigError(f"{file}: rope parameter {unknown[0]}={rope[unknown[0]]!r} is not known")
 
 
 @torch.no_grad()

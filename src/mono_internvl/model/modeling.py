@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.experts import Routing
+from mono_internvl.model import register_auto_classes
 from mono_internvl.model.checkpoint import (
     register_conversion,
     resolve_checkpoint,
@@ -32,6 +33,8 @@ from mono_internvl.model.decoder import (
     MonoInternVLTextModel,
 )
 from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pixel_shuffle
+
+_IMAGE_INPUTS = ("pixel_values", "image_features")
 
 
 class MonoInternVLModel(MonoInternVLPreTrainedModel):
@@ -245,6 +248,24 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             ce, total = ce * w, w.sum()
         return ce.sum() / (total if denominator is None else denominator)
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it, all its options included.
+
+        Which tokens of the prompt are visual is settled here, so that an `<IMG_CONTEXT>` that is
+        generated later stays text, with a cache and without.
+
+        Args:
+            inputs: (B, T) ids, also accepted as `input_ids`; with a cache from earlier turns the
+                whole conversation or, with an `attention_mask` of all of it, only what is new.
+            *args: As `GenerationMixin.generate`.
+            **kwargs: As there; `pixel_values` are the images of what the cache has not seen.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        has_images = any(kwargs.get(name) is not None for name in _IMAGE_INPUTS)
+        if has_images and ids is not None and kwargs.get("visual_token_mask") is None:
+            kwargs["visual_token_mask"] = ids == self.config.image_token_id
+        return super().generate(inputs, *args, **kwargs)
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
@@ -257,8 +278,43 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         if not reads_prompt:
             inputs["pixel_values"] = inputs["image_features"] = None
         elif mask is not None and inputs.get("input_ids") is not None:
-            inputs["visual_token_mask"] = mask[:, -inputs["input_ids"].shape[1] :]
+            length = inputs["input_ids"].shape[1]
+            num_generated = max(0, length - mask.shape[1])
+            inputs["visual_token_mask"] = F.pad(mask, (0, num_generated))[:, -length:]
         return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat every row (beams, several answers), with its own images."""
+        mask = model_kwargs.get("visual_token_mask")
+        if mask is None or expand_size == 1:
+            return super()._expand_inputs_for_generation(
+                expand_size, is_encoder_decoder, input_ids, **model_kwargs
+            )
+        images = {
+            name: model_kwargs.pop(name)
+            for name in _IMAGE_INPUTS
+            if model_kwargs.get(name) is not None
+        }
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        for name, x in images.items():
+            tokens = mask.sum(dim=1)  # (B,)
+            tokens_each = max(int(tokens.sum()) // x.shape[0], 1)
+            counts = (tokens // tokens_each).tolist()
+            if int(tokens.sum()) != tokens_each * x.shape[0] or sum(counts) != x.shape[0]:
+                raise PromptError(
+                    f"{name} has {x.shape[0]} entries for {int(tokens.sum())} image tokens; to "
+                    "repeat rows, pass the whole prompt and all of its images"
+                )
+            model_kwargs[name] = torch.cat([y for y in x.split(counts) for _ in range(expand_size)])
+        return input_ids, model_kwargs
 
     @torch.no_grad()
     def prefill(
@@ -275,7 +331,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             input_ids: (B, T), what the cache has not seen yet.
             past_key_values: Cache to extend.
             pixel_values: (tiles, 3, S, S), images of these tokens.
-            attention_mask: (B, T_seen + T).
+            attention_mask: (B, T_seen + T), 0 at padding.
             chunk_tokens: Tokens per forward pass.
 
         Returns:
@@ -289,6 +345,9 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             embeds = self.get_input_embeddings()(input_ids)
             is_visual = torch.zeros_like(input_ids, dtype=torch.bool)
         seen = past_key_values.get_seq_length()
+        position_ids = None
+        if attention_mask is not None:  # as generate counts them: padding takes no place
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, seen:]
         out = MonoInternVLOutput()
         for start in range(0, input_ids.shape[1], chunk_tokens):
             stop = min(start + chunk_tokens, input_ids.shape[1])
@@ -296,6 +355,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
                 inputs_embeds=embeds[:, start:stop],
                 visual_token_mask=is_visual[:, start:stop],
                 attention_mask=None if attention_mask is None else attention_mask[:, : seen + stop],
+                position_ids=None if position_ids is None else position_ids[:, start:stop],
                 past_key_values=past_key_values,
                 logits_to_keep=1,
             )
@@ -303,3 +363,4 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
 
 
 register_conversion()
+register_auto_classes()

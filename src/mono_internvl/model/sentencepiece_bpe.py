@@ -124,6 +124,7 @@ def _merges(mergeable: dict[str, float], vocabulary: dict[str, int]) -> list[tup
 
     Only normal pieces take part: sentencepiece never joins text to a control or byte piece, however
     its name is spelled.
+    A trained vocabulary holds both parts of every piece, so that no way is missed.
     """
     ranked: list[tuple[float, int, int, int, tuple[str, str]]] = []
     for piece, score in mergeable.items():

@@ -13,8 +13,8 @@ from typing import Any
 from mono_internvl.errors import RecipeError
 from mono_internvl.model.checkpoint import resolve_checkpoint
 from mono_internvl.recipes import RECIPES
-from mono_internvl.training.distributed import run_processes
-from mono_internvl.training.loop import StageResult, train_stage
+from mono_internvl.training.distributed import rank, run_processes
+from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Stage, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def train(
     if data is not None and data.suffix == ".json":
         if len(plan.stages) > 1:
             raise RecipeError(
-                f"--data {data}: one meta file for the {len(plan.stages)} stages of {plan.name!r}; give "
-                f"the folder that holds {', '.join(stage.data for stage in plan.stages)}"
+                f"--data {data}: one meta file for the {len(plan.stages)} stages of {plan.name!r}; "
+                f"give the folder that holds {', '.join(stage.data for stage in plan.stages)}"
             )
         plan = override(plan, {"data": data.name})
         data = data.parent
@@ -63,20 +63,17 @@ def train(
         raise RecipeError(f"recipe {plan.name!r} names no checkpoint to start from: give --model")
     folder = run or Path("runs") / plan.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n")
     first = resolve_checkpoint(source)
-    run_processes(_train_stages, processes, plan.stages, first, data, folder, device)
+    run_processes(_train_stages, processes, plan, first, data, folder, device)
     return folder / plan.stages[-1].name / "checkpoint"
 
 
-def _train_stages(
-    stages: tuple[Stage, ...], start: Path, data: Path, run: Path, device: str
-) -> list[StageResult]:
-    results = []
-    for stage in stages:
-        results.append(train_stage(stage, start, data, run / stage.name, device=device))
-        start = results[-1].checkpoint
-    return results
+def _train_stages(recipe: Recipe, start: Path, data: Path, run: Path, device: str) -> None:
+    for stage in recipe.stages:
+        result = train_stage(stage, start, data, run / stage.name, device=device)
+        start = result.checkpoint
+    if rank() == 0:
+        (run / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
 
 
 def override(recipe: Recipe, fields: Mapping[str, str]) -> Recipe:

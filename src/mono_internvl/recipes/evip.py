@@ -1,8 +1,8 @@
 """Endogenous Visual Pre-training of Mono-InternVL-2B as published, one `Stage` per published stage.
 
-Token limits per image count 28 px visual tokens with the thumbnail: 1,280 = (4 + 1) * 256 and so on. The
-paper's drop path of 0.1 has no effect on a patch embedding and is left out. The data mixtures are not
-redistributed; name yours `s11.json` to `s2.json`.
+Token limits per image count 28 px visual tokens with the thumbnail: 1,280 = (4 + 1) * 256 and so
+on. The paper's drop path of 0.1 has no effect on a patch embedding and is left out. The data
+mixtures are not redistributed; name yours `s11.json` to `s2.json`.
 
 Source: arXiv 2410.08202, tables 1, 7 and 8 and the appendix on hyper-parameters.
 """

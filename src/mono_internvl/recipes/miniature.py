@@ -57,6 +57,7 @@ LANGUAGE = Recipe(
             batch_size=32,
             steps=4000,
             warmup_steps=100,
+            loss_weighting="square",  # English answers are twenty times as long as the others
             rules=(Rule(EYES, None), Rule(".*", 2e-3)),
         ),
     ),

@@ -1,4 +1,4 @@
-"""Fine-tuning on your own conversations: from a released 2B checkpoint, or from the quickstart's model.
+"""Fine-tuning on your own conversations, from a released 2B checkpoint or the quickstart's model.
 
 Source: the released fine-tuning script (LLaVA-665k) for the 2B numbers; the miniature's are ours.
 """

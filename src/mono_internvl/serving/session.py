@@ -89,7 +89,8 @@ class ChatSession:
 
     Source: `chat` of the released code. Differs: later turns reuse the cache with the ids that were
         generated, where it reads the whole conversation again from re-tokenized text; `</s>` and
-        `<|im_start|>` end an answer too; an empty answer is closed like any other.
+        `<|im_start|>` end an answer too; an empty answer is closed like any other. As there, keys
+        cached before dynamic rotary scaling sets in keep the angles they were given.
     """
 
     def __init__(

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from mono_internvl.errors import MonoInternVLError
 
 
 def rank() -> int:
@@ -36,36 +39,66 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def own_device(device: str) -> str:
+    """The device of this process: "cuda" is a GPU for each process of this machine, in turn."""
+    if device != "cuda":
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
+
+
 @contextmanager
-def process_group(device: str = "cpu") -> Iterator[None]:
-    """Join the group that `torchrun` (or `run_processes`) describes in the environment, if any."""
+def process_group() -> Iterator[None]:
+    """Join the group that `torchrun` (or `run_processes`) describes in the environment, if any.
+
+    NCCL moves CUDA tensors where every process of this machine has a GPU of its own; gloo does all
+    else.
+    """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    has_nccl = torch.cuda.device_count() >= here and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def run_processes(function: Callable[..., None], processes: int, *args: Any) -> None:
+def run_processes(function: Callable[..., Any], processes: int, *args: Any) -> None:
     """Run `function(*args)` in `processes` processes of one thread each, joined in one group.
 
-    With one process it runs here. The function and its arguments must be picklable; an exception in
-    any process ends all and is raised here.
+    With one process it runs here, as one of `torchrun`'s if that started us. The function and its
+    arguments must be picklable; an exception in any process ends all and is raised here.
+
+    Raises:
+        MonoInternVLError: As `function` raised it in one of the processes.
     """
     if processes == 1:
-        function(*args)
+        with process_group():
+            function(*args)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (function, processes, port, args), nprocs=processes)
+    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    try:
+        torch.multiprocessing.spawn(
+            _process, (function, processes, port, args, errors), nprocs=processes
+        )
+    except (ProcessRaisedException, ProcessExitedException) as failure:
+        if not errors.empty():
+            raise errors.get() from failure
+        raise
 
 
 def _process(
-    number: int, function: Callable[..., None], processes: int, port: int, args: tuple[Any, ...]
+    number: int,
+    function: Callable[..., Any],
+    processes: int,
+    port: int,
+    args: tuple[Any, ...],
+    errors: Any,
 ) -> None:
     os.environ |= {
         "RANK": str(number),
@@ -75,5 +108,9 @@ def _process(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    with process_group():
-        function(*args)
+    try:
+        with process_group():
+            function(*args)
+    except MonoInternVLError as error:
+        errors.put(error)
+        raise

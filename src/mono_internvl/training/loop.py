@@ -1,8 +1,8 @@
 """The training loop: one stage, one process or several, from a checkpoint to a checkpoint.
 
-Rules set what learns; micro-batches are read by number; the loss is a sum over label weights divided by
-the global weight of the step, so that accumulation and data parallelism change nothing; states are
-saved atomically, and a killed run goes on to the same numbers.
+Rules set what learns; micro-batches are read by number; the loss is a sum over label weights over
+the global weight of the step, so that accumulation and data parallelism change nothing; states
+are saved atomically, and a killed run goes on to the same numbers.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
+import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from mono_internvl.data.batches import Batch, BatchPlan, BatchStream
+from mono_internvl.data.order import mix
 from mono_internvl.data.samples import Sample
 from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import TrainingStateError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.training.distributed import all_sum, barrier, rank, world_size
+from mono_internvl.training.distributed import all_sum, barrier, own_device, rank, world_size
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.rules import apply_rules
@@ -39,7 +40,9 @@ from mono_internvl.training.state import (
     latest_state,
     load_optimizer,
     read_state,
+    remove_state,
     save_state,
+    sweep,
     truncate_metrics,
 )
 
@@ -54,7 +57,7 @@ class StageResult:
         checkpoint: Folder in the released layout, processor included.
         metrics: JSON lines, one per step.
         steps: Optimizer steps in total.
-        resumed_at: Step it was resumed at, 0 if it ran through; equal to `steps` if it was done before.
+        resumed_at: Step it was resumed at; 0 if it ran through, `steps` if it was done before.
     """
 
     checkpoint: Path
@@ -79,20 +82,22 @@ def train_stage(
         start: Checkpoint to start from (or a folder or hub id that `from_pretrained` takes).
         data: Folder that `stage.data` is relative to.
         run: Output folder: `checkpoint/`, `metrics.jsonl`, and `step_*` states while it runs.
-        device: Of this process.
+        device: "cpu", "cuda" (one GPU for each process) or "cuda:1".
         attention: Attention implementation; by default eager in bf16 on a CPU (where sdpa is slow),
             else transformers' choice.
 
     Raises:
         RecipeError: The rules do not fit the model.
         SampleError: A bad record, unless the stage skips them.
-        TrainingStateError: The folder holds another stage's run, is in use, or the loss is not finite.
+        TrainingStateError: The folder holds another stage's run or is in use, the disk is full, or
+            the loss is not finite.
     """
     with ExitStack() as stack:
         if rank() == 0:
             stack.enter_context(exclusive(run))
+            sweep(run)
         barrier()
-        return _Loop(stage, start, data, run, device, attention).train()
+        return _Loop(stage, start, data, run, own_device(device), attention).train()
 
 
 class _Loop:
@@ -155,7 +160,10 @@ class _Loop:
                     log.flush()
                 progress.update(row)
                 done = step + 1
-                if stage.checkpoint_every and done % stage.checkpoint_every == 0 < stage.steps - done:
+                is_due = stage.checkpoint_every and done % stage.checkpoint_every == 0
+                if is_due and done < stage.steps:
+                    if log is not None:
+                        os.fsync(log.fileno())
                     self._save(self.run / f"step_{done:08d}", optimizer, done)
         self._save(self.final, None, stage.steps)
         return result
@@ -199,15 +207,12 @@ class _Loop:
         stream = BatchStream(self.sources, self._encode, plan, stage.seed)
         numbers = range(first_step * stage.accumulation, stage.steps * stage.accumulation)
         return iter(
-            DataLoader(
-                stream, batch_size=None, sampler=numbers, num_workers=stage.loader_workers
-            )
+            DataLoader(stream, batch_size=None, sampler=numbers, num_workers=stage.loader_workers)
         )
 
     def _encode(self, sample: Sample) -> Any:
         max_tiles = sample.max_tiles or self.stage.max_tiles
-        share = max(1, max_tiles // max(1, len(sample.images)))
-        return self.processor.encode_conversation(sample.messages, max_tiles=share)
+        return self.processor.encode_conversation(sample.messages, max_tiles=max_tiles)
 
     def _step(
         self,
@@ -219,20 +224,16 @@ class _Loop:
         """One optimizer step; returns its metrics row."""
         stage, began = self.stage, time.perf_counter()
         micro = [next(batches) for _ in range(stage.accumulation)]
+        torch.manual_seed(mix(stage.seed, step, rank()))  # dropout, too, is a function of the step
         weight = all_sum(torch.stack([batch.loss_weight.sum() for batch in micro]).sum())
         losses = []
         for number, batch in enumerate(micro):
-            last = number == stage.accumulation - 1
-            waits = isinstance(learner, DistributedDataParallel) and not last
-            with learner.no_sync() if waits else nullcontext():
+            waits: AbstractContextManager[None] = nullcontext()
+            if isinstance(learner, DistributedDataParallel) and number < stage.accumulation - 1:
+                waits = learner.no_sync()
+            with waits:
                 losses.append(self._backward(learner, batch, weight / world_size()))
         loss = all_sum(torch.stack(losses).sum()) / world_size()
-        if not torch.isfinite(loss):
-            ids = ", ".join(i for batch in micro for i in batch.record_ids)
-            raise TrainingStateError(
-                f"stage {stage.name!r}: loss is {loss.item()} at step {step + 1} (records {ids}); lower "
-                "the learning rate or look at these records"
-            )
         share = stage.rate_share(step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_rate"] * share
@@ -241,6 +242,12 @@ class _Loop:
             if parameter.grad is None:  # a step without images: the visual parts stand still
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(learned, stage.clip_norm)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            ids = ", ".join(i for batch in micro for i in batch.record_ids)
+            raise TrainingStateError(
+                f"stage {stage.name!r}: loss {loss.item()} and gradient norm {norm.item()} at step "
+                f"{step + 1} (records {ids}); lower the learning rate or look at these records"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         counts = all_sum(
@@ -280,5 +287,5 @@ class _Loop:
             save_state(folder, self.model, self.processor, optimizer, step, self.fields)
             for state in self.run.glob("step_*"):
                 if state != folder:
-                    shutil.rmtree(state)
+                    remove_state(state)
         barrier()

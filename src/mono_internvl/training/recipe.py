@@ -1,7 +1,7 @@
 """A stage is data: frozen dataclasses that say what is learnt, from what, and how fast.
 
-A recipe is a Python object, so it is typed, diffed and reviewed like code; it is printed before a run
-and saved beside every checkpoint.
+A recipe is a Python object, so it is typed, diffed and reviewed like code; it is printed before a
+run and saved beside every checkpoint.
 """
 
 from __future__ import annotations
@@ -11,18 +11,25 @@ import importlib.util
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mono_internvl.data.batches import LossWeighting, OnBadSample
 from mono_internvl.errors import RecipeError
 
+_CHOICES = {
+    "schedule": ("constant", "cosine"),
+    "precision": ("bf16", "fp32"),
+    "loss_weighting": get_args(LossWeighting),
+    "on_bad_sample": get_args(OnBadSample),
+}
+
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a stage's table: parameters whose name matches learn at a rate, or not at all.
+    """One line of a stage's table: what learns at which rate, or not at all.
 
     Attributes:
-        pattern: Regular expression, searched in the parameter's name. The first matching rule counts.
+        pattern: Regular expression, searched in a parameter's name. The first rule found counts.
         learning_rate: Peak rate; None freezes.
     """
 
@@ -46,7 +53,7 @@ class Stage:
         schedule: Of the rate after warm-up; "cosine" falls to `final_rate_share`.
         warmup_steps: Linear warm-up; 0 takes it from `warmup_share`.
         warmup_share: Warm-up as a share of all steps, where `warmup_steps` is 0.
-        final_rate_share: Of the peak rate, at the last step of a cosine schedule.
+        final_rate_share: Of the peak rate, which a cosine schedule reaches after the last step.
         weight_decay: On weights of two or more dimensions.
         clip_norm: Largest norm of the gradient.
         max_tokens: Longest sample, visual tokens included.
@@ -87,10 +94,30 @@ class Stage:
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "max_tokens", "max_tiles"):
             if getattr(self, name) < 1:
-                raise RecipeError(f"stage {self.name!r}: {name}={getattr(self, name)}; expected >= 1")
-        for name in ("steps", "epochs", "warmup_steps", "warmup_share", "weight_decay", "checkpoint_every", "loader_workers"):
+                raise RecipeError(
+                    f"stage {self.name!r}: {name}={getattr(self, name)}; expected >= 1"
+                )
+        for name in (
+            "steps",
+            "epochs",
+            "warmup_steps",
+            "warmup_share",
+            "weight_decay",
+            "checkpoint_every",
+            "loader_workers",
+        ):
             if getattr(self, name) < 0:
-                raise RecipeError(f"stage {self.name!r}: {name}={getattr(self, name)}; expected >= 0")
+                raise RecipeError(
+                    f"stage {self.name!r}: {name}={getattr(self, name)}; expected >= 0"
+                )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise RecipeError(
+                    f"stage {self.name!r}: {name}={getattr(self, name)!r}; expected one of "
+                    f"{', '.join(choices)}"
+                )
+        if not self.name or set(self.name) & set("/\\"):
+            raise RecipeError(f"stage name={self.name!r}; expected the name of a folder")
         if not self.steps and not self.epochs:
             raise RecipeError(f"stage {self.name!r}: steps=0 and epochs=0; give one of them")
         if self.clip_norm <= 0:
@@ -163,7 +190,9 @@ def load_recipe(name_or_file: str, known: dict[str, Recipe]) -> Recipe:
         return known[name_or_file]
     path = Path(name_or_file)
     if path.suffix != ".py":
-        raise RecipeError(f"no recipe {name_or_file!r}; known: {', '.join(known)}; or give a .py file")
+        raise RecipeError(
+            f"no recipe {name_or_file!r}; known: {', '.join(known)}; or give a .py file"
+        )
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     spec = importlib.util.spec_from_file_location("user_recipe", path)

@@ -58,14 +58,16 @@ def apply_rules(model: nn.Module, config: MonoInternVLConfig, stage: Stage) -> l
         The groups that learn.
 
     Raises:
-        RecipeError: A parameter that no rule covers, a rule that decides nothing, a bad pattern, or a
-            stage in which nothing learns.
+        RecipeError: A parameter that no rule covers, a rule that decides nothing, a bad pattern, or
+            a stage in which nothing learns.
     """
     rules = (*never_learns(config), *stage.rules)
     try:
         patterns = [re.compile(rule.pattern) for rule in rules]
     except re.error as error:
-        raise RecipeError(f"stage {stage.name!r}: bad pattern {error.pattern!r}: {error}") from error
+        raise RecipeError(
+            f"stage {stage.name!r}: bad pattern {error.pattern!r}: {error}"
+        ) from error
     decided = [0] * len(rules)
     groups: dict[tuple[float, float], list[str]] = {}
     for name, parameter in model.named_parameters():
@@ -84,8 +86,8 @@ def apply_rules(model: nn.Module, config: MonoInternVLConfig, stage: Stage) -> l
     dead = [rule.pattern for rule, count in zip(rules, decided, strict=True) if not count]
     if dead:
         raise RecipeError(
-            f"stage {stage.name!r}: rule {dead[0]!r} decides no parameter; it is misspelt, does not fit "
-            "this model, or stands behind a rule that takes all it would"
+            f"stage {stage.name!r}: rule {dead[0]!r} decides no parameter; it is misspelt, does "
+            "not fit this model, or stands behind a rule that takes all it would"
         )
     if not groups:
         raise RecipeError(f"stage {stage.name!r}: every rule freezes, nothing would learn")

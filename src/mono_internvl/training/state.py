@@ -1,7 +1,8 @@
 """What survives a kill: weights in the released layout, optimizer, data position, recipe, versions.
 
-A state is written to a temporary folder and renamed, so a folder with the right name is whole. The data
-position is the step: the order of records is arithmetic. Everything is safetensors or JSON.
+A state is written to a temporary folder, forced to disk and renamed, so a folder with the right
+name is whole; it is renamed again before it is deleted. The data position is the step: the order of
+records is arithmetic. Everything is safetensors or JSON.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mono_internvl.errors import TrainingStateError
 
+LOCK_PATIENCE_S = 5.0
 STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.safetensors"
 
 
@@ -62,20 +66,59 @@ def save_state(
         optimizer: None leaves it out (the end of a stage).
         step: Optimizer steps taken.
         stage: Fields of the stage, for the check at resume.
+
+    Raises:
+        TrainingStateError: The disk is full or does not take it; states before this one are whole.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = _hidden(folder, "new")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    if optimizer is not None:
-        save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
     state = {"step": step, "stage": dict(stage), "versions": versions()}
-    (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        if optimizer is not None:
+            save_file(_optimizer_tensors(model, optimizer), temporary / OPTIMIZER_FILE)
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+        _force_to_disk([*temporary.rglob("*"), temporary])
+        remove_state(folder)
+        temporary.replace(folder)
+        _force_to_disk([folder.parent])
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingStateError(
+            f"{folder}: state of step {step} not written ({error}); make room on the disk and "
+            "start again, the run goes on from the state before"
+        ) from error
     return SavedState(folder, step, dict(stage))
+
+
+def remove_state(folder: Path) -> None:
+    """Delete a state so that no kill leaves half of it under its name."""
+    if folder.exists():
+        doomed = _hidden(folder, "old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.replace(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(run: Path) -> None:
+    """Delete what kills left behind in a run folder: states half written or half deleted."""
+    for folder in run.glob(".*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _hidden(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}.tmp")
+
+
+def _force_to_disk(paths: Iterable[Path]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_state(folder: Path) -> SavedState:
@@ -108,7 +151,9 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
     try:
         tensors = load_file(folder / OPTIMIZER_FILE)
     except (OSError, SafetensorError) as error:
-        raise TrainingStateError(f"{folder / OPTIMIZER_FILE}: not readable ({error})") from error
+        raise TrainingStateError(
+            f"{folder / OPTIMIZER_FILE}: not readable ({error}); delete the folder to start over"
+        ) from error
     names = {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -116,9 +161,14 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
             moments = {
                 key: tensors.pop(f"{name}|{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")
             }
-            missing = [key for key, tensor in moments.items() if tensor is None]
-            if missing:
-                raise TrainingStateError(f"{folder}: no {missing[0]} for parameter {name}")
+            for key, tensor in moments.items():
+                if tensor is None:
+                    raise TrainingStateError(f"{folder}: no {key} for parameter {name}")
+                if key != "step" and tensor.shape != parameter.shape:
+                    raise TrainingStateError(
+                        f"{folder}: {key} of {name} is {tuple(tensor.shape)}, the parameter "
+                        f"{tuple(parameter.shape)}; delete the folder to start over"
+                    )
             optimizer.state[parameter] = {
                 key: tensor if key == "step" else tensor.to(parameter.device)
                 for key, tensor in moments.items()
@@ -132,17 +182,25 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
 def exclusive(run: Path) -> Iterator[None]:
     """Hold a run folder against a second process.
 
+    A process whose parent was killed may need a moment to go, so this waits for it a little.
+
     Raises:
-        TrainingStateError: Another one has it.
+        TrainingStateError: Another one has it and keeps it.
     """
     run.mkdir(parents=True, exist_ok=True)
     with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingStateError(
-                f"{run}: another process trains here; wait for it or choose another output folder"
-            ) from error
+        until = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= until:
+                    raise TrainingStateError(
+                        f"{run}: another process trains here; wait for it or choose another "
+                        "output folder"
+                    ) from error
+                time.sleep(0.05)
         yield
 
 
@@ -157,9 +215,12 @@ def truncate_metrics(path: Path, steps: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             break  # the row that the kill cut in two, and nothing after it
-    path.write_text("".join(line + "\n" for line in kept))
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
 
 
+@cache
 def versions() -> dict[str, str]:
     """What made a number: package versions, Python, and the commit of a source checkout."""
     import transformers
@@ -169,12 +230,16 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"]
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(here.parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
     try:
-        found["commit"] = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie in another's tree
+        found["commit"] = git("rev-parse", "--short=12", "HEAD")
     except (OSError, subprocess.SubprocessError):
         found["commit"] = "unknown"
     return found

@@ -123,9 +123,9 @@ def progress_chart(progress: Progress, title: str, decimals: int = 2) -> str:
         An `<svg>` element; equal input gives equal text.
     """
     with matplotlib.rc_context(_style(f"progress {title}")):
-        figure = Figure(figsize=(3.0, 1.75), layout="constrained")
+        figure = Figure(figsize=(2.6, 1.6), layout="constrained")
         axes = figure.add_subplot()
-        _line(axes, progress.chance, color=_BLIND, linewidth=1.1, dashes=(1, 2))
+        _line(axes, progress.chance, color=_BLIND, linewidth=1.4, dashes=(1, 1.8))
         _line(axes, progress.blind, color=_BLIND, linewidth=1.4, dashes=(5, 2.5))
         points = _line(
             axes,
@@ -133,7 +133,7 @@ def progress_chart(progress: Progress, title: str, decimals: int = 2) -> str:
             color=_MODEL,
             linewidth=2,
             marker="o",
-            markersize=4.5,
+            markersize=5.5,
             markeredgecolor=_BACKGROUND,
             markeredgewidth=0.8,
             clip_on=False,
@@ -141,20 +141,20 @@ def progress_chart(progress: Progress, title: str, decimals: int = 2) -> str:
         known = [value for _, value in points]
         top = progress.top or max([1e-9, *known]) * 1.18
         axes.set_ylim(0, top)
-        axes.set_xlim(-0.3, len(progress.labels) - 0.45)
+        axes.set_xlim(-0.25, len(progress.labels) - 0.35)
         axes.set_xticks(range(len(progress.labels)), progress.labels)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=2, min_n_ticks=2))
         _plain(axes)
         if points:
             position, value = points[-1]
-            is_high = value > 0.8 * top
             axes.annotate(
                 f"{value:.{decimals}f}",
                 (position, value),
-                xytext=(0, -7 if is_high else 7),
+                xytext=(6, 0),
                 textcoords="offset points",
-                ha="center",
-                va="top" if is_high else "bottom",
+                ha="left",
+                va="center_baseline",
+                annotation_clip=False,
                 color=_INK,
                 fontweight="bold",
             )

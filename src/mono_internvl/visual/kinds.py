@@ -31,11 +31,11 @@ _KINDS = (
     Kind("shape", "Shape", "exact match"),
     Kind("count", "Count", "exact match"),
     Kind("position", "Position", "exact match"),
-    Kind("existence", "Existence", "yes or no, exact match"),
+    Kind("existence", "Existence", "yes or no"),
     Kind("naming", "Naming", "exact match"),
-    Kind("novel", "Unseen pairs", "colour-shape pairs never trained on"),
+    Kind("novel", "Unseen pairs", "pairs never trained on"),
     Kind("grounding", "Grounding", "mean IoU of the box", full_marks=0.5),
-    Kind("ocr", "Reading (OCR)", "1 − character error rate", is_graded=True),
+    Kind("ocr", "Reading (OCR)", "1 − char. error rate", is_graded=True),
     Kind("chart", "Charts", "exact match"),
 )
 TEXT_KINDS = frozenset({"name_qa", "fact_cloze", "reading_qa", "copying"})

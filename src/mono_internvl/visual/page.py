@@ -31,10 +31,10 @@ p { max-width: 74ch; margin: .5rem 0 1rem; }
 .note, figcaption { color: var(--muted); font-size: .88rem; }
 .notice { border-left: 3px solid var(--partly); padding: .4rem .9rem; background: var(--card); }
 code { font-family: var(--mono); font-size: .88em; overflow-wrap: anywhere; }
-.strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: 1px;
+.strip { display: flex; flex-wrap: wrap; gap: 1px;
   background: var(--line); border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
   margin: 1.6rem 0 0; padding: 0; }
-.strip div { background: var(--card); padding: .8rem 1rem; }
+.strip div { background: var(--card); padding: .8rem 1rem; flex: 1 1 8.5rem; }
 .strip dt { color: var(--muted); font-size: .8rem; }
 .strip dd { margin: 0; font-size: 1.2rem; font-weight: 640; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: .8rem 0; }
@@ -45,7 +45,8 @@ th, td { text-align: right; padding: .45rem .7rem; border-bottom: 1px solid var(
 th { color: var(--muted); font-weight: 560; font-size: .84rem; vertical-align: bottom; }
 tbody th { color: var(--ink); font-size: inherit; vertical-align: top; font-weight: 500; }
 th:first-child, td:first-child, .words { text-align: left; }
-.words { white-space: normal; min-width: 11rem; }
+.words { white-space: normal; }
+.long { min-width: 9rem; }
 th:first-child, td:first-child { padding-left: 0; }
 .good { color: var(--good); } .bad { color: var(--bad); } .partly { color: var(--partly); }
 .good, .bad, .partly { font-weight: 600; }
@@ -57,7 +58,8 @@ figure { margin: 1rem 0; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(212px, 1fr)); gap: 14px; }
 .panel, .sample { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   break-inside: avoid; }
-.panel { padding: .8rem .8rem .5rem; margin: 0; }
+.panel { padding: .8rem .8rem .5rem; margin: 0; display: flex; flex-direction: column;
+  justify-content: space-between; }
 .panel p { margin: 0 0 .35rem; font-size: .78rem; color: var(--muted); line-height: 1.35; }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; font-size: .86rem; margin: .6rem 0 1rem; }
 .key span { display: inline-flex; align-items: center; gap: .5rem; }
@@ -88,12 +90,13 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: var(--muted); font
   main { padding-top: 1.8rem; }
   .wide { display: none; } .narrow { display: block; }
   .panels, .samples { grid-template-columns: repeat(auto-fill, minmax(158px, 1fr)); gap: 10px; }
-  .panel { padding: .6rem .5rem .35rem; }
+  .panel { padding: .6rem .5rem .35rem; } .panel p { font-size: .74rem; }
   .made { grid-template-columns: 1fr; gap: 0; } .made dd { margin-bottom: .6rem; }
-  th, td { padding: .4rem .45rem; }
+  th, td { padding: .4rem .4rem; } .long { min-width: 7rem; } table { font-size: .85rem; }
 }
 @media print {
-  body { background: #fff; font-size: 10.5pt; } main { max-width: none; padding: 0; }
+  html { font-size: 12px; } body { background: #fff; font-size: 1rem; }
+  main { max-width: none; padding: 0; }
   h2 { break-after: avoid; margin-top: 1.6rem; } tr, figure { break-inside: avoid; }
   .panels, .samples { grid-template-columns: repeat(4, 1fr); gap: 8px; }
   .view, .said, .truth { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
@@ -151,10 +154,10 @@ run.processes|whole }}{% endif %}</dd></div>
 <div class="scroll"><table>
 <thead><tr><th>target</th><th>must</th><th>aim</th><th>value</th><th class="words">result</th></tr>
 </thead><tbody>
-{% for target in run.targets %}<tr><th class="words" scope="row">{{ target.name }}</th>
+{% for target in run.targets %}<tr><th class="words long" scope="row">{{ target.name }}</th>
 <td>{{ target.must|bound(target) }}</td><td>{{ target.aim|bound(target) }}</td>
 <td><strong>{{ target.value|value }}</strong></td><td class="words">
-{%- if target.is_met and target.reaches_aim %}<span class="good">✓ met, aim reached</span>
+{%- if target.is_met and target.reaches_aim %}<span class="good">✓ met, and the aim</span>
 {%- elif target.is_met %}<span class="good">✓ met</span>
 {%- elif target.value is none %}<span class="bad">✗ not measured</span>
 {%- else %}<span class="bad">✗ missed</span>{% endif %}</td></tr>
@@ -166,7 +169,7 @@ run.processes|whole }}{% endif %}</dd></div>
 <h2>The stages</h2>
 {% if run.stages %}
 <div class="scroll"><table>
-<thead><tr><th>stage</th><th class="words">what for</th><th class="words">what learns</th>
+<thead><tr><th>stage</th><th class="words long">what for</th><th class="words long">what learns</th>
 <th>steps</th><th>samples</th><th>CPU minutes</th></tr></thead><tbody>
 {% for stage in run.stages %}<tr><th scope="row">{{ stage.label }}</th>
 <td class="words">{{ stage.title or "–" }}</td><td class="words">{{ stage.trains or "–" }}</td>
@@ -210,7 +213,7 @@ stroke-dasharray:1.5 3"/></svg>chance</span></div>
 
 <section>
 <h2>What became of its language</h2>
-{% if text_rows %}
+{% if text_rows or has_identity %}
 <p>The same text measures before and after. While the language model is frozen, text takes exactly
 the path that it took before, so its logits must not change by a single bit.</p>
 {% if text_panels %}<div class="panels">
@@ -241,8 +244,8 @@ Where the stage trains shared parts, they are expected to change.</p>{% endif %}
 <p>Chosen by a fixed rule, not by hand, from {{ gallery.num_answers }} held-out answers of the model
 after {{ gallery_label }}: every kind, right and wrong in proportion. Here {% for verdict in
 verdicts %}{{ gallery.counts[verdict] }} {{ verdict }}{{ ", " if not loop.last }}{% endfor %};
-over all answers {{ (100 * gallery.right_share)|round|int }}&nbsp;% are right (a box with an IoU of at least
-0.5 counts as right).</p>
+over all answers {{ (100 * gallery.right_share)|round|int }}&nbsp;% are right (a box with an IoU
+of at least 0.5 counts as right).</p>
 {% if has_boxes %}<div class="key" aria-hidden="true">
 <span><svg viewBox="0 0 30 10"><path class="truth" d="M0 5H30"/></svg>true box</span>
 <span><svg viewBox="0 0 30 10"><path class="said" d="M0 5H30"/></svg>the model's box</span></div>
@@ -261,8 +264,9 @@ preserveAspectRatio="none" aria-hidden="true">{{ boxes(sample.true_boxes, "halo"
 {% if sample.verdict == "right" %}<span class="good">✓ right
 {%- elif sample.verdict == "wrong" %}<span class="bad">✗ wrong
 {%- else %}<span class="partly">≈ partly right{% endif -%}
-{%- if sample.true_boxes %}, IoU {{ sample.score|value }}
-{%- elif sample.verdict == "partly right" %}, {{ sample.score|value }}{% endif %}</span></div>
+{%- if sample.true_boxes %}, IoU {{ "%.2f"|format(sample.score) }}
+{%- elif sample.verdict == "partly right" %}, {{ "%.2f"|format(sample.score) }}{% endif -%}
+</span></div>
 <p class="question">{{ sample.question }}</p>
 <dl><dt>model</dt><dd>{{ sample.said or "(nothing)" }}</dd>
 <dt>truth</dt><dd>{{ sample.truth }}</dd></dl></div></article>

@@ -140,7 +140,7 @@ def _seeing(stages: Sequence[StageResult]) -> dict[str, object]:
         items = _last([score.items for score in scores])
         rows.append(Row(kind.title, values, _last(blind), _last(chance), items))
         chart = progress_chart(Progress(labels, values, blind, chance), kind.title)
-        note = f"{kind.measure} · {items:,.0f} items" if items else kind.measure
+        note = f"{kind.measure} · n = {items:,.0f}" if items else kind.measure
         panels.append(Panel(kind.title, note, chart))
     return {"stage_labels": labels, "panels": panels, "score_rows": rows}
 

@@ -1,0 +1,317 @@
+"""`mono-internvl VERB`: parse, call one function, print.
+
+Whatever is heavy is imported inside its command, so that `--help` answers at once.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mono_internvl.errors import MonoInternVLError
+from mono_internvl.serving.terminal import Picture, answer, converse, print_json, show_error
+
+if TYPE_CHECKING:
+    from mono_internvl.model.accounting import ParameterCounts
+    from mono_internvl.pipelines.convert import RoundTrip
+
+DEFAULT_PRESET = "mono-internvl-2b"
+app = typer.Typer(
+    name="mono-internvl",
+    help="Mono-InternVL: one decoder that reads pixels and words.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option("--model", metavar="DIR|HUB_ID", help="Checkpoint.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
+
+
+def main() -> None:
+    """Run the command line; errors of this package become one line and exit code 1."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments)
+    except MonoInternVLError as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        show_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        import mono_internvl
+
+        typer.echo(f"mono-internvl {mono_internvl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from; anywhere in the line.")
+    ] = False,
+) -> None:
+    """Options of all verbs; `main` reads `--debug`, wherever it stands."""
+
+
+@app.command()
+def chat(
+    model: Model,
+    question: Annotated[str | None, typer.Argument(help="Without it, an open chat.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Again for each further image.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message; '' for none.")] = None,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Choose from this share of probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Choose from so many tokens; 0 all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the choices.")] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Ask about images: one question, or a conversation."""
+    from mono_internvl.serving.loading import load
+    from mono_internvl.serving.sampling import Sampling
+
+    _quieten()
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    pictures = [Picture.load(name) for name in image or ()]
+    session = load(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        system=system,
+        max_tiles=max_tiles,
+        sampling=sampling,
+    )
+    if question is not None:
+        answer(session, question, pictures, as_json)
+    elif converse(session, pictures, as_json) and not sys.stdin.isatty():
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR|HUB_ID", help="Checkpoint; its config is read.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"Or a name; {DEFAULT_PRESET}.")] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Count parameters: in total, activated per token, and by group."""
+    if model is not None and preset is not None:
+        raise typer.BadParameter("give --model or --preset, not both")
+    from mono_internvl.model.accounting import parameter_table
+
+    _quieten()
+    config = _config_of(model, preset or DEFAULT_PRESET, revision)
+    counts = parameter_table(config)
+    summary = {
+        "layers": config.text_config.num_hidden_layers,
+        "width": config.text_config.hidden_size,
+        "ffn_width": config.text_config.intermediate_size,
+        "heads": config.text_config.num_attention_heads,
+        "kv_heads": config.text_config.num_key_value_heads,
+        "vocabulary": config.text_config.vocab_size,
+        "max_tokens": config.text_config.max_position_embeddings,
+        "rope": config.text_config.rope_parameters,
+        "visual_experts": list(config.visual_experts),
+        "tile_px": config.force_image_size,
+        "visual_tokens_per_tile": config.num_image_tokens_per_tile,
+        "max_tiles": config.max_dynamic_patch,
+    }
+    title = model or preset or DEFAULT_PRESET
+    if as_json:
+        print_json({"name": title, "parameters": dataclasses.asdict(counts), "config": summary})
+    else:
+        _print_info(title, counts, summary)
+
+
+@app.command()
+def convert(
+    check: Annotated[
+        str, typer.Option("--check", metavar="DIR|HUB_ID", help="Checkpoint to send around.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Keep the copy in this new folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that a checkpoint is read and written without loss."""
+    from mono_internvl.pipelines.convert import check_round_trip
+
+    _quieten()
+    result = check_round_trip(check, out)
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        _print_round_trip(check, result)
+    if result.differences:
+        raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="Name, or a Python file.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR|HUB_ID", help="Checkpoint to start from.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="META.json|DIR", help="What to learn from.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="On this machine.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every stage."),
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Name the recipes.")] = False,
+) -> None:
+    """Train a recipe; call it again to go on after a stop."""
+    if list_recipes:
+        _print_recipes()
+        return
+    if recipe is None:
+        raise typer.BadParameter("name a RECIPE, or ask for them with --list")
+    overrides = {}
+    for assignment in assignments or ():
+        field, equals, value = assignment.partition("=")
+        if not (field and equals):
+            raise typer.BadParameter(f"--set {assignment}: expected FIELD=VALUE")
+        overrides[field] = value
+    from mono_internvl.pipelines.train import train as run_recipe
+
+    _quieten()
+    checkpoint = run_recipe(
+        recipe,
+        start=model,
+        data=data,
+        run=out,
+        processes=processes,
+        device=device,
+        overrides=overrides,
+    )
+    typer.echo(f"checkpoint: {checkpoint}")
+    typer.echo(f'ask it:     mono-internvl chat --model {checkpoint} --image FILE "question"')
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
+    quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Training processes.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    llm: Annotated[str, typer.Option(help="shipped, scratch, or a Llama folder.")] = "shipped",
+    seed: Annotated[int, typer.Option(help="Of the rendered world.")] = 0,
+    ask: Annotated[bool, typer.Option(help="End with three questions.")] = True,
+) -> None:
+    """Give a small language model eyes: data, four stages, evaluation, report."""
+    from mono_internvl.pipelines.quickstart import quickstart as run_quickstart
+
+    _quieten()
+    run_quickstart(
+        out, quick=quick, processes=processes, device=device, llm=llm, seed=seed, ask=ask
+    )
+
+
+def _print_info(title: str, counts: "ParameterCounts", summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", overflow="fold")
+    for name, value in _flat(dataclasses.asdict(counts)):
+        table.add_row(name.replace("_", " "), f"{value:,}")
+    table.add_section()
+    for name, value in summary.items():
+        table.add_row(name.replace("_", " "), _in_words(value))
+    Console().print(table)
+
+
+def _flat(values: dict[str, Any]) -> Generator[tuple[str, int], None, None]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, value
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _print_round_trip(name: str, result: "RoundTrip") -> None:
+    typer.echo(f"checkpoint  {name}")
+    typer.echo(f"tensors     {result.tensors:,}")
+    typer.echo(f"parameters  {result.parameters:,}")
+    typer.echo(f"dtype       {', '.join(f'{k} ({n})' for k, n in result.dtypes.items())}")
+    typer.echo(f"tokenizer   {'none' if result.tokens is None else f'{result.tokens:,} tokens'}")
+    typer.echo(f"sha256      {result.digest}")
+    if result.out is not None:
+        typer.echo(f"copy        {result.out}")
+    for difference in result.differences:
+        typer.secho(f"differs     {difference}", fg=typer.colors.RED)
+    if not result.differences:
+        typer.echo("round trip  identical: every tensor bit for bit, the configuration in meaning")
+
+
+def _print_recipes() -> None:
+    from mono_internvl.recipes import RECIPES
+
+    for recipe in RECIPES.values():
+        typer.echo(f"{recipe.name}: {recipe.source}")
+        for stage in recipe.stages:
+            typer.echo(f"  {stage.name:<10} {stage.title}")
+
+
+def _config_of(model: str | None, preset: str, revision: str | None) -> Any:
+    from mono_internvl.errors import CheckpointError, ConfigError
+    from mono_internvl.model.configuration import MonoInternVLConfig
+    from mono_internvl.model.presets import PRESETS
+    from mono_internvl.model.tokenization import find_file, read_json
+
+    if model is None:
+        if preset not in PRESETS:
+            raise ConfigError(f"preset={preset!r} is unknown; expected {', '.join(PRESETS)}")
+        return PRESETS[preset]()
+    file = find_file(model, "config.json", {"revision": revision})
+    if file is None:
+        raise CheckpointError(f"{model}: no config.json; expected a checkpoint folder or a hub id")
+    return MonoInternVLConfig(**read_json(file))
+
+
+def _quieten() -> None:
+    """No progress bars and notes of transformers between the lines of an answer."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,121 @@
+"""Records to samples: turns, roles, images and their placeholders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mono_internvl.data.samples import Sample, read_sample
+from mono_internvl.data.sources import JsonlSource
+from mono_internvl.errors import SampleError
+
+HUMAN, GPT = {"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}
+SYSTEM = {"from": "system", "value": "be brief"}
+
+
+def _human(text: str) -> dict[str, str]:
+    return {"from": "human", "value": text}
+
+
+def _read(folder: Path, **record: Any) -> Sample:
+    for name in ("a.png", "b.png"):
+        (folder / name).touch()
+    file = folder / "data.jsonl"
+    file.write_text("\n" + json.dumps(record))
+    return read_sample(JsonlSource(file, folder, max_tiles=3), 0)
+
+
+def test_text_sample_keeps_turns_and_roles(tmp_path: Path) -> None:
+    sample = _read(tmp_path, id=7, conversations=[SYSTEM, HUMAN, GPT, HUMAN, GPT])
+    assert [m["role"] for m in sample.messages] == [
+        "system", "user", "assistant", "user", "assistant",
+    ]  # fmt: skip
+    assert [m["content"] for m in sample.messages] == ["be brief", "what?", "that", "what?", "that"]
+    assert (sample.images, sample.record_id, sample.max_tiles) == ((), "7", 3)
+    assert sample.where == f"{tmp_path / 'data.jsonl'}:2"
+
+
+def test_record_without_id_gets_its_place(tmp_path: Path) -> None:
+    assert _read(tmp_path, conversations=[HUMAN, GPT]).record_id == "0"
+
+
+def test_placeholders_become_images_in_order(tmp_path: Path) -> None:
+    sample = _read(
+        tmp_path,
+        image=["a.png", "b.png"],
+        conversations=[_human("<image>\nfirst"), GPT, _human("and <image> now"), GPT],
+    )
+    assert sample.messages[0]["content"] == [
+        {"type": "image", "image": tmp_path / "a.png"},
+        {"type": "text", "text": "\nfirst"},
+    ]
+    assert sample.messages[2]["content"] == [
+        {"type": "text", "text": "and "},
+        {"type": "image", "image": tmp_path / "b.png"},
+        {"type": "text", "text": " now"},
+    ]
+    assert sample.images == (tmp_path / "a.png", tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("first", [[HUMAN], [SYSTEM, HUMAN]])
+def test_one_image_without_placeholder_goes_to_the_first_question(
+    tmp_path: Path, first: list[dict[str, str]]
+) -> None:
+    sample = _read(tmp_path, image="a.png", conversations=[*first, GPT, HUMAN, GPT])
+    assert sample.messages[len(first) - 1]["content"] == [
+        {"type": "image", "image": tmp_path / "a.png"},
+        {"type": "text", "text": "\nwhat?"},
+    ]
+
+
+@pytest.mark.parametrize("start", [[GPT], [SYSTEM, GPT]])
+def test_first_answer_without_question_is_dropped(
+    tmp_path: Path, start: list[dict[str, str]]
+) -> None:
+    sample = _read(tmp_path, conversations=[*start, HUMAN, GPT])
+    assert [m["role"] for m in sample.messages][-2:] == ["user", "assistant"]
+    assert len(sample.messages) == len(start) + 1
+
+
+@pytest.mark.parametrize("image", [None, "", []])
+def test_record_may_say_that_it_has_no_image(tmp_path: Path, image: object) -> None:
+    assert _read(tmp_path, image=image, conversations=[HUMAN, GPT]).images == ()
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        ({"image": "a.png", "conversations": [_human("<image><image>"), GPT]}, "2 <image> .* 1 im"),
+        ({"image": ["a.png", "b.png"], "conversations": [HUMAN, GPT]}, "0 <image> .* 2 images"),
+        ({"conversations": [_human("<image>"), GPT]}, "1 <image> .* 0 images"),
+        (
+            {"image": "a.png", "conversations": [HUMAN, {"from": "gpt", "value": "<image>"}]},
+            "outside a human turn",
+        ),
+        ({"image": "absent.png", "conversations": [HUMAN, GPT]}, "absent.png does not exist"),
+        ({"image": 5, "conversations": [HUMAN, GPT]}, "image=5"),
+        ({"image": ["a.png", 5], "conversations": [HUMAN, GPT]}, "expected a path or a list"),
+        ({"conversations": []}, "expected a list of turns"),
+        ({}, "conversations=None"),
+        ({"conversations": "what?"}, "expected a list of turns"),
+        ({"conversations": [HUMAN, "that"]}, "turn 1 lacks"),
+        ({"conversations": [HUMAN, {"from": "gpt", "value": 5}]}, "turn 1 lacks"),
+        ({"conversations": [HUMAN, {"from": "robot", "value": "x"}]}, "turn 1 is from 'robot'"),
+        ({"conversations": [HUMAN, HUMAN, GPT]}, "by turns"),
+        ({"conversations": [HUMAN, GPT, GPT]}, "by turns"),
+        ({"conversations": [GPT]}, "by turns"),
+        ({"conversations": [GPT, GPT, HUMAN, GPT]}, "by turns"),
+        ({"conversations": [SYSTEM]}, "by turns"),
+        ({"conversations": [HUMAN]}, "last turn is the human's"),
+        ({"conversations": [HUMAN, GPT, HUMAN]}, "last turn is the human's"),
+    ],
+)
+def test_malformed_record_is_refused_with_its_place(
+    tmp_path: Path, record: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(SampleError, match=complaint) as caught:
+        _read(tmp_path, **record)
+    assert str(caught.value).startswith(f"{tmp_path / 'data.jsonl'}:2: ")

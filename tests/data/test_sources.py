@@ -1,0 +1,155 @@
+"""Annotation files as people write them: readable ones are read, others named by file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mono_internvl.data import sources as sources_module
+from mono_internvl.data.samples import read_sample
+from mono_internvl.data.sources import JsonArraySource, JsonlSource, read_meta
+from mono_internvl.errors import SampleError
+
+TURNS = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+
+
+def _ids(source: JsonlSource) -> list[Any]:
+    return [source.record(i).value["id"] for i in range(len(source))]
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ('{"id": 0}\n{"id": 1}\n', [1, 2]),
+        ('{"id": 0}\n{"id": 1}', [1, 2]),
+        ('{"id": 0}\r\n{"id": 1}\r\n', [1, 2]),
+        ('\n\n{"id": 0}\n\n   \n\t\r\n{"id": 1}\n\n', [3, 7]),
+        ('\n{"id": 0}\n{"id": 1}\n          ', [2, 3]),
+    ],
+    ids=["plain", "no_newline_at_the_end", "crlf", "blank_lines", "blank_end"],
+)
+@pytest.mark.parametrize("chunk_bytes", [3, 1 << 24])
+def test_jsonl_source_reads_lines(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    content: str,
+    lines: list[int],
+    chunk_bytes: int,
+) -> None:
+    monkeypatch.setattr(sources_module, "_CHUNK_BYTES", chunk_bytes)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content.encode())
+    source = JsonlSource(file, tmp_path)
+    assert _ids(source) == [0, 1]
+    assert [source.record(i).where for i in range(2)] == [f"{file}:{line}" for line in lines]
+    assert all(source.size(i) >= len('{"id": 0}') for i in range(2))
+
+
+def test_jsonl_source_reads_utf8_with_and_without_mark(tmp_path: Path) -> None:
+    text = json.dumps({"id": "日本 ü 🙂"}, ensure_ascii=False)
+    for number, prefix in enumerate((b"", b"\xef\xbb\xbf")):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_bytes(prefix + text.encode() + b"\n")
+        assert _ids(JsonlSource(file, tmp_path)) == ["日本 ü 🙂"]
+
+
+@pytest.mark.parametrize("content", ["", "\n", "  \n\r\n"])
+def test_jsonl_source_without_record_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "empty.jsonl"
+    file.write_text(content)
+    with pytest.raises(SampleError, match=r"empty\.jsonl: holds no record"):
+        JsonlSource(file, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "bad", [b'{"id": 1', b"not json", b"[1, 2]", b"7", b'{"id": "\xff\xfe"}', b"\xef\xbb\xbf"]
+)
+def test_corrupt_line_names_file_and_line(tmp_path: Path, bad: bytes) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"id": 0}\n\n' + bad + b'\n{"id": 2}\n')
+    source = JsonlSource(file, tmp_path)
+    assert source.record(0).value == {"id": 0}
+    assert source.record(2).value == {"id": 2}
+    with pytest.raises(SampleError, match=r"a\.jsonl:3: "):
+        source.record(1)
+
+
+def test_json_array_as_llava_ships_it(tmp_path: Path) -> None:
+    records = [{"id": str(i), "conversations": TURNS} for i in range(3)]
+    (tmp_path / "llava.json").write_text(json.dumps(records, indent=1))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"llava": {"root": "images", "annotation": "llava.json", "repeat_time": 2}})
+    )
+    (source,) = read_meta(tmp_path / "meta.json")
+    assert isinstance(source, JsonArraySource)
+    assert (_ids(source), source.repeat, source.name) == (["0", "1", "2"], 2.0, "llava")
+    assert source.size(1) == len(json.dumps(records[1]))
+    assert read_sample(source, 1).where.endswith("llava.json[1]")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "[1", ""])
+def test_json_array_that_is_none_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(content)
+    with pytest.raises(SampleError, match=r"a\.json"):
+        JsonArraySource(file, tmp_path)
+
+
+def test_json_array_holding_another_thing_names_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"id": 0}, 5]')
+    with pytest.raises(SampleError, match=r"a\.json\[1\]: a JSON int"):
+        JsonArraySource(file, tmp_path).record(1)
+
+
+def _write_meta(folder: Path, entry: object) -> Path:
+    (folder / "a.jsonl").write_text('{"id": 0}\n')
+    file = folder / "meta.json"
+    file.write_text(json.dumps({"mine": entry}))
+    return file
+
+
+def test_meta_paths_are_relative_to_its_folder(tmp_path: Path) -> None:
+    entry = {"root": "pictures", "annotation": "a.jsonl", "max_dynamic_patch": 6, "length": 1}
+    (source,) = read_meta(_write_meta(tmp_path, entry))
+    assert (source.path, source.image_root) == (tmp_path / "a.jsonl", tmp_path / "pictures")
+    assert (source.repeat, source.max_tiles, len(source)) == (1.0, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"root": None}, "root=None"),
+        ({"annotation": None}, "annotation=None"),
+        ({"annotation": "other.jsonl"}, "no such annotation file"),
+        ({"repeat_time": 0}, "repeat_time=0.0"),
+        ({"repeat_time": -1}, "repeat_time=-1.0"),
+        ({"repeat_time": "twice"}, "repeat_time='twice'"),
+        ({"repeat_time": True}, "repeat_time=True"),
+        ({"repeat_time": float("inf")}, "repeat_time=inf"),
+        ({"max_dynamic_patch": 0}, "max_dynamic_patch=0"),
+        ({"max_dynamic_patch": "all"}, "max_dynamic_patch='all'"),
+    ],
+)
+def test_meta_entry_that_is_wrong_is_named(
+    tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    file = _write_meta(tmp_path, {"root": ".", "annotation": "a.jsonl", **change})
+    with pytest.raises(SampleError, match=complaint) as caught:
+        read_meta(file)
+    assert "mine" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "7"])
+def test_meta_that_is_no_object_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "meta.json"
+    file.write_text(content)
+    with pytest.raises(SampleError, match=r"meta\.json"):
+        read_meta(file)
+    with pytest.raises(SampleError, match="no such meta file"):
+        read_meta(tmp_path / "absent.json")
+    with pytest.raises(SampleError, match="expected an object"):
+        read_meta(_write_meta(tmp_path, "a.jsonl"))

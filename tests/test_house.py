@@ -1,0 +1,121 @@
+"""The house rules that a machine can hold: who imports whom, file sizes, what must not be installed."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "mono_internvl"
+PACKAGE = "mono_internvl"
+
+# Package -> what it may import besides itself and `errors`; a dotted name is one module of a package.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "experts": set(),
+    "model": {"experts"},
+    "data": {"model.processing", "model.image_processing"},
+    "training": {"model", "data"},
+    "recipes": {"training.recipe", "model.configuration"},
+    "evaluation": {"model", "data"},
+    "serving": {"model"},
+    "visual": {"model"},
+    "miniature": {"data"},
+    "bench": {"model", "experts", "data", "training"},
+    "pipelines": {
+        "model",
+        "experts",
+        "data",
+        "training",
+        "recipes",
+        "evaluation",
+        "serving",
+        "visual",
+        "miniature",
+        "bench",
+    },
+}
+LAYERLESS = {"cli", "__init__", "__main__"}
+
+
+def source_files() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def imported_modules(file: Path) -> set[str]:
+    """Modules of this package that a file imports, without the package's own name."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [node.module]
+            if node.module == PACKAGE:
+                names = [f"{PACKAGE}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {n.removeprefix(f"{PACKAGE}.") for n in names if n.startswith(f"{PACKAGE}.")}
+    return found
+
+
+def is_allowed(package: str, module: str) -> bool:
+    top = module.split(".")[0]
+    if top in (package, "errors"):
+        return True
+    return any(module == name or module.startswith(f"{name}.") for name in ALLOWED[package])
+
+
+def test_imports_follow_the_direction() -> None:
+    wrong = []
+    for file in source_files():
+        package = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if package in LAYERLESS:
+            continue
+        assert package in ALLOWED, f"{package}: say in ALLOWED what it may import"
+        wrong += [
+            f"{file.relative_to(SOURCE)} imports {module}"
+            for module in imported_modules(file)
+            if not is_allowed(package, module)
+        ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_direction_is_checked() -> None:
+    assert not is_allowed("model", "training.loop")
+    assert not is_allowed("data", "model.modeling")
+    assert is_allowed("data", "model.processing")
+    assert imported_modules(SOURCE / "training" / "loop.py") >= {"data.batches", "model.modeling"}
+
+
+@pytest.mark.parametrize("file", source_files(), ids=lambda f: str(f.relative_to(SOURCE)))
+def test_files_stay_readable(file: Path) -> None:
+    assert len(file.read_text().splitlines()) <= 500, "two ideas in one room? split the file"
+
+
+def test_torchvision_is_absent() -> None:
+    assert importlib.util.find_spec("torchvision") is None, "it breaks transformers beside a CPU torch"
+    for name in ("pyproject.toml", "constraints.txt"):
+        listed = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        assert not any("torchvision" in line for line in listed), name
+
+
+def test_constraints_pin_every_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    pinned = {
+        re.split(r"[=<>]", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    }
+    names = {re.split(r"[<>=\[ ]", item)[0].lower().replace("_", "-") for item in wanted}
+    assert names <= pinned, f"not pinned: {sorted(names - pinned)}"
+
+
+def test_import_is_light() -> None:
+    code = "import sys, mono_internvl; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

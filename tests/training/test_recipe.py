@@ -1,0 +1,178 @@
+"""Stages and recipes as data: numbers, refusals, files of the user's, overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+
+from mono_internvl.errors import RecipeError
+from mono_internvl.pipelines.train import override, train
+from mono_internvl.recipes import RECIPES
+from mono_internvl.training.recipe import Recipe, Rule, Stage, load_recipe
+
+
+def test_constant_schedule_warms_up_and_stays() -> None:
+    stage = tiny_runs.tiny_stage(schedule="constant", warmup_steps=4, steps=10)
+    shares = [stage.rate_share(step) for step in range(10)]
+    assert shares == [0.25, 0.5, 0.75, 1.0, *[1.0] * 6]
+
+
+def test_cosine_schedule_falls_to_its_final_share() -> None:
+    stage = tiny_runs.tiny_stage(steps=110, warmup_steps=10, final_rate_share=0.1)
+    assert stage.rate_share(0) == 0.1
+    assert stage.rate_share(9) == stage.rate_share(10) == 1.0
+    assert stage.rate_share(60) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert stage.rate_share(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert stage.rate_share(110) == pytest.approx(0.1)
+    shares = [stage.rate_share(step) for step in range(10, 110)]
+    assert all(a > b for a, b in zip(shares, shares[1:], strict=False))
+
+
+def test_schedule_without_warmup_starts_at_the_peak() -> None:
+    assert tiny_runs.tiny_stage(warmup_steps=0).rate_share(0) == 1.0
+
+
+def test_resolved_turns_epochs_and_shares_into_steps() -> None:
+    stage = tiny_runs.tiny_stage(
+        steps=0, epochs=2.5, batch_size=8, warmup_steps=0, warmup_share=0.1
+    )
+    assert (stage.resolved(100).steps, stage.resolved(100).warmup_steps) == (32, 3)
+    assert stage.resolved(1).steps == 1
+    fixed = tiny_runs.tiny_stage(steps=7, epochs=2.5, warmup_steps=3)
+    assert fixed.resolved(100) == fixed
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"accumulation": 0}, "accumulation=0"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_tiles": 0}, "max_tiles=0"),
+        ({"steps": -1}, "steps=-1"),
+        ({"steps": 0}, "steps=0 and epochs=0"),
+        ({"epochs": -1.0}, "epochs=-1"),
+        ({"warmup_steps": -2}, "warmup_steps=-2"),
+        ({"warmup_share": -0.1}, "warmup_share=-0.1"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"checkpoint_every": -1}, "checkpoint_every=-1"),
+        ({"loader_workers": -1}, "loader_workers=-1"),
+        ({"clip_norm": 0.0}, "clip_norm=0"),
+        ({"batch_size": 6, "accumulation": 4}, "not a multiple of accumulation=4"),
+        ({"rules": ()}, "no rules"),
+        ({"schedule": "linear"}, "schedule='linear'"),
+        ({"precision": "fp16"}, "precision='fp16'"),
+        ({"loss_weighting": "word"}, "loss_weighting='word'"),
+        ({"on_bad_sample": "ignore"}, "on_bad_sample='ignore'"),
+        ({"name": "a/b"}, "name='a/b'"),
+    ],
+)
+def test_stage_refuses_fields_that_make_no_sense(fields: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint):
+        tiny_runs.tiny_stage(**fields)
+
+
+def test_recipe_refuses_no_stage_and_repeated_names() -> None:
+    stage = tiny_runs.tiny_stage()
+    with pytest.raises(RecipeError, match="has no stage"):
+        Recipe(name="r", source="test", stages=())
+    with pytest.raises(RecipeError, match="names repeat"):
+        Recipe(name="r", source="test", stages=(stage, stage))
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_recipe_is_plain_data_found_by_its_name(name: str) -> None:
+    recipe = load_recipe(name, RECIPES)
+    assert recipe.name == name
+    assert recipe.source
+    assert json.loads(json.dumps(recipe.to_dict()))["stages"][0]["name"] == recipe.stages[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.stages[0].steps = 5  # type: ignore[misc]
+
+
+USER_RECIPE = """
+from mono_internvl.training.recipe import Recipe, Rule, Stage
+RECIPE = Recipe(name="mine", source="ours", stages=(
+    Stage(name="only", title="t", data="d.json", rules=(Rule(".*", 1e-3),), steps=3, batch_size=2),
+))
+"""
+
+
+def test_user_recipe_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(USER_RECIPE)
+    recipe = load_recipe(str(file), RECIPES)
+    assert (recipe.name, recipe.stages[0].rules) == ("mine", (Rule(".*", 1e-3),))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("x = 1", "defines no RECIPE"),
+        ("RECIPE = 'miniature'", "defines no RECIPE"),
+        ("RECIPE = ", "SyntaxError"),
+        ("import no_such_module", "no_such_module"),
+        (USER_RECIPE.replace("steps=3", "stepz=3"), "stepz"),
+        (USER_RECIPE.replace("batch_size=2", "batch_size=0"), "batch_size=0"),
+    ],
+)
+def test_user_recipe_file_that_is_wrong_is_named(
+    tmp_path: Path, content: str, complaint: str
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(content)
+    with pytest.raises(RecipeError, match=complaint):
+        load_recipe(str(file), RECIPES)
+
+
+def test_unknown_recipe_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="miniature-sft"):
+        load_recipe("minature", RECIPES)
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        load_recipe(str(tmp_path / "absent.py"), RECIPES)
+
+
+def test_override_parses_every_kind_of_field() -> None:
+    recipe = Recipe(name="r", source="s", stages=(tiny_runs.tiny_stage(),))
+    fields = {"steps": "7", "epochs": "1.5", "precision": "bf16", "data": "other.json"}
+    stage: Stage = override(recipe, fields).stages[0]
+    assert (stage.steps, stage.epochs, stage.precision, stage.data) == (
+        7,
+        1.5,
+        "bf16",
+        "other.json",
+    )
+    assert recipe.stages[0].steps == 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"stepz": "7"}, "no such field; known: .*batch_size"),
+        ({"rules": "x"}, "no such field"),
+        ({"steps": "many"}, "steps=many: expected int"),
+        ({"steps": "1.5"}, "expected int"),
+        ({"weight_decay": "x"}, "expected float"),
+        ({"precision": "fp8"}, "expected one of bf16, fp32"),
+        ({"batch_size": "0"}, "batch_size=0"),
+    ],
+)
+def test_override_refuses_what_is_no_field_or_value(fields: dict[str, str], complaint: str) -> None:
+    recipe = Recipe(name="r", source="s", stages=(tiny_runs.tiny_stage(),))
+    with pytest.raises(RecipeError, match=complaint):
+        override(recipe, fields)
+
+
+def test_train_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="needs data"):
+        train("sft", start="x", run=tmp_path)
+    with pytest.raises(RecipeError, match="names no checkpoint"):
+        train("sft", data=tmp_path, run=tmp_path)
+    with pytest.raises(RecipeError, match=r"one meta file for the 4 stages.*s11\.json, s12\.json"):
+        train("miniature", start="x", data=tmp_path / "meta.json", run=tmp_path)
