@@ -112,7 +112,9 @@ def write_data(folder: Path, images: int = 18, texts: int = 10) -> Path:
     }
     entries = {}
     for name, records in sources.items():
-        write_lines(folder / f"{name}.jsonl", records)
+        # Lines of one length, so that records with and without image meet in a batch.
+        padded = [{**record, "note": "." * (240 - len(json.dumps(record)))} for record in records]
+        write_lines(folder / f"{name}.jsonl", padded)
         entries[name] = {"root": ".", "annotation": f"{name}.jsonl", "repeat_time": 1}
         (folder / f"{name}.json").write_text(json.dumps({name: entries[name]}))
     (folder / "mixed.json").write_text(json.dumps(entries))

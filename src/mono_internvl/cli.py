@@ -5,7 +5,6 @@ Whatever is heavy is imported inside its command, so that `--help` answers at on
 
 import dataclasses
 import sys
-from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -242,23 +241,21 @@ def _print_info(title: str, counts: "ParameterCounts", summary: dict[str, Any]) 
     from rich.console import Console
     from rich.table import Table
 
+    parameters = dataclasses.asdict(counts)
+    groups = parameters.pop("groups")
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
-    for name, value in _flat(dataclasses.asdict(counts)):
-        table.add_row(name.replace("_", " "), f"{value:,}")
-    table.add_section()
-    for name, value in summary.items():
-        table.add_row(name.replace("_", " "), _in_words(value))
+    for heading, rows in (
+        ("parameters", parameters),
+        ("parameters by group", groups),
+        ("configuration", summary),
+    ):
+        table.add_section()
+        table.add_row(f"[bold]{heading}[/]")
+        for name, value in rows.items():
+            table.add_row(f"  {name.replace('_', ' ')}", _in_words(value))
     Console().print(table)
-
-
-def _flat(values: dict[str, Any]) -> Generator[tuple[str, int], None, None]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value)
-        else:
-            yield name, value
 
 
 def _in_words(value: Any) -> str:
@@ -294,19 +291,17 @@ def _print_recipes() -> None:
 
 
 def _config_of(model: str | None, preset: str, revision: str | None) -> Any:
-    from mono_internvl.errors import CheckpointError, ConfigError
-    from mono_internvl.model.configuration import MonoInternVLConfig
-    from mono_internvl.model.presets import PRESETS
-    from mono_internvl.model.tokenization import find_file, read_json
+    from mono_internvl.errors import CheckpointError
+    from mono_internvl.model.checkpoint import read_config
+    from mono_internvl.model.presets import preset as preset_config
+    from mono_internvl.model.tokenization import find_file
 
     if model is None:
-        if preset not in PRESETS:
-            raise ConfigError(f"preset={preset!r} is unknown; expected {', '.join(PRESETS)}")
-        return PRESETS[preset]()
+        return preset_config(preset)
     file = find_file(model, "config.json", {"revision": revision})
     if file is None:
         raise CheckpointError(f"{model}: no config.json; expected a checkpoint folder or a hub id")
-    return MonoInternVLConfig(**read_json(file))
+    return read_config(file.parent)
 
 
 def _quieten() -> None:

@@ -319,7 +319,7 @@ def test_info_preset_is_the_published_2b(command):
 
 
 def test_info_refuses_the_unknown(command, tmp_path):
-    assert "preset='tiny'" in command("info", "--preset", "tiny")[2]
+    assert "preset 'tiny'" in command("info", "--preset", "tiny")[2]
     assert "no config.json" in command("info", "--model", tmp_path)[2]
 
 

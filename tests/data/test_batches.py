@@ -155,6 +155,29 @@ def test_epoch_of_batches_holds_every_record_once(tmp_path: Path) -> None:
         assert counts == Counter(f"r{i}" for i in range(48))
 
 
+def test_run_of_whole_epochs_holds_every_record_equally_often(tmp_path: Path) -> None:
+    specs = [f"1:{1 + i % 9}:0" for i in range(10)]
+    stream = _stream(tmp_path, *specs, batch_size=4, window=4, num_steps=5)
+    counts = Counter(i for n in range(5) for i in stream[n].record_ids)
+    assert counts == Counter({f"r{i}": 2 for i in range(10)})
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_cuts_the_same_steps(tmp_path: Path, accumulation: int) -> None:
+    specs = [f"1:{1 + i % 9}:0" for i in range(40)]
+    whole = _stream(tmp_path, *specs, batch_size=8, window=2)
+    cut = [
+        _stream(tmp_path, *specs, batch_size=8, window=2, accumulation=accumulation, rank=rank,
+                world_size=2)
+        for rank in range(2)
+    ]  # fmt: skip
+    for step in range(5):
+        numbers = range(step * accumulation, (step + 1) * accumulation)
+        parts = [share[n].record_ids for share in cut for n in numbers]
+        assert {len(part) for part in parts} == {8 // accumulation // 2}
+        assert sorted(i for part in parts for i in part) == sorted(whole[step].record_ids)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_the_same_global_batches(tmp_path: Path, world: int) -> None:
     specs = [f"1:{1 + i % 9}:0" for i in range(40)]
@@ -170,7 +193,7 @@ def test_processes_share_the_same_global_batches(tmp_path: Path, world: int) -> 
 
 
 def test_stream_refuses_what_it_cannot_cut(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"batch_size=3 .* 2 processes"):
+    with pytest.raises(RecipeError, match=r"batch_size=3 .* 2 processes .* accumulation=1"):
         _stream(tmp_path, "1:2:0", batch_size=3, world_size=2)
     source = _source(tmp_path, "1:2:0")
     source.repeat = 0.2

@@ -30,6 +30,8 @@ largest_differences: dict[str, float] = {}
 def load_model(folder: Path, attention: str = "eager") -> Model:
     """The model of a golden folder through the project's own converter, fp32, eval."""
     model = Model.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    used = model.model.language_model.config._attn_implementation
+    assert used == attention, f"{used} attention, asked for {attention}"
     return model.eval()
 
 

@@ -71,23 +71,29 @@ class BatchPlan:
     """How the endless stream is cut.
 
     Attributes:
-        batch_size: Samples of a micro-batch over all processes.
-        rank, world_size: Which process asks, of how many; each takes every `world_size`-th sample.
+        batch_size: Samples of a step, over all processes and micro-batches.
+        accumulation: Micro-batches of a step.
+        rank, world_size: Which process asks, of how many. Neither these nor `accumulation` change
+            which samples make up a step.
         max_tokens: Longest sample; a longer one is a bad sample.
         pad_token_id: Fills the right end of `input_ids`.
         loss_weighting: Weight of a label: "token" 1, "sample" 1/x, "square" 1/sqrt(x) for x labels.
         on_bad_sample: "raise" stops at the first, "skip" leaves it out, logs and counts it.
-        window: Micro-batches within which samples of like length are grouped.
+        window: Steps within which samples of like length are grouped.
+        num_steps: Steps of the run. Its last window ends there, so that a run of whole epochs sees
+            every record equally often.
     """
 
     batch_size: int
     max_tokens: int
     pad_token_id: int
+    accumulation: int = 1
     rank: int = 0
     world_size: int = 1
     loss_weighting: LossWeighting = "token"
     on_bad_sample: OnBadSample = "raise"
     window: int = 16
+    num_steps: int | None = None
 
 
 class BatchStream(Dataset[Batch]):
@@ -110,10 +116,10 @@ class BatchStream(Dataset[Batch]):
         plan: BatchPlan,
         seed: int,
     ):
-        if plan.batch_size % plan.world_size:
+        if plan.batch_size % (plan.world_size * plan.accumulation):
             raise RecipeError(
-                f"batch_size={plan.batch_size} of a micro-batch is not a multiple of the "
-                f"{plan.world_size} processes; change batch_size, accumulation or the processes"
+                f"batch_size={plan.batch_size} is not a multiple of {plan.world_size} processes "
+                f"times accumulation={plan.accumulation}; change one of them"
             )
         self.sources, self.encode, self.plan, self.seed = sources, encode, plan, seed
         self.mixture = Mixture(
@@ -125,8 +131,11 @@ class BatchStream(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         plan = self.plan
-        window, place = divmod(number, plan.window)
-        positions = self._batches_of_window(window)[place][plan.rank :: plan.world_size]
+        step, micro = divmod(number, plan.accumulation)
+        window, place = divmod(step, plan.window)
+        first = micro * plan.world_size + plan.rank
+        every = plan.accumulation * plan.world_size
+        positions = self._batches_of_window(window)[place][first::every]
         encoded: list[EncodedSample] = []
         skipped: list[str] = []
         ids: list[str] = []
@@ -154,9 +163,13 @@ class BatchStream(Dataset[Batch]):
 
     def _batches_of_window(self, window: int) -> list[list[int]]:
         if self._window[0] != window:
-            size = self.plan.window * self.plan.batch_size
-            start = window * size
-            where = (self.mixture.locate(p) for p in range(start, start + size))
+            first = window * self.plan.window
+            steps = self.plan.window
+            if self.plan.num_steps is not None:
+                steps = min(steps, self.plan.num_steps - first)
+            start = first * self.plan.batch_size
+            stop = start + steps * self.plan.batch_size
+            where = (self.mixture.locate(p) for p in range(start, stop))
             sizes = [self.sources[source].size(index) for source, index in where]
             batches = batch_positions(sizes, window, start, self.plan.batch_size, self.seed)
             self._window = (window, batches)

@@ -34,6 +34,7 @@ from mono_internvl.miniature.text_tasks import (
 )
 
 _FACTS_REPEATED = 20
+_ENGLISH_REPEATED = 4
 _NOVEL = tuple(sorted(NOVEL_PAIRS))
 
 
@@ -106,8 +107,24 @@ def language_datasets(size: WorldSize, seed: int) -> list[Dataset]:
         Dataset("copying", copying_records(rng, "train", size.copying)),
         Dataset("dialogues", reading_dialogues(rng, "train", size.text_dialogues)),
         Dataset("facts", fact_records(FACTS), repeat_time=_FACTS_REPEATED),
-        Dataset("english", english_records(load_english())[: size.english]),
+        Dataset("english", english_records(load_english())[: size.english], _ENGLISH_REPEATED),
     ]
+
+
+def first_lesson(size: WorldSize, seed: int) -> list[Dataset]:
+    """Make what the language model learns first: to look things up in its context.
+
+    Mixed with everything else this takes a small model several thousand steps; by itself, hundreds.
+
+    Args:
+        size: how many.
+        seed: seed of the draws.
+
+    Returns:
+        One data set of copying tasks.
+    """
+    rng = random.Random(f"{seed}/first lesson")
+    return [Dataset("copying", copying_records(rng, "train", size.copying))]
 
 
 @dataclass(frozen=True)

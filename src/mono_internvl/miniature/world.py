@@ -21,6 +21,7 @@ from mono_internvl.miniature.records import write_jsonl, write_meta
 from mono_internvl.miniature.stages import (
     WorldSize,
     evaluation_records,
+    first_lesson,
     image_stages,
     language_datasets,
     replay_datasets,
@@ -66,7 +67,7 @@ QUICK: Final = WorldSize(
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class WorldFiles:
 
     Attributes:
         root: the data root; all paths in the files are relative to it.
+        copying: meta file of the language model's first lesson, looking things up in the context.
         language: meta file of the text-only conversations for the language model.
         replay: meta file of the text that S2 repeats (only the replayed facts), for other stages.
         s11: meta file of S1.1, noisy captions; likewise s12, s13 and s2 (with the text of replay).
@@ -88,6 +90,7 @@ class WorldFiles:
     """
 
     root: Path
+    copying: Path
     language: Path
     replay: Path
     s11: Path
@@ -143,6 +146,7 @@ def write_world(out_dir: Path, size: WorldSize = FULL, seed: int = 0) -> WorldFi
 def _files(root: Path) -> WorldFiles:
     return WorldFiles(
         root=root,
+        copying=root / "copying.json",
         language=root / "language.json",
         replay=root / "replay.json",
         s11=root / "s11.json",
@@ -162,6 +166,7 @@ def _write_all(root: Path, size: WorldSize, seed: int) -> None:
     files = _files(root)
     for path in (files.english_train, files.english_heldout, root / "LICENSE-PSF.txt"):
         shutil.copyfile(ASSETS / path.name, path)
+    write_meta(root, "copying", first_lesson(size, seed))
     write_meta(root, "language", language_datasets(size, seed))
     write_meta(root, "replay", replay_datasets(size, seed))
     stages = image_stages(root, size, seed)

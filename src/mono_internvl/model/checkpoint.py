@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
-from mono_internvl.errors import CheckpointError
+from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.model.configuration import MonoInternVLConfig
 
 # Released module path -> ours. Paths of a decoder layer are relative to it; a tuple is the
@@ -272,6 +272,30 @@ def resolve_checkpoint(
             f"{name_or_path}: no such folder, and not available as hub id at revision "
             f"{revision or 'main'} ({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
+
+
+def read_config(folder: Path) -> MonoInternVLConfig:
+    """The configuration of a checkpoint folder.
+
+    Raises:
+        CheckpointError: There is no config.json, or it is no JSON object.
+        ConfigError: It is of another architecture or asks for what is not implemented.
+    """
+    file = folder / "config.json"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: not a readable config.json ({error}); expected a checkpoint folder"
+        ) from error
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{file}: a JSON {type(stored).__name__}; expected an object")
+    if stored.get("model_type") != MonoInternVLConfig.model_type:
+        raise ConfigError(
+            f"{file}: model_type={stored.get('model_type')!r} is not supported; expected "
+            f"{MonoInternVLConfig.model_type!r}, the layout of the released checkpoints"
+        )
+    return MonoInternVLConfig.from_pretrained(str(folder))
 
 
 def safetensors_files(folder: Path) -> list[Path]:

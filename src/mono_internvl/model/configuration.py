@@ -54,6 +54,8 @@ _RELEASED_TOP_DEFAULTS: dict[str, Any] = {
     "max_dynamic_patch": 6,
     "pad2square": False,
 }
+# What loaders add to the fields of a file; never written back.
+_NOT_OF_THE_FILE = frozenset({"name_or_path", "attn_implementation", "_commit_hash"})
 _VISION_KIND_OF_MODEL_TYPE = {"intern_vit_patch": "patch", "intern_vit_6b": "vit"}
 _MODEL_TYPE_OF_VISION_KIND = {kind: name for name, kind in _VISION_KIND_OF_MODEL_TYPE.items()}
 _TEXT_ARCHITECTURE_WITH_EXPERTS = "InternLM2VEForCausalLM"
@@ -178,7 +180,10 @@ class MonoInternVLConfig(PreTrainedConfig):
     """
 
     model_type = "internvl_chat"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {}
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {
+        "text_config": MonoInternVLTextConfig,
+        "vision_config": MonoInternVLVisionConfig,
+    }
     has_no_defaults_at_init = False
 
     # Set by __init__, whatever they are given as.
@@ -201,7 +206,8 @@ class MonoInternVLConfig(PreTrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         released = {}
         if "llm_config" in kwargs:
-            released = copy.deepcopy(kwargs)
+            released = {k: v for k, v in kwargs.items() if k not in _NOT_OF_THE_FILE}
+            released = copy.deepcopy(released)
             kwargs = _from_released(kwargs)
         text, vision = kwargs.pop("text_config", None), kwargs.pop("vision_config", None)
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in _OWN_FIELDS}
@@ -253,6 +259,16 @@ class MonoInternVLConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> MonoInternVLTextConfig:
         """The decoder's configuration, whatever is asked (`decoder`, `encoder`)."""
         return self.text_config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers does it; `attn_implementation` counts if asked for, not in a file."""
+        asked = kwargs.get("attn_implementation")
+        result = super().from_dict(config_dict, **kwargs)
+        if asked is not None:
+            config = result[0] if isinstance(result, tuple) else result
+            config._attn_implementation = asked
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         """This configuration in the released layout, with unknown released fields kept."""

@@ -22,6 +22,7 @@ from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.experts import Routing
 from mono_internvl.model import register_auto_classes
 from mono_internvl.model.checkpoint import (
+    read_config,
     register_conversion,
     resolve_checkpoint,
     verify_checkpoint,
@@ -158,7 +159,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         source = {k: kwargs.pop(k) for k in ("revision", "cache_dir", "token") if k in kwargs}
         local = kwargs.pop("local_files_only", False)
         folder = resolve_checkpoint(pretrained_model_name_or_path, local_files_only=local, **source)
-        config = kwargs.pop("config", None) or cls.config_class.from_pretrained(folder)
+        config = kwargs.pop("config", None) or read_config(folder)
         with torch.device("meta"):
             skeleton = cls(copy.deepcopy(config))
         verify_checkpoint(folder, skeleton, config)

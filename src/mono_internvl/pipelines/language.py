@@ -1,6 +1,6 @@
 """The miniature's language model: tokenizer, training, and its export as a plain Llama checkpoint.
 
-The shipped one was made by this module with `mono-internvl quickstart --llm scratch`'s own call.
+The shipped one was made by `mono-internvl quickstart --llm scratch`, which calls this.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from mono_internvl.model.from_llm import export_llama, monolithic_from_llama
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.tokenization import load_tokenizer
+from mono_internvl.pipelines.train import train_stages
 from mono_internvl.recipes.miniature import LANGUAGE, LANGUAGE_MODEL, VISION
-from mono_internvl.training.loop import train_stage
-from mono_internvl.training.recipe import Stage
+from mono_internvl.training.distributed import run_processes
+from mono_internvl.training.recipe import Recipe
 
 
 def make_language_model(
-    world: WorldFiles, run: Path, *, stage: Stage = LANGUAGE.stages[0], device: str = "cpu"
+    world: WorldFiles,
+    run: Path,
+    *,
+    recipe: Recipe = LANGUAGE,
+    processes: int = 1,
+    device: str = "cpu",
 ) -> Path:
     """Train the small language model from nothing.
 
@@ -36,8 +42,9 @@ def make_language_model(
     Args:
         world: Files of the miniature's world.
         run: Output folder; `run/llm` is the result.
-        stage: How it is trained.
-        device: Of this process.
+        recipe: How it is trained.
+        processes: Training processes.
+        device: Of each of them.
 
     Returns:
         Folder of a plain Llama checkpoint with its tokenizer.
@@ -45,8 +52,10 @@ def make_language_model(
     start, out = run / "random", run / "llm"
     if not (start / "config.json").exists():
         _random_start(world, run, start)
-    result = train_stage(stage, start, world.root, run / stage.name, device=device)
-    model = MonoInternVLForConditionalGeneration.from_pretrained(result.checkpoint)
+    run_processes(train_stages, processes, recipe, start, world.root, run, device)
+    model = MonoInternVLForConditionalGeneration.from_pretrained(
+        run / recipe.stages[-1].name / "checkpoint"
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(run / "random-llama")
     _drop_visual_rows(model, len(tokenizer))
     export_llama(model.to(torch.bfloat16), tokenizer, out)

@@ -131,7 +131,7 @@ def quickstart(
     console.print("[bold]2/5[/] the language model that gets eyes", soft_wrap=True)
     start = run / START / "checkpoint"
     if not (start / "processor_config.json").exists():
-        run_processes(_make_start, 1, llm, world, run, plan, device)
+        _make_start(llm, world, run, plan, count, device)
     console.print(f"[bold]3/5[/] four stages, {count} process(es), each followed by an evaluation")
     run_processes(_train_and_evaluate, count, plan, world, run, device)
     console.print("[bold]4/5[/] the report", soft_wrap=True)
@@ -162,15 +162,16 @@ def _remember(run: Path, settings: dict[str, Any]) -> None:
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _make_start(llm: str, world: WorldFiles, run: Path, plan: Plan, device: str) -> None:
-    with _Cost(run / START / "cost.json", "made"):
-        if llm == "scratch":
-            folder = make_language_model(
-                world, run / "language", stage=plan.language.stages[0], device=device
-            )
-        else:
-            folder = SHIPPED_LANGUAGE_MODEL if llm == "shipped" else Path(llm)
-        give_eyes(folder, run / START / "checkpoint")
+def _make_start(
+    llm: str, world: WorldFiles, run: Path, plan: Plan, processes: int, device: str
+) -> None:
+    if llm == "scratch":
+        folder = make_language_model(
+            world, run / "language", recipe=plan.language, processes=processes, device=device
+        )
+    else:
+        folder = SHIPPED_LANGUAGE_MODEL if llm == "shipped" else Path(llm)
+    give_eyes(folder, run / START / "checkpoint")
 
 
 def _train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, device: str) -> None:

@@ -64,11 +64,11 @@ def train(
     folder = run or Path("runs") / plan.name
     folder.mkdir(parents=True, exist_ok=True)
     first = resolve_checkpoint(source)
-    run_processes(_train_stages, processes, plan, first, data, folder, device)
+    run_processes(train_stages, processes, plan, first, data, folder, device)
     return folder / plan.stages[-1].name / "checkpoint"
 
 
-def _train_stages(recipe: Recipe, start: Path, data: Path, run: Path, device: str) -> None:
+def train_stages(recipe: Recipe, start: Path, data: Path, run: Path, device: str) -> None:
     for stage in recipe.stages:
         result = train_stage(stage, start, data, run / stage.name, device=device)
         start = result.checkpoint

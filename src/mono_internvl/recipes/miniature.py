@@ -52,10 +52,18 @@ LANGUAGE = Recipe(
     source="ours: the language model that the miniature gives eyes to",
     stages=(
         _stage(
+            "copying",
+            "looking things up in the context",
+            batch_size=32,
+            steps=500,
+            schedule="constant",
+            rules=(Rule(EYES, None), Rule(".*", 2e-3)),
+        ),
+        _stage(
             "language",
             "a small language model",
             batch_size=32,
-            steps=4000,
+            steps=3500,
             warmup_steps=100,
             loss_weighting="square",  # English answers are twenty times as long as the others
             rules=(Rule(EYES, None), Rule(".*", 2e-3)),
@@ -103,5 +111,5 @@ def _quick(recipe: Recipe, steps: dict[str, int]) -> Recipe:
     return dataclasses.replace(recipe, name=f"{recipe.name}-quick", stages=stages)
 
 
-QUICK_LANGUAGE = _quick(LANGUAGE, {"language": 60})
+QUICK_LANGUAGE = _quick(LANGUAGE, {"copying": 20, "language": 60})
 QUICK_MINIATURE = _quick(MINIATURE, {"s11": 40, "s12": 60, "s13": 60, "s2": 60})

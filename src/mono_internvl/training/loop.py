@@ -139,6 +139,7 @@ class _Loop:
         first = self.resumed.step if self.resumed else 0
         result = StageResult(self.final, self.metrics, stage.steps, first)
         if first == stage.steps:
+            self._remove_states_but(self.final)
             return result
         groups = apply_rules(self.model, self.model.config, stage)
         optimizer = self._optimizer(groups)
@@ -186,23 +187,26 @@ class _Loop:
         )
 
     def _data_parallel(self) -> nn.Module:
+        learner = _LossOf(self.model)
         if world_size() == 1:
-            return self.model
+            return learner
         # A batch without images leaves the visual experts of this process unused.
         return DistributedDataParallel(
-            self.model, find_unused_parameters=True, gradient_as_bucket_view=True
+            learner, find_unused_parameters=True, gradient_as_bucket_view=True
         )
 
     def _batches(self, first_step: int) -> Iterator[Batch]:
         stage = self.stage
         plan = BatchPlan(
-            batch_size=stage.batch_size // stage.accumulation,
+            batch_size=stage.batch_size,
+            accumulation=stage.accumulation,
             max_tokens=stage.max_tokens,
             pad_token_id=self.model.config.text_config.pad_token_id or 0,
             rank=rank(),
             world_size=world_size(),
             loss_weighting=stage.loss_weighting,
             on_bad_sample=stage.on_bad_sample,
+            num_steps=stage.steps,
         )
         stream = BatchStream(self.sources, self._encode, plan, stage.seed)
         numbers = range(first_step * stage.accumulation, stage.steps * stage.accumulation)
@@ -271,21 +275,41 @@ class _Loop:
         device = torch.device(self.device)
         pixels = batch.pixel_values
         with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
-            out = learner(
+            loss: Tensor = learner(
                 input_ids=batch.input_ids.to(device),
                 pixel_values=None if pixels is None else pixels.to(device),
                 labels=batch.labels.to(device),
                 loss_weight=batch.loss_weight.to(device),
                 num_items_in_batch=denominator.to(device),
-                logits_to_keep=None,
             )
-        out.loss.backward()
-        return out.loss.detach().cpu()
+        loss.backward()
+        return loss.detach().cpu()
 
     def _save(self, folder: Path, optimizer: torch.optim.Optimizer | None, step: int) -> None:
         if rank() == 0:
             save_state(folder, self.model, self.processor, optimizer, step, self.fields)
-            for state in self.run.glob("step_*"):
-                if state != folder:
-                    remove_state(state)
+        self._remove_states_but(folder)
         barrier()
+
+    def _remove_states_but(self, kept: Path) -> None:
+        if rank() == 0:
+            for folder in self.run.glob("step_*"):
+                if folder != kept:
+                    remove_state(folder)
+
+
+class _LossOf(nn.Module):
+    """A model as a function from a batch to its loss.
+
+    The loss is tied, with weight 0, to one parameter that learns: a batch of text in a stage where
+    only visual parameters learn has a backward pass too, in which every process takes part.
+    """
+
+    def __init__(self, model: MonoInternVLForConditionalGeneration):
+        super().__init__()
+        self.model = model
+        self._tie = [next(p for p in model.parameters() if p.requires_grad)]
+
+    def forward(self, **batch: Any) -> Tensor:
+        loss: Tensor = self.model(**batch, logits_to_keep=None).loss
+        return loss + 0.0 * self._tie[0].flatten()[0]

@@ -1,0 +1,509 @@
+"""What the README and the docs say is executed, parsed or looked up here.
+
+Every fenced `bash` and `python` block is run in a quick form on a tiny model, or stands in
+`NOT_EXECUTED` with the reason. A fenced block that follows a line ending in "`path`:" is written
+to that path first, so the examples are the data that the commands read.
+"""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from test_house import ALLOWED
+from tiny_runs import write_checkpoint
+
+from mono_internvl import cli
+from mono_internvl.errors import ConfigError
+from mono_internvl.miniature.targets import Bound, judge, to_rows
+from mono_internvl.pipelines import results
+from mono_internvl.recipes import RECIPES
+from mono_internvl.serving import terminal
+from mono_internvl.serving.session import ChatSession
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL_PAGES = [
+    *PAGES,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "results" / "README.md",
+]
+IMAGES = ROOT / "tests" / "parity" / "golden" / "python"
+
+NETWORK = "needs the network"
+MINUTES = "takes minutes; .ci/run walks the quick form"
+PROCESSES = "starts processes; tests/training/test_loop.py does"
+NOT_EXECUTED = {
+    "make quickstart": MINUTES,
+    "make test": "is what runs this",
+    "make setup": NETWORK,
+    "python3 -m venv .venv": "is what `make setup` does",
+    ".venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": NETWORK,
+    "mono-internvl chat --model OpenGVLab/Mono-InternVL-2B --image a.png "
+    "'Please describe the image shortly.'": NETWORK,
+    "mono-internvl train sft --model OpenGVLab/Mono-InternVL-2B --data my-data/meta.json "
+    "--out runs/mine-2b --device cuda": "needs the network and a GPU",
+    "mono-internvl train miniature-sft --model runs/quickstart/model --data my-data/meta.json "
+    "--out runs/two --processes 2": PROCESSES,
+    "torchrun --no-python --nproc-per-node 8 mono-internvl train sft --model MODEL "
+    "--data my-data/meta.json --device cuda": "needs eight GPUs",
+    "mono-internvl quickstart": MINUTES,
+    "mono-internvl quickstart --quick --out runs/quick": MINUTES,
+    "mono-internvl quickstart --llm scratch --out runs/scratch": MINUTES,
+}
+"""Command, as `shlex` writes it -> why it is only parsed."""
+
+QUICK_OPTIONS = {"train": ("--set", "steps=1", "--set", "batch_size=2", "--set", "warmup_steps=0")}
+"""What a verb is given on top here, so that it ends at once."""
+
+LONGEST_ANSWER = 6
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        language: After the fence.
+        text: Between the fences.
+        path: Path that the line before it names, or an empty string.
+    """
+
+    language: str
+    text: str
+    path: str
+
+
+@dataclass
+class Run:
+    """A page that was worked through: its folder, what each command printed, what failed."""
+
+    folder: Path
+    printed: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, but for those that are filled from results."""
+    text = re.sub(r"<!-- results:.*?<!-- /results -->", "", page.read_text("utf-8"), flags=re.S)
+    found = re.findall(r"([^\n]*)\n\n```(\w*)\n(.*?)^```", text, flags=re.S | re.M)
+    assert text.count("```") == 2 * len(found), f"{page.name}: a fence without an empty line before"
+    paths = [re.search(r"`([^`\s]+)`:$", line) for line, _, _ in found]
+    return [
+        Block(language, body, path[1] if path else "")
+        for (_, language, body), path in zip(found, paths, strict=True)
+    ]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The command lines of a bash block, without leading variables."""
+    lines = [
+        shlex.split(line, comments=True) for line in block.text.replace("\\\n", " ").splitlines()
+    ]
+    return [
+        [w for i, w in enumerate(line) if i or not re.match(r"[A-Z_]+=", w)]
+        for line in lines
+        if line
+    ]
+
+
+def all_commands(pages: list[Path] = ALL_PAGES) -> list[list[str]]:
+    return [c for page in pages for b in blocks(page) if b.language == "bash" for c in commands(b)]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.S | re.M)
+
+
+def code_spans(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the pages assume it: a quickstart's model, two images, the examples as files."""
+    folder = tmp_path_factory.mktemp("ground")
+    write_checkpoint(folder / "tiny")
+    shutil.copytree(folder / "tiny", folder / "runs" / "quickstart" / "model")
+    for place in (folder, folder / "my-data" / "images"):
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(IMAGES / "chat_a.png", place / "a.png")
+        shutil.copy(IMAGES / "chat_b.png", place / "b.png")
+    for block in (block for page in PAGES for block in blocks(page) if block.path):
+        file = folder / block.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(block.text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    """Every page, its blocks executed in order in a folder of its own."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ChatSession, "_room_after", lambda self, num_prompt: LONGEST_ANSWER)
+    done = {}
+    for page in PAGES:
+        run = Run(tmp_path_factory.mktemp(page.stem) / "ground")
+        shutil.copytree(ground, run.folder)
+        with contextlib.chdir(run.folder):
+            for block in blocks(page):
+                _execute(block, run, patch)
+        done[page.name] = run
+    patch.undo()
+    yield done
+
+
+def _execute(block: Block, run: Run, patch: pytest.MonkeyPatch) -> None:
+    if block.language == "python" and not block.path:
+        name = block.text.splitlines()[-1]
+        run.printed[name] = _printed(name, run, lambda: exec(compile(block.text, name, "exec"), {}))
+    for words in commands(block) if block.language == "bash" else ():
+        line = shlex.join(words)
+        if line in NOT_EXECUTED:
+            continue
+        if words[0] != "mono-internvl":
+            run.failures.append(f"{line}: neither executed nor in NOT_EXECUTED")
+            continue
+        patch.setattr(sys, "argv", [*words, *QUICK_OPTIONS.get(words[1], ())])
+        run.printed[line] = _printed(line, run, cli.main)
+
+
+def _printed(name: str, run: Run, call: typing.Callable[[], object]) -> str:
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            call()
+    except SystemExit as end:
+        if end.code:
+            run.failures.append(f"{name}: exit {end.code}: {err.getvalue()[-400:]}")
+    except Exception as error:
+        run.failures.append(f"{name}: {type(error).__name__}: {error}")
+    return out.getvalue()
+
+
+# ------------------------------------------------------------------------------ what is executed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page_commands_run(page: Path, runs: dict[str, Run]) -> None:
+    assert not runs[page.name].failures, "\n".join(runs[page.name].failures)
+
+
+def test_execution_can_fail(ground: Path) -> None:
+    run, patch = Run(ground), pytest.MonkeyPatch()
+    text = "mono-internvl chat --model nowhere hello\nls\n"
+    _execute(Block("bash", text, ""), run, patch)
+    _execute(Block("python", "import no_such_module\n", ""), run, patch)
+    patch.undo()
+    assert len(run.failures) == 3, run.failures
+
+
+def test_not_executed_commands_are_in_the_pages() -> None:
+    found = {shlex.join(words) for words in all_commands(PAGES)}
+    assert set(NOT_EXECUTED) <= found, f"no longer documented: {set(NOT_EXECUTED) - found}"
+
+
+def test_reasons_name_existing_tests() -> None:
+    for reason in NOT_EXECUTED.values():
+        for path in re.findall(r"tests/\S+\.py|\.ci/run", reason):
+            assert (ROOT / path).is_file(), reason
+
+
+def test_documented_answer_has_the_fields_of_a_real_one(runs: dict[str, Run]) -> None:
+    (printed,) = (text for line, text in runs["chat.md"].printed.items() if "--json" in line)
+    (shown,) = (block for block in blocks(ROOT / "docs" / "chat.md") if block.language == "json")
+    real, example = json.loads(printed), json.loads(shown.text)
+    assert list(real) == list(example)
+    assert list(real["tokens"]) == list(example["tokens"])
+
+
+def test_documented_metrics_are_the_fields_of_a_real_row(runs: dict[str, Run]) -> None:
+    file = runs["training.md"].folder / "runs" / "mine" / "sft" / "metrics.jsonl"
+    section = (ROOT / "docs" / "training.md").read_text().split("## What a run leaves behind")[1]
+    table = re.findall(r"^\| (`.*?) \|", section.split("\n## ")[0], flags=re.M)
+    assert re.findall(r"`(\w+)`", " ".join(table)) == list(
+        json.loads(file.read_text().split("\n")[0])
+    )
+
+
+def test_user_recipe_trains_its_stages(runs: dict[str, Run]) -> None:
+    run = runs["training.md"].folder / "runs" / "my-recipe"
+    assert all((run / stage / "checkpoint" / "config.json").is_file() for stage in ("see", "talk"))
+
+
+# ------------------------------------------------------------------------------ what is looked up
+
+
+def _program() -> click.Group:
+    program = typer.main.get_command(cli.app)
+    assert hasattr(program, "commands")
+    return typing.cast(click.Group, program)
+
+
+def _check_usage(words: list[str]) -> None:
+    """Raise UsageError unless verb and options of a `mono-internvl` command exist."""
+    program = _program()
+    if words[1] not in program.commands:
+        raise click.UsageError(f"no verb {words[1]}")
+    program.commands[words[1]].make_context(words[1], list(words[2:]))
+
+
+def test_documented_commands_have_existing_verbs_and_options() -> None:
+    wrong = []
+    for words in all_commands():
+        start = words.index("mono-internvl") if "mono-internvl" in words else None
+        try:
+            if start is not None:
+                _check_usage(words[start:])
+        except Exception as error:
+            wrong.append(f"{shlex.join(words)}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("line", ["mono-internvl dance", "mono-internvl chat --modell x"])
+def test_usage_check_can_fail(line: str) -> None:
+    with pytest.raises(Exception, match=r"dance|--modell"):
+        _check_usage(line.split())
+
+
+def test_options_and_verbs_in_the_text_exist() -> None:
+    program = _program()
+    known = {o for c in (program, *program.commands.values()) for p in c.params for o in p.opts}
+    known |= {"--check", "--help"}
+    for page in ALL_PAGES:
+        for span in code_spans(page):
+            if match := re.match(r"(--[a-z][a-z-]*)\b", span):
+                assert match[1] in known, f"{page.name}: {span}"
+            if match := re.match(r"mono-internvl ([a-z]\S*)", span):
+                assert match[1] in program.commands, f"{page.name}: {span}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for words in all_commands():
+        if words[0] == "make":
+            assert set(words[1:]) <= targets, shlex.join(words)
+
+
+def test_modules_of_commands_exist() -> None:
+    for words in all_commands():
+        if words[0] == "python" and words[1] == "-m":
+            module = ROOT / "src" / Path(*words[2].split(".")).with_suffix(".py")
+            assert module.is_file(), shlex.join(words)
+
+
+def test_torch_of_the_readme_is_the_pinned_one() -> None:
+    pins = re.findall(r"\btorch==([\d.]+)", (ROOT / "README.md").read_text())
+    (pinned,) = re.findall(r"^torch==([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.M)
+    assert set(pins) == {pinned}
+
+
+def test_links_lead_somewhere() -> None:
+    wrong = []
+    for page in ALL_PAGES:
+        for name, target, anchor in re.findall(r"\[([^\]]*)\]\(([^)#\s]*)#?([^)]*)\)", prose(page)):
+            if target.startswith("http"):
+                continue
+            file = page.parent / target if target else page
+            if not file.exists():
+                wrong.append(f"{page.name}: {target} does not exist")
+            elif anchor and anchor not in _anchors(file):
+                wrong.append(f"{page.name}: {target} has no heading #{anchor}")
+            elif file.suffix == ".py" and (defined := re.fullmatch(r"`(\w+)`", name)):
+                pattern = rf"^\s*(class|def) {defined[1]}\b|^{defined[1]}\b.*="
+                if not re.search(pattern, file.read_text(), flags=re.M):
+                    wrong.append(f"{page.name}: {target} does not define {defined[1]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.+)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w -]", "", head).strip().lower().replace(" ", "-") for head in heads}
+
+
+def test_paths_in_the_text_exist() -> None:
+    for page in ALL_PAGES:
+        for span in code_spans(page):
+            if re.match(r"(src|docs|tests|results)/[\w./-]+$", span):
+                assert (ROOT / span).exists(), f"{page.name}: {span}"
+
+
+def test_project_map_is_the_tree() -> None:
+    (tree,) = (b.text for b in blocks(ROOT / "README.md") if b.text.startswith("src/"))
+    listed = re.findall(r"^  (\S+)", tree, flags=re.M)
+    package = ROOT / "src" / "mono_internvl"
+    assert all((package / name).exists() for name in listed), listed
+    folders = {f"{p.parent.name}/" for p in package.glob("*/__init__.py")}
+    assert folders <= set(listed), folders - set(listed)
+
+
+def test_documented_import_directions_are_the_tested_ones() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## Who imports whom")[1]
+    lines = dict(re.findall(r"^(\w+)\s*-> (.+)$", text, flags=re.M))
+    for package, allowed in ALLOWED.items():
+        if package in lines and package != "pipelines":
+            assert {x for x in lines[package].split(", ") if x != "(nothing)"} == allowed, package
+
+
+def test_documented_recipes_are_the_known_ones() -> None:
+    text = (ROOT / "docs" / "training.md").read_text().split("## Rules")[0]
+    assert set(re.findall(r"^\| `([\w-]+)` \|", text, flags=re.M)) == set(RECIPES)
+
+
+def test_documented_chat_commands_are_the_help_text() -> None:
+    assert terminal.HELP in (ROOT / "docs" / "chat.md").read_text()
+
+
+def test_every_departure_of_the_source_is_in_the_faithfulness_page() -> None:
+    package = ROOT / "src" / "mono_internvl"
+    departing = [f for f in package.rglob("*.py") if re.search(r"\bDiffers: ", f.read_text())]
+    page = (ROOT / "docs" / "faithfulness.md").read_text()
+    assert departing
+    for file in departing:
+        assert f"(../{file.relative_to(ROOT)})" in page, f"{file.name} departs, the page is silent"
+
+
+def test_pages_speak_of_the_project_alone() -> None:
+    files = [*ALL_PAGES, *(f for f in (ROOT / "results").iterdir() if f.is_file())]
+    for file in files:
+        place = re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users)/\S+", file.read_text("utf-8"))
+        assert place is None, f"{file.name}: {place}"
+
+
+def test_package_ships_readme_and_licence() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (project["readme"], project["license"]) == ("README.md", "MIT")
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+# ------------------------------------------------------------------------------ figures
+
+
+def _metrics(**changes: object) -> dict[str, object]:
+    """`metrics.json` of a made-up run of two stages."""
+    rows = [
+        {"kind": kind, "blind": blind, "score": score, "aligned": False}
+        for kind, blind, score in (("colour", False, 0.75), ("colour", True, 0.25))
+    ]
+    bounds = {
+        "colour question, above blind": Bound(0.30, 0.60),
+        "perplexity, after S2 / start": Bound(1.25, 1.10, "lower"),
+        "grounding IoU": Bound(0.45, None),
+        "questions of all kinds": Bound(None, 0.85),
+    }
+    perplexity = {"start": 40.0, "s2": 42.0}
+    targets = to_rows(judge(bounds, {"start": rows, "s2": rows}, perplexity, {}, 9.0))
+    stage = {
+        "scores": {"colour": {"score": 0.75, "blind": 0.25, "chance": 1 / 6, "aligned": None}},
+        "text": {"perplexity": 42.0},
+        "text_logits_identical": False,
+    }
+    return {
+        "quick": False,
+        "command": "mono-internvl quickstart",
+        "device": "cpu",
+        "processes": 2,
+        "cpu_minutes": 9.0,
+        "versions": {"torch": "2.13.0", "commit": "0123456789ab"},
+        "targets": targets,
+        "stages": [{"name": "start", **stage}, {"name": "s11", **stage}],
+        **changes,
+    }
+
+
+def _page(name: str) -> str:
+    return f"before\n<!-- results:{name} -->\nold\n<!-- /results -->\nafter\n"
+
+
+def _row(**changes: object) -> str:
+    row = {"group": "digits", "what": "held-out accuracy", "value": 0.9375, "unit": ""}
+    row |= {"command": "mono-internvl evaluate", "commit": "0123456789ab", "device": "cpu"}
+    return json.dumps({**row, "versions": {"torch": "2.13.0"}, "date": "2026-01-31", **changes})
+
+
+def test_pages_are_up_to_date() -> None:
+    stale = [page.name for page in results.stale_pages(ROOT)]
+    assert not stale, f"{stale}: run python -m mono_internvl.pipelines.results"
+
+
+@pytest.mark.parametrize("name", list(results.BLOCKS))
+def test_block_without_measurement_claims_nothing(name: str, tmp_path: Path) -> None:
+    filled = results.fill(_page(name), tmp_path)
+    assert "nothing is claimed here" in filled and "old" not in filled
+    assert filled.startswith("before\n") and filled.endswith("after\n")
+    assert results.fill(filled, tmp_path) == filled
+
+
+def test_blocks_show_what_was_measured(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.json").write_text(json.dumps(_metrics()))
+    (tmp_path / "quickstart.txt").write_text("Q: what is this?\nA: a red circle\n")
+    (tmp_path / "rows.jsonl").write_text(_row() + "\n")
+    targets = results.fill(_page("quickstart"), tmp_path)
+    assert "| colour question, above blind | ≥ 0.3 | ≥ 0.6 | 0.5 | must |" in targets
+    assert "| perplexity, after S2 / start | ≤ 1.25 | ≤ 1.1 | 1.05 | must, aim |" in targets
+    assert "| grounding IoU | ≥ 0.45 |  |  | **no** |" in targets
+    assert "| questions of all kinds |  | ≥ 0.85 | 0.75 | reported |" in targets
+    assert "2 processes on cpu, 9.0 CPU minutes; torch 2.13.0, commit 0123456789ab" in targets
+    stages = results.fill(_page("quickstart-stages"), tmp_path)
+    assert "| kind | start | S1.1 | S1.1, aligned | S1.1, blind | chance |" in stages
+    assert "| colour | 0.75 | 0.75 |  | 0.25 | 0.167 |" in stages
+    language = results.fill(_page("quickstart-language"), tmp_path)
+    assert "| perplexity | 42 | 42 |" in language
+    assert "```text\nQ: what is this?" in results.fill(_page("quickstart-output"), tmp_path)
+    digits = results.fill(_page("digits"), tmp_path)
+    assert "| held-out accuracy | 0.938 | `mono-internvl evaluate` | cpu |" in digits
+
+
+def test_stale_page_is_found_and_written(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(_page("digits"))
+    assert results.stale_pages(tmp_path) == [tmp_path / "README.md"]
+    assert results.write_pages(tmp_path) == [tmp_path / "README.md"]
+    assert results.stale_pages(tmp_path) == []
+
+
+@pytest.mark.parametrize(("check", "code"), [(True, 1), (False, 0)])
+def test_results_command_exits(
+    check: bool, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "README.md").write_text(_page("gpu"))
+    words = ["results", "--root", str(tmp_path), *(["--check"] if check else [])]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        results.main()
+    assert end.value.code == code
+    assert ("old" in (tmp_path / "README.md").read_text()) is check
+
+
+@pytest.mark.parametrize(
+    ("page", "file", "content", "message"),
+    [
+        (_page("digit"), None, "", "results:digit is unknown"),
+        ("<!-- results:digits -->\n", None, "", "stands alone"),
+        (_page("digits"), "rows.jsonl", _row(group="speed"), "rows.jsonl:1: group='speed'"),
+        (_page("digits"), "rows.jsonl", '{"what": "x"}', "rows.jsonl:1: .*missing"),
+        (_page("digits"), "rows.jsonl", "{", "rows.jsonl:1"),
+        (_page("quickstart"), "quickstart.json", "[]", "not the metrics.json"),
+        (_page("quickstart"), "quickstart.json", json.dumps(_metrics(quick=True)), "a quick"),
+    ],
+)
+def test_results_refuse_what_they_do_not_know(
+    page: str, file: str | None, content: str, message: str, tmp_path: Path
+) -> None:
+    if file:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        results.fill(page, tmp_path)

@@ -1,0 +1,386 @@
+"""The loop in one process: gradients, identity of the text path, resume, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import loop_processes
+import pytest
+import tiny_runs
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mono_internvl.errors import CheckpointError, RecipeError, SampleError, TrainingStateError
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.recipes.miniature import QUICK_MINIATURE
+from mono_internvl.training import loop, state
+from mono_internvl.training.loop import StageResult, train_stage
+from mono_internvl.training.progress import StageProgress
+from mono_internvl.training.recipe import Rule, Stage
+from mono_internvl.training.state import (
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    exclusive,
+    latest_state,
+    truncate_metrics,
+)
+
+load_model = MonoInternVLForConditionalGeneration.from_pretrained
+
+
+def _weights(result: StageResult) -> dict[str, Tensor]:
+    return load_file(result.checkpoint / "model.safetensors")
+
+
+def _assert_same_run(first: StageResult, second: StageResult) -> None:
+    assert tiny_runs.metric_rows(first.metrics) == tiny_runs.metric_rows(second.metrics)
+    old, new = _weights(first), _weights(second)
+    assert old.keys() == new.keys()
+    assert [key for key in old if not torch.equal(old[key], new[key])] == []
+
+
+class _Stopped(Exception):
+    """Stands for what ends a run before its time."""
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any, **named: Any) -> None:
+    """Train, but stop right after a step."""
+
+    def update(self: StageProgress, row: dict[str, Any]) -> None:
+        if row["step"] == step:
+            raise _Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(_Stopped):
+        patched.setattr(StageProgress, "update", update)
+        train_stage(*arguments, **named)
+
+
+# --------------------------------------------------------------------- what a step computes
+
+
+def _gradients(
+    monkeypatch: pytest.MonkeyPatch, stage: Stage, start: Path, data: Path, run: Path
+) -> list[Tensor]:
+    """Of the last step, before clipping."""
+    found: list[Tensor] = []
+
+    def record(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+        found[:] = [p.grad.clone() for p in parameters if p.grad is not None]
+        return clip(parameters, max_norm)
+
+    clip = nn.utils.clip_grad_norm_
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.nn.utils, "clip_grad_norm_", record)
+        train_stage(stage, start, data, run)
+    return found
+
+
+@pytest.mark.parametrize("weighting", ["token", "square", "sample"])
+def test_accumulation_gives_the_gradients_of_one_batch(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path, weighting: str
+) -> None:
+    found = {}
+    for accumulation in (1, 4):
+        stage = tiny_runs.tiny_stage(
+            steps=1, batch_size=8, accumulation=accumulation, loss_weighting=weighting
+        )
+        found[accumulation] = _gradients(
+            monkeypatch, stage, start, data, tmp_path / str(accumulation)
+        )
+    assert len(found[1]) == len(found[4]) > 20
+    for one, four in zip(found[1], found[4], strict=True):
+        torch.testing.assert_close(four, one, rtol=0, atol=1e-6)
+    assert max(float(g.abs().max()) for g in found[1]) > 1e-3
+    losses = [tiny_runs.metric_rows(tmp_path / str(n) / "metrics.jsonl")[0]["loss"] for n in (1, 4)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_step_counts_tokens_images_and_rates(start: Path, data: Path, tmp_path: Path) -> None:
+    stage = tiny_runs.tiny_stage(steps=7, batch_size=4, schedule="constant", warmup_steps=2)
+    rows = tiny_runs.metric_rows(train_stage(stage, start, data, tmp_path / "run").metrics)
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert [row["learning_rate_share"] for row in rows] == [0.5, 1, 1, 1, 1, 1, 1]
+    assert sum(row["images"] for row in rows) == 18, "28 records are one epoch of the mixed data"
+    assert all(row["tokens"] > 4 and row["skipped"] == 0 for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_training_learns(start: Path, data: Path, tmp_path: Path) -> None:
+    stage = tiny_runs.tiny_stage(steps=40, batch_size=8, data="images.json", precision="bf16")
+    rows = tiny_runs.metric_rows(train_stage(stage, start, data, tmp_path / "run").metrics)
+    assert rows[0]["loss"] > 4
+    assert rows[-1]["loss"] < 1.5
+
+
+def test_reader_processes_change_nothing(start: Path, data: Path, tmp_path: Path) -> None:
+    stage = tiny_runs.tiny_stage(steps=3)
+    here = train_stage(stage, start, data, tmp_path / "here")
+    reading = dataclasses.replace(stage, loader_workers=1)
+    _assert_same_run(here, train_stage(reading, start, data, tmp_path / "there"))
+
+
+def _text_logits(checkpoint: Path, attention: str) -> Tensor:
+    model = load_model(checkpoint, dtype=torch.float32, attn_implementation=attention).eval()
+    processor = MonoInternVLProcessor.from_pretrained(checkpoint)
+    messages = [
+        {"role": "user", "content": "say one two three"},
+        {"role": "assistant", "content": "one two three"},
+    ]
+    ids = processor.encode_conversation(messages).input_ids
+    with torch.inference_mode():
+        return model(torch.stack((ids, ids.flip(0)))).logits
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_s11_step_leaves_text_logits_bit_identical(
+    start: Path, data: Path, tmp_path: Path, attention: str
+) -> None:
+    stage = tiny_runs.tiny_stage(rules=QUICK_MINIATURE.stages[0].rules, steps=1, warmup_steps=1)
+    after = train_stage(stage, start, data, tmp_path / "s11", attention=attention).checkpoint
+    assert torch.equal(_text_logits(after, attention), _text_logits(start, attention))
+    everything = tiny_runs.tiny_stage(steps=1, warmup_steps=1)
+    other = train_stage(everything, start, data, tmp_path / "all", attention=attention).checkpoint
+    assert not torch.equal(_text_logits(other, attention), _text_logits(start, attention))
+
+
+def test_quick_s11_and_s12_leave_text_logits_bit_identical(
+    start: Path, data: Path, tmp_path: Path
+) -> None:
+    checkpoint = start
+    for stage in QUICK_MINIATURE.stages[:2]:
+        small = dataclasses.replace(stage, data="mixed.json", batch_size=4)
+        result = train_stage(small, checkpoint, data, tmp_path / stage.name)
+        checkpoint = result.checkpoint
+    for attention in ("eager", "sdpa"):
+        assert torch.equal(_text_logits(checkpoint, attention), _text_logits(start, attention))
+    old, new = load_model(start).state_dict(), load_model(checkpoint).state_dict()
+    assert any(not torch.equal(old[key], new[key]) for key in old if "projector" in key)
+
+
+# --------------------------------------------------------------------------- stop and go on
+
+
+@pytest.mark.parametrize("step", [2, 4, 9, 11])
+def test_interrupted_run_goes_on_to_the_same_numbers(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path, step: int
+) -> None:
+    stage = tiny_runs.tiny_stage()
+    whole = train_stage(stage, start, data, tmp_path / "whole")
+    run = tmp_path / "parts"
+    _interrupt(monkeypatch, step, stage, start, data, run)
+    parts = train_stage(stage, start, data, run)
+    # Stopped at once after step 4, before its state was written.
+    assert (whole.resumed_at, parts.resumed_at) == (0, {2: 0, 4: 0, 9: 8, 11: 8}[step])
+    _assert_same_run(whole, parts)
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "checkpoint", "metrics.jsonl"]
+
+
+def test_killed_run_goes_on_to_the_same_numbers(data: Path, tmp_path: Path) -> None:
+    start = tiny_runs.write_checkpoint(tmp_path / "dropout", attention_dropout=0.1)
+    stage = tiny_runs.tiny_stage(steps=120, checkpoint_every=10)
+    whole = train_stage(stage, start, data, tmp_path / "whole")
+    run = tmp_path / "killed"
+    loop_processes.kill_in_the_middle(1, stage, run, start, data, rows=37)
+    assert not (run / "checkpoint").exists()
+    found = latest_state(run)
+    assert found is not None and 30 <= found.step < 120
+    parts = train_stage(stage, start, data, run)
+    assert parts.resumed_at == found.step
+    _assert_same_run(whole, parts)
+
+
+def test_finished_run_returns_at_once(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    stage, run = tiny_runs.tiny_stage(steps=2), tmp_path / "run"
+    first = train_stage(stage, start, data, run)
+    (run / "step_00000001").mkdir()
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("a finished run trained")
+
+    monkeypatch.setattr(loop, "apply_rules", never)
+    second = train_stage(stage, start, data, run)
+    assert (second.checkpoint, second.resumed_at) == (first.checkpoint, 2)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert not (run / "step_00000001").exists()
+
+
+def test_checkpoint_says_what_made_it(start: Path, data: Path, tmp_path: Path) -> None:
+    stage = tiny_runs.tiny_stage(steps=0, epochs=0.2)
+    result = train_stage(stage, start, data, tmp_path / "run")
+    saved = json.loads((result.checkpoint / STATE_FILE).read_text())
+    assert saved["step"] == result.steps == 2
+    assert saved["stage"]["rules"] == [{"pattern": ".*", "learning_rate": 3e-3}]
+    assert saved["versions"]["torch"] == torch.__version__
+    assert not (result.checkpoint / OPTIMIZER_FILE).exists()
+
+
+def test_half_written_and_half_deleted_states_are_swept(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
+    _interrupt(monkeypatch, 6, stage, start, data, run)
+    for name in (".step_00000008.new.tmp", ".step_00000002.old.tmp"):
+        (run / name).mkdir()
+        (run / name / STATE_FILE).write_text("{")
+    assert train_stage(stage, start, data, run).resumed_at == 4
+    assert not list(run.glob(".*.tmp"))
+
+
+def test_state_that_cannot_be_written_leaves_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
+    _interrupt(monkeypatch, 6, stage, start, data, run)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(state, "save_file", full)
+        with pytest.raises(TrainingStateError, match="step 8 not written .*No space left"):
+            train_stage(stage, start, data, run)
+    assert [p.name for p in run.glob("*step*")] == ["step_00000004"]
+    whole = train_stage(stage, start, data, tmp_path / "whole")
+    _assert_same_run(whole, train_stage(stage, start, data, run))
+
+
+def test_metrics_are_cut_back_to_the_state(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    truncate_metrics(file, 3)
+    rows = [json.dumps({"step": n}) for n in range(1, 7)]
+    file.write_text("\n".join(rows)[:-4])
+    truncate_metrics(file, 5)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4, 5]
+    truncate_metrics(file, 3)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+
+
+# -------------------------------------------------------------------------------- refusals
+
+
+def test_second_process_on_the_same_folder_is_refused(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(state, "LOCK_PATIENCE_S", 0.2)
+    run = tmp_path / "run"
+    with (
+        exclusive(run),
+        pytest.raises(TrainingStateError, match="another process trains here"),
+    ):
+        train_stage(tiny_runs.tiny_stage(), start, data, run)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_changed_stage_is_refused_with_its_field(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path, finished: bool
+) -> None:
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
+    if finished:
+        train_stage(stage, start, data, run)
+    else:
+        _interrupt(monkeypatch, 6, stage, start, data, run)
+    changes: list[tuple[str, Any]] = [
+        ("batch_size", 2),
+        ("seed", 5),
+        ("rules", tiny_runs.EYES_AND_EXPERTS),
+    ]
+    for field, value in changes:
+        changed = dataclasses.replace(stage, **{field: value})
+        with pytest.raises(TrainingStateError, match=rf"run with {field}="):
+            train_stage(changed, start, data, run)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "error", "complaint"),
+    [
+        (STATE_FILE, Path.unlink, TrainingStateError, f"no readable {STATE_FILE}"),
+        (STATE_FILE, _cut, TrainingStateError, f"no readable {STATE_FILE}"),
+        (OPTIMIZER_FILE, Path.unlink, TrainingStateError, rf"{OPTIMIZER_FILE}: not readable"),
+        (OPTIMIZER_FILE, _cut, TrainingStateError, rf"{OPTIMIZER_FILE}: not readable"),
+        ("model.safetensors", _cut, CheckpointError, r"model\.safetensors"),
+        ("model.safetensors", Path.unlink, CheckpointError, "step_00000004"),
+    ],
+)
+def test_damaged_state_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    start: Path,
+    data: Path,
+    tmp_path: Path,
+    name: str,
+    damage: Any,
+    error: type[Exception],
+    complaint: str,
+) -> None:
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
+    _interrupt(monkeypatch, 6, stage, start, data, run)
+    damage(run / "step_00000004" / name)
+    with pytest.raises(error, match=complaint):
+        train_stage(stage, start, data, run)
+
+
+def test_moments_of_other_parameters_are_refused(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "all"
+    fewer = dataclasses.replace(stage, rules=tiny_runs.EYES_AND_EXPERTS)
+    _interrupt(monkeypatch, 6, stage, start, data, run)
+    _interrupt(monkeypatch, 6, fewer, start, data, tmp_path / "fewer")
+    moments = [folder / "step_00000004" / OPTIMIZER_FILE for folder in (run, tmp_path / "fewer")]
+    held = moments[0].read_bytes()
+    shutil.copy(moments[1], moments[0])
+    with pytest.raises(TrainingStateError, match="no step for parameter"):
+        train_stage(stage, start, data, run)
+    moments[1].write_bytes(held)
+    with pytest.raises(TrainingStateError, match="moments of unknown parameter"):
+        train_stage(fewer, start, data, tmp_path / "fewer")
+
+
+def test_loss_that_is_not_finite_ends_the_run(start: Path, data: Path, tmp_path: Path) -> None:
+    stage = tiny_runs.tiny_stage(rules=(Rule(".*", 1e30),), warmup_steps=0, checkpoint_every=1)
+    with pytest.raises(TrainingStateError, match=r"at step \d+ \(records (image|text)-\d+, "):
+        train_stage(stage, start, data, tmp_path / "run")
+    saved = latest_state(tmp_path / "run")
+    assert saved is None or saved.step == len(
+        (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    )
+
+
+def test_bad_samples_raise_or_are_skipped_and_counted(
+    start: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    (folder / "images/3.png").write_bytes(b"not a picture")
+    (folder / "images/7.png").unlink()
+    with (folder / "text.jsonl").open("a") as file:
+        file.write("{broken\n")
+    stage = tiny_runs.tiny_stage(steps=29, batch_size=1)
+    with pytest.raises(SampleError, match=r"(images\.jsonl:(4|8)|text\.jsonl:11): "):
+        train_stage(stage, start, folder, tmp_path / "raise")
+    skipping = dataclasses.replace(stage, on_bad_sample="skip")
+    rows = tiny_runs.metric_rows(train_stage(skipping, start, folder, tmp_path / "skip").metrics)
+    assert len(rows) == 29
+    assert sum(row["skipped"] for row in rows) >= 3
+
+
+def test_rules_and_data_are_checked_before_anything_is_written(
+    start: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="decides no parameter"):
+        stage = tiny_runs.tiny_stage(rules=(Rule("nothing", 1.0), Rule(".*", 1e-3)))
+        train_stage(stage, start, data, tmp_path / "run")
+    with pytest.raises(SampleError, match="no such meta file"):
+        train_stage(tiny_runs.tiny_stage(data="absent.json"), start, data, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
