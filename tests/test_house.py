@@ -1,4 +1,4 @@
-"""The house rules that a machine can hold: who imports whom, file sizes, what must not be installed."""
+"""The house rules that a machine can hold: who imports whom, file sizes, forbidden packages."""
 
 import ast
 import importlib.util
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "mono_internvl"
 PACKAGE = "mono_internvl"
 
-# Package -> what it may import besides itself and `errors`; a dotted name is one module of a package.
+# Package -> what it may import besides itself and `errors`; a dotted name is one module.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "experts": set(),
@@ -98,15 +98,20 @@ def test_files_stay_readable(file: Path) -> None:
 
 
 def test_torchvision_is_absent() -> None:
-    assert importlib.util.find_spec("torchvision") is None, "it breaks transformers beside a CPU torch"
+    assert importlib.util.find_spec("torchvision") is None, (
+        "it breaks transformers beside a CPU torch"
+    )
     for name in ("pyproject.toml", "constraints.txt"):
-        listed = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+        listed = [
+            line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")
+        ]
         assert not any("torchvision" in line for line in listed), name
 
 
 def test_constraints_pin_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(item for extra in extras for item in extra)]
     pinned = {
         re.split(r"[=<>]", line)[0].lower().replace("_", "-")
         for line in (ROOT / "constraints.txt").read_text().splitlines()

@@ -26,6 +26,7 @@ from tiny_runs import write_checkpoint
 
 from mono_internvl import cli
 from mono_internvl.errors import ConfigError
+from mono_internvl.evaluation.run import read_questions
 from mono_internvl.miniature.targets import Bound, judge, to_rows
 from mono_internvl.pipelines import results
 from mono_internvl.recipes import RECIPES
@@ -45,6 +46,7 @@ IMAGES = ROOT / "tests" / "parity" / "golden" / "python"
 NETWORK = "needs the network"
 MINUTES = "takes minutes; .ci/run walks the quick form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
+DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
 NOT_EXECUTED = {
     "make quickstart": MINUTES,
     "make test": "is what runs this",
@@ -62,6 +64,11 @@ NOT_EXECUTED = {
     "mono-internvl quickstart": MINUTES,
     "mono-internvl quickstart --quick --out runs/quick": MINUTES,
     "mono-internvl quickstart --llm scratch --out runs/scratch": MINUTES,
+    "python -m mono_internvl.miniature.digits runs/digits": DIGITS,
+    "mono-internvl train miniature-sft --model runs/quickstart/model "
+    "--data runs/digits/train.json --out runs/digits/run": DIGITS,
+    "mono-internvl evaluate --model runs/digits/run/sft/checkpoint "
+    "--data runs/digits/heldout.jsonl": DIGITS,
 }
 """Command, as `shlex` writes it -> why it is only parsed."""
 
@@ -242,6 +249,11 @@ def test_documented_metrics_are_the_fields_of_a_real_row(runs: dict[str, Run]) -
 def test_user_recipe_trains_its_stages(runs: dict[str, Run]) -> None:
     run = runs["training.md"].folder / "runs" / "my-recipe"
     assert all((run / stage / "checkpoint" / "config.json").is_file() for stage in ("see", "talk"))
+
+
+def test_heldout_example_is_scored(ground: Path) -> None:
+    questions = read_questions(ground / "my-data" / "heldout.jsonl")
+    assert [question.kind for question in questions] == ["exact", "grounding"]
 
 
 # ------------------------------------------------------------------------------ what is looked up

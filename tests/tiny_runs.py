@@ -85,7 +85,7 @@ def image_record(folder: Path, number: int) -> dict[str, Any]:
 
 def text_record(number: int) -> dict[str, Any]:
     """A text-only exchange, longer or shorter with its number."""
-    said = " ".join("one two three four five six".split()[: 1 + number % 6])
+    said = " ".join(("one", "two", "three", "four", "five", "six")[: 1 + number % 6])
     return {
         "id": f"text-{number}",
         "kind": "copying",

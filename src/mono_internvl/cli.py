@@ -237,6 +237,44 @@ def quickstart(
     )
 
 
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(metavar="FILE.jsonl", help="Records with a kind and its answer.")
+    ],
+    blind: Annotated[bool, typer.Option("--blind", help="Hide the images.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Predictions; beside the model.")
+    ] = None,
+    per_kind: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many of each kind.")
+    ] = None,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score the answers to the records of a file."""
+    from mono_internvl.pipelines.evaluate import evaluate as run_evaluation
+
+    _quieten()
+    found = run_evaluation(
+        model,
+        data,
+        blind=blind,
+        device=device,
+        out=out,
+        per_kind=per_kind,
+        max_tiles=max_tiles,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    for kind, mean in found.scores.items():
+        typer.echo(f"{kind:<20} {100 * mean:5.1f} %  of {found.items[kind]}")
+    typer.echo(f"predictions: {found.predictions}")
+
+
 def _print_info(title: str, counts: "ParameterCounts", summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table

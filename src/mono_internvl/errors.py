@@ -1,7 +1,7 @@
 """Every error this package raises on purpose.
 
-Each message names the field, what was found, what was expected and the next step. All classes derive
-from `MonoInternVLError` and from the built-in that fits, so that callers may catch either.
+Each message names the field, what was found, what was expected and the next step. All classes
+derive from `MonoInternVLError` and from the built-in that fits, so that callers may catch either.
 """
 
 

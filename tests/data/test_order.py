@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_permuted_depends_on_key_and_moves_most_places() -> None:
     assert first != second
     for order in (first, second):
         assert sum(place == i for i, place in enumerate(order)) < 10
-        neighbours = sum(abs(a - b) == 1 for a, b in zip(order, order[1:], strict=False))
+        neighbours = sum(abs(a - b) == 1 for a, b in pairwise(order))
         assert neighbours < 15
 
 
@@ -74,7 +75,7 @@ def test_batches_partition_their_window_by_size(seed: int) -> None:
     spans = sorted(
         (min(sizes[p - 320] for p in b), max(sizes[p - 320] for p in b)) for b in batches
     )
-    assert all(high < low for (_, high), (low, _) in zip(spans, spans[1:], strict=False))
+    assert all(high < low for (_, high), (low, _) in pairwise(spans))
     assert batches != sorted(batches, key=lambda b: sizes[b[0] - 320]), "long last is a bias"
 
 

@@ -21,9 +21,9 @@ from mono_internvl.training.distributed import own_device, run_processes
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.state import latest_state
 
-# Sums over two processes are added in another order than in one: 12 steps of AdamW at 3e-3 in fp32
-# moved the loss by at most MEASURED.
-LOSS_TOLERANCE = 2e-5
+# Gradients are added up in another order than in one process; over 12 steps of AdamW in fp32 that
+# moved the loss, of about 6, by at most 1.5e-6.
+LOSS_TOLERANCE = 1e-5
 
 STAGES = {
     # One sample a process: at some steps one has an image and the other has none.
@@ -57,7 +57,6 @@ def test_two_processes_give_the_curve_of_one(
     train_stage(STAGES[name], start, data, tmp_path / name)
     one, two = _losses(tmp_path / name), _losses(pair / name)
     assert len(one) == STAGES[name].steps
-    print("MEASURED", name, float((one - two).abs().max()))
     torch.testing.assert_close(two, one, rtol=0, atol=LOSS_TOLERANCE)
     alone = tiny_runs.metric_rows(tmp_path / name / "metrics.jsonl")
     together = tiny_runs.metric_rows(pair / name / "metrics.jsonl")
@@ -110,7 +109,7 @@ def _go_on_as_torchrun_does(run: Path, start: Path, data: Path) -> None:
 
 
 def test_error_of_a_process_arrives_as_it_was() -> None:
-    with pytest.raises(RecipeError, match="^the second process does not like its recipe$"):
+    with pytest.raises(RecipeError, match=r"^the second process does not like its recipe$"):
         run_processes(fail_in_second, 2)
 
 

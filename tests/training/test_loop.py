@@ -246,7 +246,7 @@ def test_state_that_cannot_be_written_leaves_the_one_before(
 
     with monkeypatch.context() as patched:
         patched.setattr(state, "save_file", full)
-        with pytest.raises(TrainingStateError, match="step 8 not written .*No space left"):
+        with pytest.raises(TrainingStateError, match=r"step 8 not written .*No space left"):
             train_stage(stage, start, data, run)
     assert [p.name for p in run.glob("*step*")] == ["step_00000004"]
     whole = train_stage(stage, start, data, tmp_path / "whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_cosine_schedule_falls_to_its_final_share() -> None:
     assert stage.rate_share(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert stage.rate_share(110) == pytest.approx(0.1)
     shares = [stage.rate_share(step) for step in range(10, 110)]
-    assert all(a > b for a, b in zip(shares, shares[1:], strict=False))
+    assert all(a > b for a, b in pairwise(shares))
 
 
 def test_schedule_without_warmup_starts_at_the_peak() -> None:

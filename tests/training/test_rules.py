@@ -129,7 +129,7 @@ def test_first_matching_rule_decides_and_vectors_do_not_decay() -> None:
 
 
 def _loss(model: MonoInternVLForConditionalGeneration) -> Tensor:
-    """Of two rows, text, image, text: every text token is learnt but the one that ends the image."""
+    """Of two rows, text, image, text; all text is learnt but the token that ends the image."""
     image = model.config.image_token_id
     ids = torch.randint(3, image - 3, (2, 14), generator=torch.Generator().manual_seed(1))
     ids[:, 4:8] = image

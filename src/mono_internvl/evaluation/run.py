@@ -18,6 +18,7 @@ from PIL import Image
 
 from mono_internvl.data.samples import Sample, read_sample
 from mono_internvl.data.sources import JsonlSource
+from mono_internvl.errors import SampleError
 from mono_internvl.evaluation.metrics import score
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
@@ -84,14 +85,20 @@ def read_questions(
         file: JSON lines; each a conversation with `kind` and what its scorer needs.
         root: Folder that image paths are relative to; the file's own unless given.
         per_kind: Most records of a kind.
+
+    Raises:
+        SampleError: A record is malformed or has no `kind`.
     """
     source = JsonlSource(file, root or file.parent)
     seen: dict[str, int] = defaultdict(int)
     questions = []
     for index in range(len(source)):
-        record = source.record(index).value
-        seen[record["kind"]] += 1
-        if per_kind is None or seen[record["kind"]] <= per_kind:
+        found = source.record(index)
+        record, kind = found.value, found.value.get("kind")
+        if not isinstance(kind, str):
+            raise SampleError(f"{found.where}: kind={kind!r}; expected the name of a way to score")
+        seen[kind] += 1
+        if per_kind is None or seen[kind] <= per_kind:
             questions.append(Question(record, read_sample(source, index)))
     return questions
 
@@ -182,7 +189,7 @@ def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
     """One JSON line per prediction."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions]
-    file.write_text("".join(rows))
+    file.write_text("".join(rows), encoding="utf-8")
 
 
 def _hide_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

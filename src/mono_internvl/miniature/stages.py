@@ -33,7 +33,7 @@ from mono_internvl.miniature.text_tasks import (
     reading_records,
 )
 
-_FACTS_REPEATED = 20
+_FACTS_REPEATED = 40
 _ENGLISH_REPEATED = 4
 _NOVEL = tuple(sorted(NOVEL_PAIRS))
 
@@ -121,10 +121,13 @@ def first_lesson(size: WorldSize, seed: int) -> list[Dataset]:
         seed: seed of the draws.
 
     Returns:
-        One data set of copying tasks.
+        The data sets words (without sense, to be said again) and copying (all its forms).
     """
     rng = random.Random(f"{seed}/first lesson")
-    return [Dataset("copying", copying_records(rng, "train", size.copying))]
+    return [
+        Dataset("words", copying_records(rng, "train", size.copying, words_only=True)),
+        Dataset("copying", copying_records(rng, "train", size.copying)),
+    ]
 
 
 @dataclass(frozen=True)

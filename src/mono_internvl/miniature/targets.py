@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -73,7 +73,7 @@ QUICK_BOUNDS: dict[str, Bound] = {
 
 
 def mean_scores(rows: Iterable[Mapping[str, Any]], blind: bool = False) -> dict[str, float]:
-    """Mean score of every kind among prediction rows, without the separately reported aligned ones."""
+    """Mean score by kind of prediction rows; the aligned ones are reported elsewhere."""
     scores: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         if bool(row["blind"]) == blind and not row.get("aligned"):
@@ -86,7 +86,7 @@ def mean_scores(rows: Iterable[Mapping[str, Any]], blind: bool = False) -> dict[
 
 def judge(
     bounds: Mapping[str, Bound],
-    rows: Mapping[str, list[Mapping[str, Any]]],
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
     perplexity: Mapping[str, float],
     identical: Mapping[str, bool],
     cpu_minutes: float,

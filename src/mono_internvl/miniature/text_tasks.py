@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from mono_internvl.miniature.asking import SCENE_KINDS, BalancedAsker, question_about
+from mono_internvl.miniature.english import load_english
 from mono_internvl.miniature.facts import FACTS, Fact, statements_of
 from mono_internvl.miniature.lexicon import (
     COLOURS,
@@ -138,13 +140,16 @@ def open_question_records(rng: random.Random, split: Split, count: int) -> list[
     return records
 
 
-def copying_records(rng: random.Random, split: Split, count: int) -> list[Record]:
+def copying_records(
+    rng: random.Random, split: Split, count: int, words_only: bool = False
+) -> list[Record]:
     """Make tasks that quote something from the context: a word, a number, a box, a thing.
 
     Args:
         rng: source of chance.
         split: the split of the words and numbers.
         count: how many records.
+        words_only: only the densest task, words without sense.
 
     Returns:
         Records of the kind `copying`; `form` names the task.
@@ -160,7 +165,7 @@ def copying_records(rng: random.Random, split: Split, count: int) -> list[Record
     )
     records = []
     for index in range(count):
-        maker = makers[index % len(makers)]
+        maker = _copy_words if words_only else makers[index % len(makers)]
         question, answer = maker(rng, split)
         form = maker.__name__.removeprefix("_copy_")
         records.append(make_record("copying", [(question, answer)], form=form))
@@ -179,9 +184,19 @@ def _copy_spelled(rng: random.Random, split: Split) -> tuple[str, str]:
 
 def _copy_words(rng: random.Random, split: Split) -> tuple[str, str]:
     """Words without sense, so that every one of them has to be looked up: the densest lesson."""
-    words = (*CONTEXT_NAMES, *TEXT_NOUNS, *TEXT_COLOURS, *COLOURS)  # no shape: no unseen pair
-    listed = " ".join(rng.choices(words, k=rng.randrange(4, 10)))
+    listed = " ".join(rng.choices(_english_words(), k=rng.randrange(5, 14)))
     return f"{listed}.\n{REPEAT_PROMPT}", f"{listed}."
+
+
+@lru_cache(maxsize=1)
+def _english_words() -> tuple[str, ...]:
+    """Plain words of the English text, without shapes: no unseen pair comes about by chance."""
+    words = {word for paragraph in load_english() for word in paragraph.split()}
+    return tuple(
+        sorted(
+            w for w in words if w.isalpha() and w.islower() and 2 < len(w) < 8 and w not in SHAPES
+        )
+    )
 
 
 def _copy_caption(rng: random.Random, split: Split) -> tuple[str, str]:

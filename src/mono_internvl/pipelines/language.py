@@ -87,7 +87,7 @@ def _random_start(world: WorldFiles, run: Path, start: Path) -> None:
 
 
 def give_eyes(llm: Path, out: Path, visual_experts: tuple[str, ...] = ("ffn",)) -> Path:
-    """Make the monolithic model that the stages start from, and its processor, from a language model.
+    """Make the monolithic model that the stages start from, and its processor.
 
     Args:
         llm: Plain Llama checkpoint.

@@ -1,7 +1,7 @@
 """The main job: a small language model learns to see, in the paper's four stages, on a CPU.
 
-Data, starting model, four stages, an evaluation after each, `metrics.json`, `report.html`, and three
-questions answered on the screen. Every part is skipped if its result is there, so a killed run goes on.
+Data, starting model, four stages, an evaluation after each, `metrics.json`, `report.html`, and
+three questions answered on the screen. A part whose result is there is skipped: a killed run goes on.
 """
 
 from __future__ import annotations
@@ -187,7 +187,13 @@ def _train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, device: str) -
 
 
 def _evaluate(
-    name: str, checkpoint: Path, plan: Plan, world: WorldFiles, run: Path, device: str, is_last: bool
+    name: str,
+    checkpoint: Path,
+    plan: Plan,
+    world: WorldFiles,
+    run: Path,
+    device: str,
+    is_last: bool,
 ) -> None:
     """Answers and text measures of one checkpoint, shared out over the processes."""
     done = run / name / "text.json"
@@ -280,7 +286,7 @@ class _Cost:
 def collect(
     run: Path, plan: Plan, quick: bool, device: str, processes: int, seconds: float
 ) -> dict[str, Any]:
-    """Everything that was measured, from the files of a finished run: the content of `metrics.json`."""
+    """Everything that was measured, from the files of a finished run: `metrics.json`."""
     names = (START, *(stage.name for stage in plan.recipe.stages))
     rows = {name: _read_rows(run / "predictions" / f"{name}.jsonl") for name in names}
     text = {name: json.loads((run / name / "text.json").read_text()) for name in names}
@@ -306,7 +312,10 @@ def collect(
         "processes": processes,
         "versions": versions(),
         "targets": to_rows(targets),
-        "stages": [_stage_row(name, stages.get(name), rows[name], text[name], costs[name]) for name in names],
+        "stages": [
+            _stage_row(name, stages.get(name), rows[name], text[name], costs[name])
+            for name in names
+        ],
     }
 
 
@@ -394,7 +403,9 @@ def _ask_three(console: Console, run: Path, world: WorldFiles) -> None:
         chat.reset()
         answer = chat.ask(text, images=[image])
         console.print(f"  [dim]{image}[/]", soft_wrap=True)
-        console.print(f"  Q: {text}\n  A: {answer.text}\n  (truth: {question.record['answer']})", markup=False)
+        console.print(
+            f"  Q: {text}\n  A: {answer.text}\n  (truth: {question.record['answer']})", markup=False
+        )
     image = chosen["caption"].sample.images[0]
     console.print("ask more:", soft_wrap=True)
     console.print(

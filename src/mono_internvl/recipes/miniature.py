@@ -55,7 +55,7 @@ LANGUAGE = Recipe(
             "copying",
             "looking things up in the context",
             batch_size=32,
-            steps=500,
+            steps=700,
             schedule="constant",
             rules=(Rule(EYES, None), Rule(".*", 2e-3)),
         ),
@@ -63,9 +63,9 @@ LANGUAGE = Recipe(
             "language",
             "a small language model",
             batch_size=32,
-            steps=3500,
+            steps=4500,
             warmup_steps=100,
-            loss_weighting="square",  # English answers are twenty times as long as the others
+            loss_weighting="sample",  # English answers are twenty times as long as the others
             rules=(Rule(EYES, None), Rule(".*", 2e-3)),
         ),
     ),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,10 @@ from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from mono_internvl.errors import MonoInternVLError
+
+# Read by the new processes when they import: no hints about parameters without gradient, no bars of
+# several processes through each other.
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def rank() -> int:
@@ -61,7 +67,13 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        # What trained must go before the group: a `DistributedDataParallel` that frees the group
+        # last waits, holding the interpreter, for a thread that needs the interpreter to end.
+        gc.collect()
         dist.destroy_process_group()
 
 
@@ -81,6 +93,8 @@ def run_processes(function: Callable[..., Any], processes: int, *args: Any) -> N
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
     try:
         torch.multiprocessing.spawn(

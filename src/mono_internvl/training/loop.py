@@ -113,8 +113,11 @@ class _Loop:
         self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
         self.final, self.metrics = run / "checkpoint", run / "metrics.jsonl"
         self.resumed = self._resumable()
-        if attention is None and device == "cpu" and stage.precision == "bf16":
-            attention = "eager"
+        if device == "cpu" and stage.precision == "bf16":
+            attention = attention or "eager"
+            # oneDNN compiles its bf16 products for every shape and by default keeps 1,024 of them;
+            # batches differ in length, so that a long run would keep gigabytes.
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         folder = self.resumed.folder if self.resumed else start
         self.model: MonoInternVLForConditionalGeneration = (
             MonoInternVLForConditionalGeneration.from_pretrained(

@@ -1,0 +1,221 @@
+"""Asking a model: answers in their order, blind means blind, files that can be scored again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_runs
+import torch
+from PIL import Image
+
+from mono_internvl.errors import ConfigError, SampleError
+from mono_internvl.evaluation import run as run_module
+from mono_internvl.evaluation.run import (
+    Prediction,
+    Question,
+    answer_all,
+    mean_scores,
+    perplexity,
+    read_questions,
+    write_predictions,
+)
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.pipelines.evaluate import evaluate, rescore
+from mono_internvl.training.loop import train_stage
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures, texts, and `questions.jsonl`: nine of one, six of the other, mixed."""
+    folder = tiny_runs.write_data(tmp_path_factory.mktemp("data"), images=18)
+    records = [tiny_runs.image_record(folder, i) for i in range(9)]
+    for place in range(6):
+        records.insert(2 * place, tiny_runs.text_record(place))
+    tiny_runs.write_lines(folder / "questions.jsonl", records)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    """A model that tells three colours apart."""
+    root = tmp_path_factory.mktemp("model")
+    start = tiny_runs.write_checkpoint(root / "start")
+    stage = tiny_runs.tiny_stage(steps=80, batch_size=8, data="images.json")
+    return train_stage(stage, start, data, root / "run").checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> MonoInternVLForConditionalGeneration:
+    found: MonoInternVLForConditionalGeneration = (
+        MonoInternVLForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager"
+        )
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint: Path) -> MonoInternVLProcessor:
+    found: MonoInternVLProcessor = MonoInternVLProcessor.from_pretrained(checkpoint)
+    return found
+
+
+@pytest.fixture(scope="module")
+def questions(data: Path) -> list[Question]:
+    return read_questions(data / "questions.jsonl")
+
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def answers(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    questions: list[Question],
+) -> list[Prediction]:
+    return answer_all(model, processor, questions, **OPTIONS)
+
+
+def test_answers_come_in_the_order_of_the_questions(
+    answers: list[Prediction], questions: list[Question]
+) -> None:
+    assert [a.record["id"] for a in answers] == [q.record["id"] for q in questions]
+    colours = [a for a in answers if a.record["kind"] == "colour"]
+    assert [a.text for a in colours] == [a.record["answer"] for a in colours]
+    assert [a.score for a in colours] == [1.0] * 9
+    assert not any(a.is_blind for a in answers)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batching_changes_no_answer(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    questions: list[Question],
+    answers: list[Prediction],
+    batch_size: int,
+) -> None:
+    told: list[int] = []
+    others = answer_all(
+        model, processor, questions, batch_size=batch_size, on_batch=told.append, **OPTIONS
+    )
+    assert [a.text for a in others] == [a.text for a in answers]
+    assert told[-1] == len(questions)
+    assert told == sorted(set(told))
+
+
+def test_shares_of_processes_make_up_the_whole(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    questions: list[Question],
+    answers: list[Prediction],
+) -> None:
+    shares = [answer_all(model, processor, questions[rank::2], **OPTIONS) for rank in range(2)]
+    together = {a.record["id"]: a.text for share in shares for a in share}
+    assert together == {a.record["id"]: a.text for a in answers}
+
+
+def test_blind_shows_the_mean_colour(
+    monkeypatch: pytest.MonkeyPatch,
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    questions: list[Question],
+) -> None:
+    shown: list[list[dict[str, Any]]] = []
+
+    def encode(prompts: list[list[dict[str, Any]]], **options: Any) -> Any:
+        shown.extend(prompts)
+        return original(prompts, **options)
+
+    original = processor.encode_prompts
+    monkeypatch.setattr(processor, "encode_prompts", encode)
+    pictures = [q for q in questions if q.kind == "colour"]
+    found = answer_all(model, processor, pictures, blind=True, **OPTIONS)
+    assert all(a.is_blind for a in found)
+    for prompt in shown:
+        image = prompt[-1]["content"][0]["image"]
+        assert isinstance(image, Image.Image)
+        assert image.size == (tiny_runs.TILE_PX, tiny_runs.TILE_PX)
+        assert len(image.getcolors() or ()) == 1
+    means = {tuple(p[-1]["content"][0]["image"].getpixel((0, 0))) for p in shown}
+    true = [
+        np.asarray(Image.open(q.sample.images[0]).convert("RGB")).reshape(-1, 3).mean(0)
+        for q in pictures
+    ]
+    assert all(min(np.abs(np.array(m) - t).max() for t in true) <= 1 for m in means)
+
+
+def test_blind_leaves_text_and_the_question_alone() -> None:
+    text = [{"role": "user", "content": "say one"}]
+    assert run_module._hide_images(text) == text
+    image = Image.new("RGB", (4, 4), (9, 9, 9))
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
+    (hidden,) = run_module._hide_images([{"role": "user", "content": parts}])
+    assert hidden["content"][1] == parts[1]
+    assert parts[0]["image"] is image
+
+
+def test_prediction_file_scores_to_the_same_numbers(
+    answers: list[Prediction], tmp_path: Path
+) -> None:
+    file = tmp_path / "made" / "predictions.jsonl"
+    write_predictions(file, answers)
+    expected = {kind: mean for kind, (mean, _) in mean_scores(answers).items()}
+    assert rescore(file) == expected
+    row = json.loads(file.read_text().splitlines()[1])
+    assert row["question"] == "what colour is this?"
+    assert {"prediction", "score", "blind", "answer", "kind"} <= row.keys()
+    file.write_text("{}\n")
+    with pytest.raises(SampleError, match=r"predictions\.jsonl:1"):
+        rescore(file)
+
+
+def test_mean_scores_are_per_kind() -> None:
+    made = [Prediction({"kind": k}, "", s, False) for k, s in (("a", 1), ("b", 0.5), ("a", 0))]
+    assert mean_scores(made) == {"a": (0.5, 2), "b": (0.5, 1)}
+
+
+def test_read_questions_takes_the_first_of_each_kind(data: Path, tmp_path: Path) -> None:
+    few = read_questions(data / "questions.jsonl", per_kind=2)
+    assert [q.record["id"] for q in few] == ["text-0", "image-0", "text-1", "image-1"]
+    assert few[1].prompt[-1]["role"] == "user"
+    file = tiny_runs.write_lines(tmp_path / "a.jsonl", [{"conversations": []}])
+    with pytest.raises(SampleError, match=r"a\.jsonl:1: kind=None"):
+        read_questions(file)
+
+
+def test_perplexity_is_the_mean_over_answer_tokens(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    questions: list[Question],
+) -> None:
+    talks = [q.sample.messages for q in questions if q.kind == "copying"]
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for messages in talks:
+            sample = processor.encode_conversation(messages)
+            log_p = model(sample.input_ids[None]).logits[0].log_softmax(-1)
+            for place in range(1, len(sample.labels)):
+                if sample.labels[place] != -100:
+                    total -= float(log_p[place - 1, sample.labels[place]])
+                    count += 1
+    assert perplexity(model, processor, talks) == pytest.approx(np.exp(total / count), rel=1e-4)
+
+
+def test_evaluate_writes_what_it_returns(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    file = data / "questions.jsonl"
+    seen = evaluate(checkpoint, file, device="cpu", out=tmp_path / "a.jsonl", max_new_tokens=12)
+    assert seen.items == {"colour": 9, "copying": 6}
+    assert seen.scores["colour"] == 1.0
+    assert rescore(seen.predictions) == seen.scores
+    hidden = evaluate(
+        checkpoint, file, device="cpu", out=tmp_path / "b.jsonl", blind=True, per_kind=3
+    )
+    assert (hidden.is_blind, hidden.items) == (True, {"colour": 3, "copying": 3})
+    with pytest.raises(ConfigError, match="precision='fp8'"):
+        evaluate(checkpoint, file, precision="fp8")
