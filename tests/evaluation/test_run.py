@@ -11,7 +11,9 @@ import pytest
 import tiny_runs
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from mono_internvl.cli import app
 from mono_internvl.errors import ConfigError, SampleError
 from mono_internvl.evaluation import run as run_module
 from mono_internvl.evaluation.run import (
@@ -219,3 +221,14 @@ def test_evaluate_writes_what_it_returns(checkpoint: Path, data: Path, tmp_path:
     assert (hidden.is_blind, hidden.items) == (True, {"colour": 3, "copying": 3})
     with pytest.raises(ConfigError, match="precision='fp8'"):
         evaluate(checkpoint, file, precision="fp8")
+
+
+def test_evaluate_verb_prints_scores(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    words = ["evaluate", "--model", str(checkpoint), "--data", str(data / "questions.jsonl")]
+    words += ["--per-kind", "2", "--device", "cpu", "--out", str(tmp_path / "p.jsonl")]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 0, said.output
+    assert "colour               100.0 %  of 2" in said.output
+    found = CliRunner().invoke(app, [*words, "--json", "--blind"])
+    assert json.loads(found.stdout)["is_blind"] is True
+    assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4

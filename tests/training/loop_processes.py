@@ -34,6 +34,12 @@ def train_in(processes: int, stage: Stage, run: Path, start: Path, data: Path) -
     run_processes(train_each, processes, [(stage, run)], start, data)
 
 
+def _train_in_background(processes: int, stage: Stage, run: Path, start: Path, data: Path) -> None:
+    """As `train_in`, begun as a shell begins a job in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    train_in(processes, stage, run, start, data)
+
+
 def kill_in_the_middle(
     processes: int, stage: Stage, run: Path, start: Path, data: Path, rows: int
 ) -> None:
@@ -44,7 +50,7 @@ def kill_in_the_middle(
     # Forking saves an import where this process only starts others; autograd does not survive it.
     method = "spawn" if processes == 1 else "fork"
     training: BaseProcess = multiprocessing.get_context(method).Process(  # type: ignore[attr-defined]
-        target=train_in, args=(processes, stage, run, start, data)
+        target=_train_in_background, args=(processes, stage, run, start, data)
     )
     training.start()
     until = time.monotonic() + 120

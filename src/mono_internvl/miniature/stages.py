@@ -34,7 +34,8 @@ from mono_internvl.miniature.text_tasks import (
 )
 
 _FACTS_REPEATED = 40
-_ENGLISH_REPEATED = 4
+_ENGLISH_REPEATED = 3
+_COPYING_REPEATED = 3
 _NOVEL = tuple(sorted(NOVEL_PAIRS))
 
 
@@ -104,7 +105,7 @@ def language_datasets(size: WorldSize, seed: int) -> list[Dataset]:
     return [
         Dataset("reading", reading_records(rng, "train", size.reading)),
         Dataset("open_questions", open_question_records(rng, "train", size.open_questions)),
-        Dataset("copying", copying_records(rng, "train", size.copying)),
+        Dataset("copying", copying_records(rng, "train", size.copying), _COPYING_REPEATED),
         Dataset("dialogues", reading_dialogues(rng, "train", size.text_dialogues)),
         Dataset("facts", fact_records(FACTS), repeat_time=_FACTS_REPEATED),
         Dataset("english", english_records(load_english())[: size.english], _ENGLISH_REPEATED),

@@ -184,7 +184,7 @@ def _copy_spelled(rng: random.Random, split: Split) -> tuple[str, str]:
 
 def _copy_words(rng: random.Random, split: Split) -> tuple[str, str]:
     """Words without sense, so that every one of them has to be looked up: the densest lesson."""
-    listed = " ".join(rng.choices(_english_words(), k=rng.randrange(5, 14)))
+    listed = " ".join(rng.choices(_english_words(), k=rng.randrange(3, 9)))
     return f"{listed}.\n{REPEAT_PROMPT}", f"{listed}."
 
 

@@ -63,7 +63,7 @@ LANGUAGE = Recipe(
             "language",
             "a small language model",
             batch_size=32,
-            steps=4500,
+            steps=5000,
             warmup_steps=100,
             loss_weighting="sample",  # English answers are twenty times as long as the others
             rules=(Rule(EYES, None), Rule(".*", 2e-3)),

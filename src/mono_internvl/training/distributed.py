@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -122,6 +123,8 @@ def _process(
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    # The death of the parent arrives as SIGINT, which jobs in the background of a shell ignore.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with process_group():
             function(*args)

@@ -246,7 +246,7 @@ class _Loop:
             group["lr"] = group["peak_rate"] * share
         learned = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in learned:
-            if parameter.grad is None:  # a step without images: the visual parts stand still
+            if parameter.grad is None:  # a step without images counts as a zero gradient
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(learned, stage.clip_norm)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
