@@ -50,12 +50,11 @@ def test_placeholders_become_images_in_order(tmp_path: Path) -> None:
     )
     assert sample.messages[0]["content"] == [
         {"type": "image", "image": tmp_path / "a.png"},
-        {"type": "text", "text": "\nfirst"},
+        {"type": "text", "text": "<image>\nfirst"},
     ]
     assert sample.messages[2]["content"] == [
-        {"type": "text", "text": "and "},
         {"type": "image", "image": tmp_path / "b.png"},
-        {"type": "text", "text": " now"},
+        {"type": "text", "text": "and <image> now"},
     ]
     assert sample.images == (tmp_path / "a.png", tmp_path / "b.png")
 
@@ -67,7 +66,7 @@ def test_one_image_without_placeholder_goes_to_the_first_question(
     sample = _read(tmp_path, image="a.png", conversations=[*first, GPT, HUMAN, GPT])
     assert sample.messages[len(first) - 1]["content"] == [
         {"type": "image", "image": tmp_path / "a.png"},
-        {"type": "text", "text": "\nwhat?"},
+        {"type": "text", "text": "<image>\nwhat?"},
     ]
 
 

@@ -21,7 +21,7 @@ def rows(kinds: dict[str, float], blind: float) -> list[dict[str, Any]]:
 
 
 KINDS = ("caption", "colour", "shape", "count", "position", "existence", "grounding", "ocr")
-GOOD = {kind: 0.95 for kind in (*KINDS, "chart", "novel")}
+GOOD = dict.fromkeys((*KINDS, "chart", "novel"), 0.95)
 
 
 def judged(

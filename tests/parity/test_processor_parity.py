@@ -12,6 +12,8 @@ import torch
 from safetensors.numpy import load_file
 
 from mono_internvl.model.encoding import IGNORED_LABEL, encode_pieces
+from mono_internvl.data.samples import read_sample
+from mono_internvl.data.sources import read_meta
 from mono_internvl.model.image_processing import (
     MonoInternVLImageProcessor,
     candidate_grids,
@@ -292,17 +294,13 @@ def test_dataset_samples_match_the_golden_ids_labels_and_pixels(
 ) -> None:
     data = golden("data/data_golden.json")
     assert processor.tokens_per_tile == data["num_image_token"]
-    (source,) = golden("data/meta.json").values()
-    lines = (GOLDEN / "data" / source["annotation"]).read_text(encoding="utf-8").splitlines()
-    for line, sample in zip(lines, some(data["samples"]), strict=True):
-        record = json.loads(line)
-        names = record.get("image", [])
-        paths = [GOLDEN / "data" / name for name in ([names] if isinstance(names, str) else names)]
+    (source,) = read_meta(GOLDEN / "data" / "meta.json")  # as the training loop reads it
+    assert len(source) == len(data["samples"])
+    for index, sample in enumerate(some(data["samples"])):
+        record, read = source.record(index).value, read_sample(source, index)
+        paths = read.images
         encoded = processor.encode_conversation(
-            conversation_to_messages(record["conversations"]),
-            images=paths,
-            max_tiles=data["max_dynamic_patch"],
-            max_tokens=data["model_max_length"],
+            read.messages, max_tiles=data["max_dynamic_patch"], max_tokens=data["model_max_length"]
         )
         assert encoded.input_ids.tolist() == sample["input_ids"], record["id"]
         assert encoded.labels.tolist() == sample["labels"], record["id"]

@@ -1,4 +1,4 @@
-"""The main job end to end in its smallest form: resumable, and its figures follow from its files."""
+"""The main job end to end in its smallest form; its figures follow from its files."""
 
 import dataclasses
 import json

@@ -59,7 +59,7 @@ def read_sample(source: JsonlSource, index: int) -> Sample:
     if any(count and role != "user" for count, (role, _) in zip(counts, turns, strict=True)):
         raise SampleError(f"{record.where}: an <image> placeholder outside a human turn")
     remaining = iter(images)
-    messages = [{"role": role, "content": _parts(text, remaining)} for role, text in turns]
+    messages = [{"role": role, "content": _content(text, remaining)} for role, text in turns]
     return Sample(
         messages, images, str(record.value.get("id", index)), record.where, source.max_tiles
     )
@@ -106,14 +106,7 @@ def _turns(record: Record) -> list[tuple[str, str]]:
     return turns
 
 
-def _parts(text: str, images: Iterator[Path]) -> str | list[dict[str, Any]]:
-    """Message content: plain text, or text and image parts where placeholders stood."""
-    if IMAGE_PLACEHOLDER not in text:
-        return text
-    parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        if number:
-            parts.append({"type": "image", "image": next(images)})
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+def _content(text: str, images: Iterator[Path]) -> str | list[dict[str, Any]]:
+    """Message content: its images, and the text whose placeholders say where they stand."""
+    taken = [{"type": "image", "image": next(images)} for _ in range(text.count(IMAGE_PLACEHOLDER))]
+    return [*taken, {"type": "text", "text": text}] if taken else text

@@ -1,12 +1,11 @@
 """The main job: a small language model learns to see, in the paper's four stages, on a CPU.
 
 Data, starting model, four stages, an evaluation after each, `metrics.json`, `report.html`, and
-three questions answered on the screen. A part whose result is there is skipped: a killed run goes on.
+three questions answered on the screen. What is there already is skipped: a killed run goes on.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 import shlex
@@ -414,8 +413,3 @@ def _ask_three(console: Console, run: Path, world: WorldFiles) -> None:
         markup=False,
         soft_wrap=True,
     )
-
-
-def quick_copy(plan: Plan, **changes: Any) -> Plan:
-    """A plan with other numbers, for tests and experiments."""
-    return dataclasses.replace(plan, **changes)
