@@ -183,7 +183,7 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="On this machine.")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every stage."),
@@ -223,18 +223,18 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
     quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Training processes.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     llm: Annotated[str, typer.Option(help="shipped, scratch, or a Llama folder.")] = "shipped",
     seed: Annotated[int, typer.Option(help="Of the rendered world.")] = 0,
     ask: Annotated[bool, typer.Option(help="End with three questions.")] = True,
 ) -> None:
     """Give a small language model eyes: data, four stages, evaluation, report."""
+    from mono_internvl.model.devices import choose_device
     from mono_internvl.pipelines.quickstart import quickstart as run_quickstart
 
     _quieten()
-    run_quickstart(
-        out, quick=quick, processes=processes, device=device, llm=llm, seed=seed, ask=ask
-    )
+    place = str(choose_device(device))
+    run_quickstart(out, quick=quick, processes=processes, device=place, llm=llm, seed=seed, ask=ask)
 
 
 @app.command()

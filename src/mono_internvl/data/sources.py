@@ -95,7 +95,7 @@ class JsonlSource:
             line = file.read(end - start)
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SampleError(f"{where}: not JSON ({error}); fix or remove the line") from error
         if not isinstance(value, dict):
             raise SampleError(f"{where}: a JSON {type(value).__name__}; expected an object")
@@ -152,7 +152,8 @@ def _source_of(meta: Path, name: str, entry: Any) -> JsonlSource:
     repeat, max_tiles = entry.get("repeat_time", 1), entry.get("max_dynamic_patch")
     if isinstance(repeat, bool) or not isinstance(repeat, int | float):
         raise SampleError(f"{here}: repeat_time={repeat!r}; expected a positive number")
-    if max_tiles is not None and (not isinstance(max_tiles, int) or max_tiles < 1):
+    is_count = isinstance(max_tiles, int) and not isinstance(max_tiles, bool) and max_tiles >= 1
+    if max_tiles is not None and not is_count:
         raise SampleError(f"{here}: max_dynamic_patch={max_tiles!r}; expected an integer >= 1")
     base = meta.parent
     annotation = base / entry["annotation"]
@@ -165,7 +166,7 @@ def _source_of(meta: Path, name: str, entry: Any) -> JsonlSource:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise SampleError(f"{path}: not a readable JSON file ({error})") from error
 
 

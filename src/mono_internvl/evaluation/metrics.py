@@ -6,13 +6,15 @@ item counts, an unreadable answer as 0.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from mono_internvl.errors import SampleError
+from mono_internvl.model.prompts import parse_boxes
 
-_BOX = re.compile(r"\[\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
 _PHRASE = re.compile(
     r"^(?:an? )?(?:(?P<size>large|small|\w+(?= \w+ (?!at the )\w+)) )?"
     r"(?:(?P<colour>\w+) )?(?P<shape>\w+)(?: at the (?P<position>.+))?$"
@@ -54,11 +56,6 @@ def exact_match(prediction: str, answer: str) -> float:
     return float(normalise(prediction) == normalise(answer))
 
 
-def accuracy(scores: Sequence[float]) -> float:
-    """Return the mean of the scores; 0 for none."""
-    return sum(scores) / len(scores) if scores else 0.0
-
-
 def edit_distance(first: str, second: str) -> int:
     """Return the least number of characters to insert, delete or replace (Levenshtein)."""
     previous = list(range(len(second) + 1))
@@ -87,22 +84,6 @@ def reading_score(prediction: str, answer: str) -> float:
     return max(0.0, 1 - edit_distance(prediction.strip().lower(), truth) / len(truth))
 
 
-def parse_box(text: str) -> tuple[int, int, int, int] | None:
-    """Return the first box in a text, `[[x1, y1, x2, y2]]`, or None.
-
-    Args:
-        text: an answer, control tokens kept or not.
-
-    Returns:
-        Left, top, right, bottom as written; None if there is no box or it has no area.
-    """
-    found = _BOX.search(text)
-    if found is None:
-        return None
-    x1, y1, x2, y2 = (int(edge) for edge in found.groups())
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
-
-
 def intersection_over_union(first: Sequence[float], second: Sequence[float]) -> float:
     """Return the overlap of two boxes over their union.
 
@@ -124,8 +105,8 @@ def intersection_over_union(first: Sequence[float], second: Sequence[float]) -> 
 
 def grounding_score(prediction: str, box: Sequence[float]) -> float:
     """Return the overlap of the first box in an answer with the true one; unparsable is 0."""
-    predicted = parse_box(prediction)
-    return intersection_over_union(predicted, box) if predicted else 0.0
+    predicted = parse_boxes(prediction)
+    return intersection_over_union(predicted[0], box) if predicted else 0.0
 
 
 def parse_caption(text: str) -> list[Attributes]:
@@ -187,7 +168,8 @@ def score(record: Mapping[str, object], prediction: str) -> float:
         0 to 1.
 
     Raises:
-        SampleError: if the record lacks the key that its kind needs.
+        SampleError: if the record lacks the key that its kind needs, or what is there is no text,
+            box or list of attributes.
     """
     kind = record.get("kind")
     needed = {"caption": "attributes", "grounding": "box"}.get(str(kind), "answer")
@@ -198,11 +180,45 @@ def score(record: Mapping[str, object], prediction: str) -> float:
             f"{record.get('id', 'record')}: no `{missing}` for scoring kind {kind!r}; "
             "add the key to the record"
         )
-    if isinstance(truth, str):
-        scorer = reading_score if kind == "ocr" else exact_match
-        return scorer(prediction, truth)
-    if not isinstance(truth, Sequence):
-        raise SampleError(f"{record.get('id', 'record')}: `{needed}` is {truth!r}, expected a list")
-    if kind == "caption":
-        return caption_attributes(prediction, truth).score
-    return grounding_score(prediction, truth)
+    is_sound, expected = _SOUND_TRUTHS[needed]
+    if not is_sound(truth):
+        raise SampleError(
+            f"{record.get('id', 'record')}: `{needed}` is {truth!r:.80}; expected {expected}, "
+            "correct the record"
+        )
+    if needed == "attributes":
+        return caption_attributes(prediction, cast(list[Attributes], truth)).score
+    if needed == "box":
+        return grounding_score(prediction, cast(list[float], truth))
+    scorer = reading_score if kind == "ocr" else exact_match
+    return scorer(prediction, cast(str, truth))
+
+
+def _is_box(value: object) -> bool:
+    """Whether a value is four numbers with left < right and top < bottom."""
+    if not isinstance(value, list | tuple) or len(value) != 4:
+        return False
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in value):
+        return False
+    return bool(value[0] < value[2] and value[1] < value[3])
+
+
+def _are_attributes(value: object) -> bool:
+    """Whether a value is objects of four words each, a word possibly None."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(
+            isinstance(one, list | tuple)
+            and len(one) == _NUM_ATTRIBUTES
+            and all(word is None or isinstance(word, str) for word in one)
+            for one in value
+        )
+    )
+
+
+_SOUND_TRUTHS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "answer": (lambda value: isinstance(value, str), "text"),
+    "box": (_is_box, "four numbers, left < right and top < bottom"),
+    "attributes": (_are_attributes, "a list of objects, each size, colour, shape and position"),
+}

@@ -46,8 +46,8 @@ class Routing:
     def from_mask(cls, is_visual: Tensor) -> Routing:
         """Routing of a boolean mask, (B, T) or (N,), True where an image feature was placed.
 
-        The mask is read on its own device once; pass a CPU mask (with `.to` afterwards) to avoid
-        waiting for an accelerator.
+        The index tensors are made on the mask's device. On an accelerator this waits for it (the
+        counts come to the host) once per forward, before the first layer; no layer waits again.
         """
         flat = is_visual.reshape(-1)
         num_rows = flat.numel()

@@ -40,6 +40,8 @@ from mono_internvl.miniature.scenes import (
 
 ENGLISH_PROMPT: Final = "continue the text."
 REPEAT_PROMPT: Final = "say it again."
+LOOKUP_FORMS: Final = ("number_of", "box", "belonging")
+"""Copying tasks that first have to find the right one of several things."""
 
 _TEXT_PAIRS: Final = tuple(
     (colour, noun)
@@ -152,7 +154,8 @@ def copying_records(
         words_only: only the densest task, words without sense.
 
     Returns:
-        Records of the kind `copying`; `form` names the task.
+        Records of the kind `copying`, or `lookup` where the right thing has to be found first;
+        `form` names the task.
     """
     makers = (
         _copy_sign,
@@ -168,7 +171,8 @@ def copying_records(
         maker = _copy_words if words_only else makers[index % len(makers)]
         question, answer = maker(rng, split)
         form = maker.__name__.removeprefix("_copy_")
-        records.append(make_record("copying", [(question, answer)], form=form))
+        kind = "lookup" if form in LOOKUP_FORMS else "copying"
+        records.append(make_record(kind, [(question, answer)], form=form))
     return records
 
 
@@ -348,7 +352,8 @@ def text_probes(
         count: how many records for reading and for copying; questions about facts are all asked.
 
     Returns:
-        Records under `name_qa`, `fact_cloze`, `reading_qa` and `copying`; score by exact match.
+        Records under `name_qa`, `fact_cloze`, `reading_qa` and `copying` (with those of the kind
+        `lookup`); score by exact match.
     """
     rng = random.Random(f"{seed}/text probes/{split}")
     kinds = (*SCENE_KINDS, "chart")

@@ -67,7 +67,7 @@ QUICK: Final = WorldSize(
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 5
+_FORMAT_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class WorldFiles:
         heldout: JSONL of records to report.
         english_train: plain English, paragraphs separated by an empty line.
         english_heldout: the same, never trained on.
-        probes_validation: JSONL of the text skills (`kind` is name_qa, fact_cloze, reading_qa or
-            copying), for choosing settings.
+        probes_validation: JSONL of the text skills (`kind` is name_qa, fact_cloze, reading_qa,
+            copying or lookup), for choosing settings.
         probes_heldout: the same, for reporting.
     """
 

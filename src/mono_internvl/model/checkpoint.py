@@ -251,7 +251,7 @@ def resolve_checkpoint(
         return path
     if path.exists() or path.is_absolute() or str(name_or_path).startswith((".", "~")):
         raise CheckpointError(
-            f"{name_or_path}: not a folder; expected a checkpoint folder or a hub id"
+            f"{name_or_path}: not a folder; give a checkpoint folder or a hub id"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -270,8 +270,13 @@ def resolve_checkpoint(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name_or_path}: no such folder, and not available as hub id at revision "
-            f"{revision or 'main'} ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"{revision or 'main'} ({type(error).__name__}: {_first_line(error)}); check the name, "
+            "or download the checkpoint and give its folder"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no message")
 
 
 def read_config(folder: Path) -> MonoInternVLConfig:
@@ -284,12 +289,14 @@ def read_config(folder: Path) -> MonoInternVLConfig:
     file = folder / "config.json"
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: not a readable config.json ({error}); expected a checkpoint folder"
         ) from error
     if not isinstance(stored, dict):
-        raise CheckpointError(f"{file}: a JSON {type(stored).__name__}; expected an object")
+        raise CheckpointError(
+            f"{file}: a JSON {type(stored).__name__}; expected an object, restore the file"
+        )
     if stored.get("model_type") != MonoInternVLConfig.model_type:
         raise ConfigError(
             f"{file}: model_type={stored.get('model_type')!r} is not supported; expected "
@@ -302,18 +309,31 @@ def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint folder, as its index names them.
 
     Raises:
-        CheckpointError: There are none, or one that the index names is missing.
+        CheckpointError: There are none, the index is damaged, or a file it names is missing or lies
+            outside of the folder.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index ({error})") from error
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{index}: not a safetensors index ({error}); restore the file"
+            ) from error
+        for name in names:
+            if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+                raise CheckpointError(
+                    f"{index}: shard {name!r}; expected the name of a file in this folder, restore "
+                    "the index"
+                )
+        names = sorted(names)
         files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            raise CheckpointError(f"{folder}: shard {missing[0]} named by {index.name} is missing")
+            raise CheckpointError(
+                f"{folder}: shard {missing[0]} named by {index.name} is missing; copy it from the "
+                "checkpoint"
+            )
         return files
     single = folder / "model.safetensors"
     if single.is_file():
@@ -322,7 +342,10 @@ def safetensors_files(folder: Path) -> list[Path]:
         p.name for p in folder.glob("*.pt*")
     )
     hint = f"; {found[0]} is a pickle, which is never loaded" if found else ""
-    raise CheckpointError(f"{folder}: no model.safetensors and no {index.name}{hint}")
+    raise CheckpointError(
+        f"{folder}: no model.safetensors and no {index.name}{hint}; get the safetensors files of "
+        "the checkpoint"
+    )
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -335,7 +358,9 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                     part = handle.get_slice(key)
                     headers[key] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), file.name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+            raise CheckpointError(
+                f"{file}: not a readable safetensors file ({error}); copy it again"
+            ) from error
     return {key: info for key, info in headers.items() if not IGNORED_KEYS.search(key)}
 
 
@@ -378,7 +403,8 @@ def verify_checkpoint(folder: Path, model: nn.Module, config: MonoInternVLConfig
         raise CheckpointError(
             f"{folder}: {'; '.join(problems)}. Expected {len(expected)} tensors for the "
             f"configuration in config.json (visual experts: "
-            f"{', '.join(config.visual_experts) or 'none'})"
+            f"{', '.join(config.visual_experts) or 'none'}); use weights and config.json of one "
+            "checkpoint"
         )
 
 

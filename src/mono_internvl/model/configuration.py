@@ -21,7 +21,6 @@ VISUAL_EXPERTS = ("ffn", "qkv", "o", "norms")
 ROPE_TYPES = ("default", "linear", "dynamic")
 
 # The nine visual tokens close the vocabulary in a fixed order; <IMG_CONTEXT> is the third of them.
-NUM_VISUAL_TOKENS = 9
 IMAGE_TOKEN_OFFSET_FROM_END = 7
 
 # What the released code assumes where a file leaves a key out.

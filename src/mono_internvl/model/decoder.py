@@ -266,8 +266,6 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("DecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
@@ -351,7 +349,9 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         angles = rotary_embeddings(self.config, position_ids, seen + tokens, x.dtype)
         routing = routing if routing is not None else Routing.all_text(batch * tokens)
 
-        hidden_states, attentions = [x], []
+        # Kept only if asked for: a long prefill would otherwise hold every layer's activations.
+        hidden_states: list[Tensor] = [x] if output_hidden_states else []
+        attentions: list[Tensor | None] = []
         for layer in self.layers:
             x, weights = layer(
                 x,
@@ -361,12 +361,15 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            hidden_states.append(x)
-            attentions.append(weights)
+            if output_hidden_states:
+                hidden_states.append(x)
+            if output_attentions:
+                attentions.append(weights)
+            del weights
         x = self.norm(x)
         return MonoInternVLOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=tuple(attentions) if output_attentions else None,  # type: ignore[arg-type]
         )

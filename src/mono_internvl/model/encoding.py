@@ -66,7 +66,10 @@ def encode_pieces(
     """
     slots = sum(piece.kind == "image" for piece in pieces)
     if slots != len(image_tokens):
-        raise PromptError(f"{slots} image placeholders but {len(image_tokens)} images")
+        raise PromptError(
+            f"{slots} image placeholders but {len(image_tokens)} images; "
+            "write one placeholder for each image"
+        )
     encoder = _Encoder(tokenizer)
     if add_bos and tokenizer.bos_token_id is not None:
         encoder.add_ids([tokenizer.bos_token_id], is_learned=False)

@@ -125,7 +125,8 @@ def load_image(source: ImageSource) -> Image.Image:
     """Decodes an image to 8-bit RGB, upright.
 
     EXIF orientation is applied; of an animation the first frame is taken; alpha is dropped without
-    compositing, as the released code does.
+    compositing, as the released code does. Grey of more than 8 bits (modes "I;16" and "I") is read
+    as 0 to 65535, whatever its brightest pixel, and scaled; beyond that range it is refused.
 
     Args:
         source: Path, encoded bytes, data URI or PIL image. No URL is fetched.

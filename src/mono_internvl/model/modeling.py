@@ -33,9 +33,22 @@ from mono_internvl.model.decoder import (
     MonoInternVLPreTrainedModel,
     MonoInternVLTextModel,
 )
+from mono_internvl.model.encoding import IGNORED_LABEL
 from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pixel_shuffle
 
 _IMAGE_INPUTS = ("pixel_values", "image_features")
+
+
+def _holds_tokens(cache: Cache | None) -> bool:
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def _check_no_places(is_visual: Tensor) -> None:
+    if num_places := int(is_visual.sum()):
+        raise PromptError(
+            f"the prompt has {num_places} image tokens but the images give 0 features; pass the "
+            "pixel_values of its images (or, if the tokens were generated, a visual_token_mask)"
+        )
 
 
 class MonoInternVLModel(MonoInternVLPreTrainedModel):
@@ -198,7 +211,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             position_ids: (B, T), integers or floats.
             past_key_values: Cache of what came before.
             inputs_embeds: (B, T, D) instead of `input_ids`; visual ones by `visual_token_mask`.
-            labels: (B, T), -100 where nothing is learnt; shifted by one in here.
+            labels: (B, T), `IGNORED_LABEL` where nothing is learnt; shifted by one in here.
             loss_weight: (B, T) weight of each label; the loss is sum(w * ce) / sum(w).
             num_items_in_batch: Denominator of the loss (accumulation, data parallel).
             image_features: (rows, D) precomputed features instead of pixels (chunked prefill).
@@ -232,14 +245,17 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
     ) -> Tensor:
         """Next-token cross entropy in fp32; logits only of the rows that have a label.
 
+        Without any label, or with weights of 0 alone, the loss is 0 and has a graph: every gradient
+        is 0, so that a batch with nothing to learn changes nothing. It is never 0 / 0.
+
         Args:
             x: (B, T, D) hidden states.
-            labels: (B, T), -100 where nothing is learnt.
+            labels: (B, T), `IGNORED_LABEL` where nothing is learnt.
             weight: (B, T) or None.
             denominator: Of the sum; the weight of the labels in this batch unless given.
         """
         targets = labels[:, 1:].reshape(-1)
-        rows = (targets != -100).nonzero().squeeze(1)  # (labelled,)
+        rows = (targets != IGNORED_LABEL).nonzero().squeeze(1)  # (labelled,)
         logits = self.lm_head(x[:, :-1].flatten(0, 1).index_select(0, rows))
         ce = F.cross_entropy(logits.float(), targets.index_select(0, rows), reduction="none")
         if weight is None:
@@ -247,7 +263,11 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         else:
             w = weight[:, 1:].reshape(-1).index_select(0, rows).to(ce.dtype)
             ce, total = ce * w, w.sum()
-        return ce.sum() / (total if denominator is None else denominator)
+        loss = ce.sum()
+        if denominator is not None:
+            total = denominator
+        total = torch.as_tensor(total, dtype=loss.dtype, device=loss.device)
+        return loss / total.masked_fill((total == 0) & (loss.detach() == 0), 1.0)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it, all its options included.
@@ -259,12 +279,22 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             inputs: (B, T) ids, also accepted as `input_ids`; with a cache from earlier turns the
                 whole conversation or, with an `attention_mask` of all of it, only what is new.
             *args: As `GenerationMixin.generate`.
-            **kwargs: As there; `pixel_values` are the images of what the cache has not seen.
+            **kwargs: As there; `pixel_values` are the images of what the cache has not seen. A
+                prompt that repeats a *generated* `<IMG_CONTEXT>` says with a `visual_token_mask`,
+                (B, T) bool, that no image stands there.
+
+        Raises:
+            PromptError: The prompt has places for images, but there are no images and no cache.
         """
         ids = kwargs.get("input_ids") if inputs is None else inputs
-        has_images = any(kwargs.get(name) is not None for name in _IMAGE_INPUTS)
-        if has_images and ids is not None and kwargs.get("visual_token_mask") is None:
-            kwargs["visual_token_mask"] = ids == self.config.image_token_id
+        if ids is not None and kwargs.get("visual_token_mask") is None:
+            is_visual = ids == self.config.image_token_id
+            if any(kwargs.get(name) is not None for name in _IMAGE_INPUTS):
+                kwargs["visual_token_mask"] = is_visual
+            elif kwargs.get("inputs_embeds") is None and not _holds_tokens(
+                kwargs.get("past_key_values")
+            ):
+                _check_no_places(is_visual)
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(

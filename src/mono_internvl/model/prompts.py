@@ -51,7 +51,7 @@ SUPPORTED_TEMPLATES = (None, "internlm2-chat", "Hermes-2")
 _ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 _WHITESPACE = " \n\t"
 _GROUNDING = re.compile("(" + "|".join(re.escape(token) for token in GROUNDING_TOKENS) + ")")
-_BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d+(?:\.\d+)?)"] * 4) + r"\s*\]")
+_BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d{1,6}(?:\.\d{1,6})?)"] * 4) + r"\s*\]")
 
 OnControl = Literal["escape", "raise"]
 
@@ -240,7 +240,8 @@ def chat_template(default_system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
 def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:
     """Boxes (x1, y1, x2, y2) in a text, in units of 1/1000 of the image's width and height.
 
-    Found by their brackets, whether `<box>` and `</box>` were kept or not.
+    Found by their brackets, whether `<box>` and `</box>` were kept or not, and returned as they are
+    written: edges may lie beyond the image or in the wrong order.
     """
     return [
         (round(float(x1)), round(float(y1)), round(float(x2)), round(float(y2)))

@@ -51,15 +51,27 @@ def convert_sentencepiece(
         bos_token: Token put in front of every text, or None.
 
     Raises:
-        CheckpointError: If the model is not BPE, or the added ids leave a gap.
+        CheckpointError: If the model cannot be read or is not BPE, or the added ids leave a gap.
 
     Source: sentencepiece's BPE. Differs: with a dummy prefix, text after a user-defined symbol gets
     the prefix, too.
     """
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
+    try:
+        proto.ParseFromString(model)
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"tokenizer.model: not a sentencepiece model ({error}); restore the file from the "
+            "checkpoint"
+        ) from error
+    if not 0 <= proto.trainer_spec.unk_id < len(proto.pieces):
+        raise CheckpointError(
+            f"tokenizer.model: {len(proto.pieces)} pieces; expected a sentencepiece model, restore "
+            "the file from the checkpoint"
+        )
     if proto.trainer_spec.model_type != _MODEL_TYPE_BPE:
         raise CheckpointError(
             f"tokenizer.model: model_type {proto.trainer_spec.model_type}; only BPE "

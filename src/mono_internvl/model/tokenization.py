@@ -225,7 +225,7 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> MonoInternVLTokenize
     }
     kept = {name: found.read_bytes() for name in _KEPT_FILES if (found := files[name]) is not None}
     if (json_file := files[TOKENIZER_JSON]) is not None:
-        backend = Tokenizer.from_file(str(json_file))
+        backend = _read_tokenizer_json(json_file)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         named = {key: token for key, token in named.items() if token in vocabulary}
     elif (model_file := files[SENTENCEPIECE_MODEL]) is not None:
@@ -251,6 +251,15 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> MonoInternVLTokenize
         tokenizer._kept_files = kept
         tokenizer._kept_length = len(tokenizer)
     return tokenizer
+
+
+def _read_tokenizer_json(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise CheckpointError(
+            f"{file}: not a readable tokenizer ({error}); restore the file from the checkpoint"
+        ) from error
 
 
 def _released_added_tokens(
@@ -315,10 +324,12 @@ def read_json(file: Path | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: not JSON, or not UTF-8
         raise CheckpointError(f"{file}: not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: {type(value).__name__}; expected a JSON object")
+        raise CheckpointError(
+            f"{file}: {type(value).__name__}; expected a JSON object, restore the file"
+        )
     return value
 
 

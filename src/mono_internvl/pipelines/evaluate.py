@@ -17,9 +17,9 @@ from mono_internvl.evaluation.run import (
     write_predictions,
 )
 from mono_internvl.model.checkpoint import resolve_checkpoint
+from mono_internvl.model.devices import choose_device
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.serving.loading import choose_device
 
 
 @dataclass(frozen=True)

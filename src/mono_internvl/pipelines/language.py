@@ -50,7 +50,7 @@ def make_language_model(
         Folder of a plain Llama checkpoint with its tokenizer.
     """
     start, out = run / "random", run / "llm"
-    if not (start / "config.json").exists():
+    if not start.exists():
         _random_start(world, run, start)
     run_processes(train_stages, processes, recipe, start, world.root, run, device)
     model = MonoInternVLForConditionalGeneration.from_pretrained(
@@ -101,12 +101,15 @@ def give_eyes(llm: Path, out: Path, visual_experts: tuple[str, ...] = ("ffn",)) 
         max_dynamic_patch=1,
         use_thumbnail=False,
     )
-    made.model.save_pretrained(out)
-    made.tokenizer.save_pretrained(out)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    made.model.save_pretrained(partial)
+    made.tokenizer.save_pretrained(partial)
     processor = MonoInternVLProcessor.from_config(
-        made.model.config, load_tokenizer(out), default_system_prompt=""
+        made.model.config, load_tokenizer(partial), default_system_prompt=""
     )
-    processor.save_pretrained(out)
+    processor.save_pretrained(partial)
+    partial.rename(out)
     return out
 
 

@@ -7,7 +7,6 @@ three questions answered on the screen. What is there already is skipped: a kill
 from __future__ import annotations
 
 import json
-import resource
 import shlex
 import shutil
 import sys
@@ -31,6 +30,7 @@ from mono_internvl.evaluation.run import (
 )
 from mono_internvl.miniature import WorldFiles, WorldSize
 from mono_internvl.miniature.english import ASSETS
+from mono_internvl.miniature.lexicon import COLOURS, NOVEL_PAIRS, POSITIONS, SEEN_PAIRS, SHAPES
 from mono_internvl.miniature.targets import (
     FULL_BOUNDS,
     QUICK_BOUNDS,
@@ -48,12 +48,12 @@ from mono_internvl.serving.loading import load
 from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Stage
-from mono_internvl.training.state import versions
+from mono_internvl.training.state import exclusive, versions
 from mono_internvl.visual.report import write_report
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
 START = "start"
-TEXT_KINDS = ("name_qa", "fact_cloze", "reading_qa", "copying")
+TEXT_KINDS = ("name_qa", "fact_cloze", "reading_qa", "copying", "lookup")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Plan:
         bounds: What has to be reached.
         per_kind: Held-out records of a kind after the last stage; None is all.
         per_kind_between: The same after the other stages.
-        per_kind_blind: The same without the image, after every stage.
+        per_kind_blind: The same without the image, after the other stages.
+        per_kind_blind_last: The same after the last stage; None is all.
         text_per_kind: Text probes of a kind.
         english_records: Held-out English for the perplexity.
     """
@@ -79,6 +80,7 @@ class Plan:
     per_kind: int | None = None
     per_kind_between: int = 60
     per_kind_blind: int = 60
+    per_kind_blind_last: int | None = 150
     text_per_kind: int = 120
     english_records: int = 150
 
@@ -92,6 +94,7 @@ QUICK = Plan(
     per_kind=20,
     per_kind_between=8,
     per_kind_blind=8,
+    per_kind_blind_last=20,
     text_per_kind=24,
     english_records=30,
 )
@@ -124,41 +127,52 @@ def quickstart(
     plan = QUICK if quick else FULL
     count = processes or (1 if device != "cpu" else 2)
     console, began = Console(highlight=False), time.perf_counter()
-    _remember(run, {"quick": quick, "llm": llm, "seed": seed})
-    console.print("[bold]1/5[/] the world: pictures, captions, questions", soft_wrap=True)
-    world = miniature.write_world(run / "data", plan.size, seed)
-    console.print("[bold]2/5[/] the language model that gets eyes", soft_wrap=True)
-    start = run / START / "checkpoint"
-    if not (start / "processor_config.json").exists():
-        _make_start(llm, world, run, plan, count, device)
-    console.print(f"[bold]3/5[/] four stages, {count} process(es), each followed by an evaluation")
-    run_processes(_train_and_evaluate, count, plan, world, run, device)
-    console.print("[bold]4/5[/] the report", soft_wrap=True)
-    metrics = collect(run, plan, quick, device, count, time.perf_counter() - began)
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    shutil.copytree(run / "s2" / "checkpoint", run / "model", dirs_exist_ok=True)
-    report = write_report(run)
-    _show_targets(console, metrics)
-    if ask:
-        console.print("[bold]5/5[/] three questions", soft_wrap=True)
-        _ask_three(console, run, world)
-    console.print(f"report: {report}", soft_wrap=True)
-    return report
+    with exclusive(run):
+        _remember(run, {"quick": quick, "llm": llm, "seed": seed})
+        console.print("[bold]1/5[/] the world: pictures, captions, questions", soft_wrap=True)
+        with _Cost(run / START, "rendered"):
+            world = miniature.write_world(run / "data", plan.size, seed)
+        console.print("[bold]2/5[/] the language model that gets eyes", soft_wrap=True)
+        if not (run / START / "checkpoint").exists():
+            _make_start(llm, world, run, plan, count, device)
+        console.print(f"[bold]3/5[/] four stages in {count} process(es), an evaluation after each")
+        run_processes(_train_and_evaluate, count, plan, world, run, device)
+        console.print("[bold]4/5[/] the report", soft_wrap=True)
+        metrics = collect(run, plan, quick, device, count, time.perf_counter() - began)
+        _write_whole(run / "metrics.json", json.dumps(metrics, indent=2))
+        last = run / plan.recipe.stages[-1].name / "checkpoint"
+        shutil.copytree(last, run / "model", dirs_exist_ok=True)
+        report = write_report(run)
+        _show_targets(console, metrics)
+        if ask:
+            console.print("[bold]5/5[/] three questions", soft_wrap=True)
+            _ask_three(console, run, world)
+        console.print(f"report: {report}", soft_wrap=True)
+        return report
 
 
 def _remember(run: Path, settings: dict[str, Any]) -> None:
     """Hold a run folder to the settings it was begun with."""
     file = run / "quickstart.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        try:
+            before = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{file}: not readable ({error}); delete the folder {run}") from error
         for name, value in settings.items():
             if before.get(name) != value:
                 raise ConfigError(
                     f"{run}: begun with {name}={before.get(name)!r}, now {value!r}; choose another "
                     "--out folder or delete this one"
                 )
-    run.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=2) + "\n")
+    _write_whole(file, json.dumps(settings, indent=2))
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text + "\n")
+    partial.replace(file)
 
 
 def _make_start(
@@ -175,10 +189,11 @@ def _make_start(
 
 def _train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, device: str) -> None:
     """In every process: the stages in order, an evaluation before the first and after each."""
-    checkpoint = run / START / "checkpoint"
+    with _Cost(run / START, "set up", from_process_start=True):
+        checkpoint = run / START / "checkpoint"
     _evaluate(START, checkpoint, plan, world, run, device, is_last=False)
     for stage in plan.recipe.stages:
-        with _Cost(run / stage.name / "cost.json", "trained"):
+        with _Cost(run / stage.name, "trained"):
             result = train_stage(stage, checkpoint, world.root, run / stage.name, device=device)
         checkpoint = result.checkpoint
         is_last = stage is plan.recipe.stages[-1]
@@ -198,7 +213,7 @@ def _evaluate(
     done = run / name / "text.json"
     if done.exists():
         return
-    with _Cost(run / name / "cost.json", "evaluated"):
+    with _Cost(run / name, "evaluated"):
         attention = "eager" if device == "cpu" else None
         model = MonoInternVLForConditionalGeneration.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation=attention
@@ -207,7 +222,9 @@ def _evaluate(
         sighted = read_questions(
             world.heldout, per_kind=plan.per_kind if is_last else plan.per_kind_between
         )
-        blind = read_questions(world.heldout, per_kind=plan.per_kind_blind)
+        blind = read_questions(
+            world.heldout, per_kind=plan.per_kind_blind_last if is_last else plan.per_kind_blind
+        )
         if not is_last:
             sighted = [q for q in sighted if not q.record.get("aligned")]
         text = read_questions(world.probes_heldout, per_kind=plan.text_per_kind)
@@ -220,14 +237,14 @@ def _evaluate(
             parts = [run / name / f"predictions.{i}.jsonl" for i in range(world_size())]
             merged = run / "predictions" / f"{name}.jsonl"
             merged.parent.mkdir(exist_ok=True)
-            merged.write_text("".join(part.read_text() for part in parts))
+            _write_whole(merged, "".join(part.read_text() for part in parts).rstrip("\n"))
             for part in parts:
                 part.unlink()
             measures = {
                 "perplexity": perplexity(model, processor, _english(world, plan.english_records)),
                 "logits_identical": _same_text_logits(model, processor, run, text, device),
             }
-            done.write_text(json.dumps(measures) + "\n")
+            _write_whole(done, json.dumps(measures))
         barrier()
 
 
@@ -267,19 +284,20 @@ def _same_text_logits(
 
 
 class _Cost:
-    """CPU seconds of a phase, added up over processes and over interrupted runs, kept in a file."""
+    """CPU seconds of a phase of this process, kept in a file and added up over interrupted runs."""
 
-    def __init__(self, file: Path, phase: str):
-        self.file, self.key = file.with_name(f"cost.{rank()}.json"), phase
+    def __init__(self, folder: Path, phase: str, from_process_start: bool = False):
+        self.file = folder / (f"cost.{rank()}.json" if world_size() > 1 else "cost.json")
+        self.key, self.from_process_start = phase, from_process_start
 
     def __enter__(self) -> None:
-        self.began = time.process_time()
+        self.began = 0.0 if self.from_process_start else time.process_time()
 
     def __exit__(self, *exception: object) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         costs = json.loads(self.file.read_text()) if self.file.exists() else {}
         costs[self.key] = costs.get(self.key, 0.0) + time.process_time() - self.began
-        self.file.write_text(json.dumps(costs) + "\n")
+        _write_whole(self.file, json.dumps(costs))
 
 
 def collect(
@@ -290,9 +308,7 @@ def collect(
     rows = {name: _read_rows(run / "predictions" / f"{name}.jsonl") for name in names}
     text = {name: json.loads((run / name / "text.json").read_text()) for name in names}
     costs = {name: _cpu_minutes(run / name) for name in names}
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    spent = sum(u.ru_utime + u.ru_stime for u in usage) / 60
-    cpu_minutes = max(spent, sum(costs.values()))
+    cpu_minutes = sum(costs.values())
     targets = judge(
         plan.bounds,
         rows,
@@ -310,6 +326,7 @@ def collect(
         "device": device,
         "processes": processes,
         "versions": versions(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "targets": to_rows(targets),
         "stages": [
             _stage_row(name, stages.get(name), rows[name], text[name], costs[name])
@@ -354,13 +371,13 @@ def _stage_row(
 
 
 CHANCE = {
-    "colour": 1 / 6,
-    "shape": 1 / 5,
+    "colour": 1 / len(COLOURS),
+    "shape": 1 / len(SHAPES),
     "count": 1 / 3,
-    "position": 1 / 9,
+    "position": 1 / len(POSITIONS),
     "existence": 1 / 2,
-    "naming": 1 / 26,
-    "novel": 1 / 30,
+    "naming": 1 / len(SEEN_PAIRS),
+    "novel": 1 / (len(SEEN_PAIRS) + len(NOVEL_PAIRS)),
 }
 """Score of a guess at random among the answers of a kind."""
 
@@ -368,12 +385,12 @@ CHANCE = {
 def _trains(stage: Stage | None) -> str:
     if stage is None:
         return "nothing"
-    parts = {"s11": "patch embedding, projector, visual experts", "s12": "the same"}
-    return parts.get(stage.name, {"s13": "and attention", "s2": "everything"}.get(stage.name, ""))
+    learned = [rule for rule in stage.rules if rule.learning_rate is not None]
+    return ", ".join(f"{rule.pattern} at {rule.learning_rate:g}" for rule in learned)
 
 
 def _cpu_minutes(folder: Path) -> float:
-    files = folder.glob("cost.*.json")
+    files = folder.glob("cost*.json")
     return sum(sum(json.loads(file.read_text()).values()) for file in files) / 60
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from mono_internvl.errors import RecipeError
 from mono_internvl.model.checkpoint import resolve_checkpoint
+from mono_internvl.model.devices import choose_device
 from mono_internvl.recipes import RECIPES
 from mono_internvl.training.distributed import rank, run_processes
 from mono_internvl.training.loop import train_stage
@@ -38,7 +39,7 @@ def train(
         data: Folder of the stages' meta files, or the meta file of a recipe with one stage.
         run: Output folder, `runs/<recipe>` unless given; a folder per stage.
         processes: On this machine. Under `torchrun` leave it at 1.
-        device: Of each process.
+        device: "auto", "cpu", "cuda" (one GPU for each process) or "cuda:1".
         overrides: Fields of every stage as text, e.g. `{"steps": "200"}`.
 
     Returns:
@@ -46,7 +47,9 @@ def train(
 
     Raises:
         RecipeError: The recipe, a field or its combination with the arguments is wrong.
+        ConfigError: There is no such device.
     """
+    device = str(choose_device(device))
     plan = override(load_recipe(recipe, RECIPES), overrides or {})
     if data is not None and data.suffix == ".json":
         if len(plan.stages) > 1:

@@ -7,12 +7,8 @@ mixtures are not redistributed; name yours `s11.json` to `s2.json`.
 Source: arXiv 2410.08202, tables 1, 7 and 8 and the appendix on hyper-parameters.
 """
 
+from mono_internvl.recipes.groups import ATTENTION, EXPERTS, EYES, THE_REST_FROZEN
 from mono_internvl.training.recipe import Recipe, Rule, Stage
-
-EYES = r"vision_embedder\.|projector\."
-EXPERTS = r"_visual\."
-ATTENTION = r"self_attn\.(q|k|v|o)_proj\."
-THE_REST_FROZEN = Rule(".*", None)
 
 EVIP = Recipe(
     name="evip-2b",

@@ -3,7 +3,7 @@
 Source: the released fine-tuning script (LLaVA-665k) for the 2B numbers; the miniature's are ours.
 """
 
-from mono_internvl.recipes.miniature import EXPERTS, EYES
+from mono_internvl.recipes.groups import EXPERTS, EYES
 from mono_internvl.training.recipe import Recipe, Rule, Stage
 
 SFT = Recipe(

@@ -6,6 +6,7 @@ import torch
 
 from mono_internvl.errors import ConfigError
 from mono_internvl.model.checkpoint import resolve_checkpoint
+from mono_internvl.model.devices import choose_device
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.serving.sampling import GREEDY, Sampling
@@ -57,25 +58,3 @@ def load(
     return ChatSession(
         loaded.to(place), processor, system=system, max_tiles=max_tiles, sampling=sampling
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes CUDA if there is any.
-
-    Raises:
-        ConfigError: The name is unknown, or there is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r}; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices that "
-            f"torch {torch.__version__} can use; take device='cpu'"
-        )
-    return device

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from mono_internvl.errors import MonoInternVLError
+from mono_internvl.model.devices import choose_device
 
 # Read by the new processes when they import: no hints about parameters without gradient, no bars of
 # several processes through each other.
@@ -47,9 +48,14 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 def own_device(device: str) -> str:
-    """The device of this process: "cuda" is a GPU for each process of this machine, in turn."""
-    if device != "cuda":
-        return device
+    """The device of this process: "cuda" is a GPU for each process of this machine, in turn.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    chosen = str(choose_device(device))
+    if chosen != "cuda":
+        return chosen
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
 
 

@@ -36,6 +36,8 @@ from mono_internvl.training.recipe import Stage
 from mono_internvl.training.rules import apply_rules
 from mono_internvl.training.state import (
     SavedState,
+    digest_of_data,
+    digest_of_start,
     exclusive,
     latest_state,
     load_optimizer,
@@ -89,8 +91,8 @@ def train_stage(
     Raises:
         RecipeError: The rules do not fit the model.
         SampleError: A bad record, unless the stage skips them.
-        TrainingStateError: The folder holds another stage's run or is in use, the disk is full, or
-            the loss is not finite.
+        TrainingStateError: The folder holds a run of another stage, begun from another checkpoint
+            or on other data, or is in use; the disk is full, or the loss is not finite.
     """
     with ExitStack() as stack:
         if rank() == 0:
@@ -112,6 +114,11 @@ class _Loop:
         self.run, self.device = run, device
         self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
         self.final, self.metrics = run / "checkpoint", run / "metrics.jsonl"
+        self.inputs = {
+            "data": digest_of_data(data / stage.data, [source.path for source in self.sources])
+        }
+        if (begun_from := digest_of_start(Path(start))) is not None:
+            self.inputs["start checkpoint"] = begun_from
         self.resumed = self._resumable()
         if device == "cpu" and stage.precision == "bf16":
             attention = attention or "eager"
@@ -135,6 +142,13 @@ class _Loop:
                 f"{self.run}: holds a run with {name}={state.stage.get(name)!r}, this stage has "
                 f"{self.fields.get(name)!r}; choose another output folder or delete this one"
             )
+        for name, digest in self.inputs.items():
+            if state is not None and state.inputs.get(name, digest) != digest:
+                raise TrainingStateError(
+                    f"{self.run}: holds a run begun with another {name} (digest "
+                    f"{state.inputs[name]}, now {digest}); restore it, choose another output "
+                    "folder or delete this one"
+                )
         return state
 
     def train(self) -> StageResult:
@@ -290,7 +304,9 @@ class _Loop:
 
     def _save(self, folder: Path, optimizer: torch.optim.Optimizer | None, step: int) -> None:
         if rank() == 0:
-            save_state(folder, self.model, self.processor, optimizer, step, self.fields)
+            save_state(
+                folder, self.model, self.processor, optimizer, step, self.fields, self.inputs
+            )
         self._remove_states_but(folder)
         barrier()
 

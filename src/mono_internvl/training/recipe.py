@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +24,19 @@ _CHOICES = {
     "loss_weighting": get_args(LossWeighting),
     "on_bad_sample": get_args(OnBadSample),
 }
+_COUNTS = {
+    "batch_size": 1,
+    "accumulation": 1,
+    "max_tokens": 1,
+    "max_tiles": 1,
+    "steps": 0,
+    "warmup_steps": 0,
+    "checkpoint_every": 0,
+    "loader_workers": 0,
+}
+"""Fields that count something, and the least they may be."""
+_SHARES = ("epochs", "warmup_share", "final_rate_share", "weight_decay", "eps")
+_FOLDER_NAME = re.compile(r"\w[\w.+-]*")
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,17 @@ class Rule:
 
     pattern: str
     learning_rate: float | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise RecipeError(
+                f"rule pattern={self.pattern!r}; expected a regular expression, write it as text"
+            )
+        if self.learning_rate is not None and not _is_share(self.learning_rate):
+            raise RecipeError(
+                f"rule {self.pattern!r}: learning_rate={self.learning_rate!r}; expected a finite "
+                "number >= 0, or None to freeze"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +118,18 @@ class Stage:
     loader_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulation", "max_tokens", "max_tiles"):
-            if getattr(self, name) < 1:
+        _check_folder_name("stage", self.name)
+        for name, least in _COUNTS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise RecipeError(
-                    f"stage {self.name!r}: {name}={getattr(self, name)}; expected >= 1"
+                    f"stage {self.name!r}: {name}={value!r}; give an integer >= {least}"
                 )
-        for name in (
-            "steps",
-            "epochs",
-            "warmup_steps",
-            "warmup_share",
-            "weight_decay",
-            "checkpoint_every",
-            "loader_workers",
-        ):
-            if getattr(self, name) < 0:
+        for name in _SHARES:
+            if not _is_share(getattr(self, name)):
                 raise RecipeError(
-                    f"stage {self.name!r}: {name}={getattr(self, name)}; expected >= 0"
+                    f"stage {self.name!r}: {name}={getattr(self, name)!r}; give a finite number >= "
+                    "0"
                 )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -116,16 +137,16 @@ class Stage:
                     f"stage {self.name!r}: {name}={getattr(self, name)!r}; expected one of "
                     f"{', '.join(choices)}"
                 )
-        if not self.name or set(self.name) & set("/\\"):
-            raise RecipeError(f"stage name={self.name!r}; expected the name of a folder")
         if not self.steps and not self.epochs:
             raise RecipeError(f"stage {self.name!r}: steps=0 and epochs=0; give one of them")
-        if self.clip_norm <= 0:
-            raise RecipeError(f"stage {self.name!r}: clip_norm={self.clip_norm}; expected > 0")
+        if not self.clip_norm > 0:  # nan is not above 0 either
+            raise RecipeError(
+                f"stage {self.name!r}: clip_norm={self.clip_norm}; give a number > 0, inf for none"
+            )
         if self.batch_size % self.accumulation:
             raise RecipeError(
                 f"stage {self.name!r}: batch_size={self.batch_size} is not a multiple of "
-                f"accumulation={self.accumulation}"
+                f"accumulation={self.accumulation}; change one of them"
             )
         if not self.rules:
             raise RecipeError(f"stage {self.name!r} has no rules; say what learns")
@@ -169,22 +190,39 @@ class Recipe:
     notes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        _check_folder_name("recipe", self.name)
         names = [stage.name for stage in self.stages]
         if not names:
-            raise RecipeError(f"recipe {self.name!r} has no stage")
+            raise RecipeError(f"recipe {self.name!r} has no stage; give it at least one")
         if len(set(names)) < len(names):
-            raise RecipeError(f"recipe {self.name!r}: stage names repeat: {names}")
+            raise RecipeError(
+                f"recipe {self.name!r}: stage names repeat: {names}; each is a folder of its own"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for printing and for the file beside the checkpoint."""
         return dataclasses.asdict(self)
 
 
+def _is_share(value: Any) -> bool:
+    """Whether a value is a finite number that is not negative."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value < math.inf
+
+
+def _check_folder_name(kind: str, name: Any) -> None:
+    if not isinstance(name, str) or not _FOLDER_NAME.fullmatch(name):
+        raise RecipeError(
+            f"{kind} name={name!r}; it names a folder, so use letters, digits and _ - + ., "
+            "beginning with a letter or digit"
+        )
+
+
 def load_recipe(name_or_file: str, known: dict[str, Recipe]) -> Recipe:
     """A recipe by name, or the `RECIPE` of a Python file of the user's.
 
     Raises:
-        RecipeError: No such name or file, or the file defines no `RECIPE`.
+        RecipeError: No such name or file, or the file defines no `RECIPE` or raises anything.
     """
     if name_or_file in known:
         return known[name_or_file]
@@ -194,16 +232,22 @@ def load_recipe(name_or_file: str, known: dict[str, Recipe]) -> Recipe:
             f"no recipe {name_or_file!r}; known: {', '.join(known)}; or give a .py file"
         )
     if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe file")
+        raise RecipeError(
+            f"{path}: no such recipe file; check the path, or name one of {', '.join(known)}"
+        )
     spec = importlib.util.spec_from_file_location("user_recipe", path)
     if spec is None or spec.loader is None:
-        raise RecipeError(f"{path}: cannot be read as Python")
+        raise RecipeError(f"{path}: cannot be read as Python; give a readable .py file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses defined in the file look their module up
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, NameError, ImportError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{path}: {type(error).__name__}: {error}") from error
+    except Exception as error:  # the file is the user's: it may raise anything
+        raise RecipeError(f"{path}: {type(error).__name__}: {error}; correct the file") from error
     recipe = getattr(module, "RECIPE", None)
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"{path}: defines no RECIPE of type mono_internvl.training.recipe.Recipe")
+        raise RecipeError(
+            f"{path}: defines no RECIPE of type mono_internvl.training.recipe.Recipe; add "
+            "RECIPE = Recipe(...)"
+        )
     return recipe

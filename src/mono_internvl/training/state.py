@@ -8,6 +8,7 @@ records is arithmetic. Everything is safetensors or JSON.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -29,9 +30,12 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mono_internvl.errors import TrainingStateError
+from mono_internvl.model.checkpoint import safetensors_files
 
 LOCK_PATIENCE_S = 5.0
 STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.safetensors"
+_DIGEST_DIGITS = 16
+_SAMPLE_BYTES = 64  # of every tensor of the start checkpoint
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,14 @@ class SavedState:
         folder: A checkpoint in the released layout, with optimizer and position beside it.
         step: Optimizer steps taken.
         stage: The stage's fields as they were.
+        inputs: Digests of what the run was begun from, by name; see `digest_of_start` and
+            `digest_of_data`. A name that is not there was not known.
     """
 
     folder: Path
     step: int
     stage: dict[str, Any]
+    inputs: dict[str, str]
 
 
 def save_state(
@@ -56,6 +63,7 @@ def save_state(
     optimizer: Optimizer | None,
     step: int,
     stage: Mapping[str, Any],
+    inputs: Mapping[str, str],
 ) -> SavedState:
     """Write a state whole or not at all.
 
@@ -66,13 +74,14 @@ def save_state(
         optimizer: None leaves it out (the end of a stage).
         step: Optimizer steps taken.
         stage: Fields of the stage, for the check at resume.
+        inputs: Digests of start and data, for the same check.
 
     Raises:
         TrainingStateError: The disk is full or does not take it; states before this one are whole.
     """
     temporary = _hidden(folder, "new")
     shutil.rmtree(temporary, ignore_errors=True)
-    state = {"step": step, "stage": dict(stage), "versions": versions()}
+    state = {"step": step, "stage": dict(stage), "inputs": dict(inputs), "versions": versions()}
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
@@ -90,7 +99,7 @@ def save_state(
             f"{folder}: state of step {step} not written ({error}); make room on the disk and "
             "start again, the run goes on from the state before"
         ) from error
-    return SavedState(folder, step, dict(stage))
+    return SavedState(folder, step, dict(stage), dict(inputs))
 
 
 def remove_state(folder: Path) -> None:
@@ -129,11 +138,50 @@ def read_state(folder: Path) -> SavedState:
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-        return SavedState(folder, int(state["step"]), dict(state["stage"]))
+        return SavedState(
+            folder, int(state["step"]), dict(state["stage"]), dict(state.get("inputs", {}))
+        )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TrainingStateError(
             f"{folder}: no readable {STATE_FILE} ({error}); delete the folder to start over"
         ) from error
+
+
+def digest_of_start(folder: Path) -> str | None:
+    """A short digest of the checkpoint that a run begins from; None if there is no such folder.
+
+    Reads config.json, the headers of the weight files and the first bytes of every tensor: other
+    weights of the same shape differ there, and gigabytes need not be read.
+
+    Raises:
+        CheckpointError: A weight file is missing.
+        TrainingStateError: A weight file cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    sha = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in safetensors_files(folder):
+        try:
+            with path.open("rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+                sha.update(f"{path.name} {path.stat().st_size}\n".encode() + header)
+                ends = (info.get("data_offsets", (0, 0)) for info in json.loads(header).values())
+                for begin in sorted(int(first) for first, _ in ends):
+                    file.seek(8 + len(header) + begin)
+                    sha.update(file.read(_SAMPLE_BYTES))
+        except (OSError, OverflowError, ValueError, AttributeError, TypeError) as error:
+            raise TrainingStateError(
+                f"{path}: not a readable safetensors file ({error}); restore it to go on"
+            ) from error
+    return sha.hexdigest()[:_DIGEST_DIGITS]
+
+
+def digest_of_data(meta: Path, annotations: Iterable[Path]) -> str:
+    """A short digest of the data of a stage: the meta file, and the size of every annotation."""
+    sha = hashlib.sha256(meta.read_bytes())
+    for path in annotations:
+        sha.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return sha.hexdigest()[:_DIGEST_DIGITS]
 
 
 def latest_state(run: Path) -> SavedState | None:

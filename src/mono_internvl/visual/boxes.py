@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from mono_internvl.model.prompts import parse_boxes as parse_edges
+
 BOX_SCALE = 1000
 """Edges are thousandths of the image's width and height."""
 
 _PHRASE = re.compile(r"<ref>(?P<label>.*?)</ref>\s*<box>(?P<boxes>.*?)</box>", re.DOTALL)
-_NUMBERS = re.compile(r"\[\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*,\s*(\d{1,6})\s*\]")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def parse_boxes(text: str) -> tuple[Box, ...]:
 
 def _bare_boxes(label: str, text: str) -> list[Box]:
     boxes = []
-    for numbers in _NUMBERS.finditer(text):
-        x1, y1, x2, y2 = (min(int(edge), BOX_SCALE) for edge in numbers.groups())
+    for edges in parse_edges(text):
+        x1, y1, x2, y2 = (min(edge, BOX_SCALE) for edge in edges)
         if x1 < x2 and y1 < y2:
             boxes.append(Box(label, x1, y1, x2, y2))
     return boxes

@@ -38,7 +38,7 @@ _KINDS = (
     Kind("ocr", "Reading (OCR)", "1 − char. error rate", is_graded=True),
     Kind("chart", "Charts", "exact match"),
 )
-TEXT_KINDS = frozenset({"name_qa", "fact_cloze", "reading_qa", "copying"})
+TEXT_KINDS = frozenset({"name_qa", "fact_cloze", "reading_qa", "copying", "lookup"})
 """Kinds without an image; they tell how the language is."""
 
 _BY_NAME = {kind.name: kind for kind in _KINDS}

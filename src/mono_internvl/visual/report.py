@@ -35,6 +35,7 @@ _TEXT_MEASURES = {
     "name_qa": "naming from a description",
     "reading_qa": "questions about a text",
     "copying": "copying from the context",
+    "lookup": "looking up one of several things in the context",
 }
 
 

@@ -1,0 +1,15 @@
+"""Which parameters belong together: the patterns that the rules of all recipes are made of."""
+
+from mono_internvl.training.recipe import Rule
+
+EYES = r"vision_embedder\.|projector\."
+"""Patch embedding and projector."""
+
+EXPERTS = r"_visual\."
+"""Every visual copy of a part of a decoder layer."""
+
+ATTENTION = r"self_attn\.(q|k|v|o)_proj\."
+"""The projections of attention that text and images share."""
+
+THE_REST_FROZEN = Rule(".*", None)
+"""Closes a table of rules: what no rule before it names does not learn."""
