@@ -63,6 +63,22 @@ def imported_modules(file: Path) -> set[str]:
     return found
 
 
+def relative_imports(source: str) -> list[int]:
+    """Lines of relative imports: they would escape the test of directions."""
+    nodes = ast.walk(ast.parse(source))
+    return [n.lineno for n in nodes if isinstance(n, ast.ImportFrom) and n.level > 0]
+
+
+def test_imports_are_absolute() -> None:
+    assert relative_imports("import a\nfrom . import b\nfrom ..c import d") == [2, 3]
+    wrong = [
+        f"{file.relative_to(SOURCE)}:{line}"
+        for file in source_files()
+        for line in relative_imports(file.read_text())
+    ]
+    assert not wrong, "write mono_internvl.…: " + ", ".join(wrong)
+
+
 def is_allowed(package: str, module: str) -> bool:
     top = module.split(".")[0]
     if top in (package, "errors"):

@@ -65,7 +65,16 @@ def test_jsonl_source_without_record_is_refused(tmp_path: Path, content: str) ->
 
 
 @pytest.mark.parametrize(
-    "bad", [b'{"id": 1', b"not json", b"[1, 2]", b"7", b'{"id": "\xff\xfe"}', b"\xef\xbb\xbf"]
+    "bad",
+    [
+        b'{"id": 1',
+        b"not json",
+        b"[1, 2]",
+        b"7",
+        b'{"id": "\xff\xfe"}',
+        b"\xef\xbb\xbf",
+        pytest.param(b"[" * 100_000, id="deep"),
+    ],
 )
 def test_corrupt_line_names_file_and_line(tmp_path: Path, bad: bytes) -> None:
     file = tmp_path / "a.jsonl"
@@ -131,6 +140,7 @@ def test_meta_paths_are_relative_to_its_folder(tmp_path: Path) -> None:
         ({"repeat_time": True}, "repeat_time=True"),
         ({"repeat_time": float("inf")}, "repeat_time=inf"),
         ({"max_dynamic_patch": 0}, "max_dynamic_patch=0"),
+        ({"max_dynamic_patch": True}, "max_dynamic_patch=True"),
         ({"max_dynamic_patch": "all"}, "max_dynamic_patch='all'"),
     ],
 )
@@ -143,7 +153,7 @@ def test_meta_entry_that_is_wrong_is_named(
     assert "mine" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{", "7"])
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "7", pytest.param("[" * 100_000, id="deep")])
 def test_meta_that_is_no_object_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "meta.json"
     file.write_text(content)

@@ -87,19 +87,20 @@ def test_reading_score_hand_computed(prediction: str, answer: str, expected: flo
 
 
 @pytest.mark.parametrize(
-    ("text", "box"),
+    ("text", "expected"),
     [
-        ("<ref>red circle</ref><box>[[1, 20, 300, 1000]]</box>", (1, 20, 300, 1000)),
-        ("red circle[[1,20,300,1000]]", (1, 20, 300, 1000)),
-        ("[[ 1, 2, 3, 4 ], [5, 6, 7, 8]]", (1, 2, 3, 4)),
-        ("[[300, 20, 1, 1000]]", None),
-        ("[[1, 2, 3]]", None),
-        ("[1, 2, 3, 4]", None),
-        ("nothing", None),
+        ("<ref>red circle</ref><box>[[1, 20, 300, 1000]]</box>", 1.0),
+        ("red circle[[1,20,300,1000]]", 1.0),
+        ("[1, 20, 300, 1000]", 1.0),
+        ("[[ 1, 20, 300, 510 ], [1, 20, 300, 1000]]", 0.5),
+        ("[[300, 20, 1, 1000]]", 0.0),
+        ("[[1, 20, 300]]", 0.0),
+        (f"[[1, 20, 300, {'9' * 400}]]", 0.0),
+        ("nothing", 0.0),
     ],
 )
-def test_parse_box_forms(text: str, box: tuple[int, int, int, int] | None) -> None:
-    assert metrics.parse_box(text) == box
+def test_grounding_score_reads_the_first_box(text: str, expected: float) -> None:
+    assert metrics.grounding_score(text, (1, 20, 300, 1000)) == expected
 
 
 @pytest.mark.parametrize(
@@ -124,11 +125,6 @@ def test_exact_match_ignores_case_and_full_stop_only() -> None:
     assert metrics.exact_match("top", "top left") == 0.0
 
 
-def test_accuracy_is_mean() -> None:
-    assert metrics.accuracy([1.0, 0.0, 0.5, 0.5]) == 0.5
-    assert metrics.accuracy([]) == 0.0
-
-
 @pytest.mark.parametrize(
     ("record", "prediction", "expected"),
     [
@@ -144,6 +140,30 @@ def test_score_dispatches_on_kind(
     record: dict[str, object], prediction: str, expected: float
 ) -> None:
     assert metrics.score(record, prediction) == expected
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        {"kind": "grounding", "box": [1, 2, 3]},
+        {"kind": "grounding", "box": [1, 2, 3, "4"]},
+        {"kind": "grounding", "box": [1, 2, 3, float("nan")]},
+        {"kind": "grounding", "box": [3, 2, 1, 4]},
+        {"kind": "grounding", "box": "[1, 2, 3, 4]"},
+        {"kind": "grounding", "box": {"x": 1}},
+        {"kind": "caption", "attributes": []},
+        {"kind": "caption", "attributes": ["red"]},
+        {"kind": "caption", "attributes": [["large", "red", "circle"]]},
+        {"kind": "caption", "attributes": [["large", "red", "circle", 7]]},
+        {"kind": "caption", "attributes": "a red circle"},
+        {"kind": "colour", "answer": ["red"]},
+        {"kind": "ocr", "answer": 7},
+    ],
+)
+def test_score_refuses_malformed_truth(truth: dict[str, object]) -> None:
+    field = next(name for name in truth if name != "kind")
+    with pytest.raises(SampleError, match=f"r7: `{field}` is .*correct the record"):
+        metrics.score({"id": "r7", **truth}, "[[1, 2, 3, 4]]")
 
 
 @pytest.mark.parametrize("record", [{"answer": "x"}, {"kind": "caption", "answer": "x"}])

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,6 +213,23 @@ def _spoil_index(folder: Path) -> None:
     (folder / INDEX).write_text('{"weight_map": [')
 
 
+def _name_shard(name: Any) -> Callable[[Path], object]:
+    """An index that names something else than a file of the folder."""
+
+    def damage(folder: Path) -> None:
+        _to_shards(folder)
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"][min(index["weight_map"])] = name
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+def _binary_index(folder: Path) -> None:
+    _to_shards(folder)
+    (folder / INDEX).write_bytes(b'{"weight_map": {"a": "\xff\xfe"}}')
+
+
 def _only_pickle(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
 
@@ -228,6 +246,13 @@ def _only_pickle(folder: Path) -> None:
         (lambda folder: (folder / WEIGHTS).unlink(), "no model.safetensors"),
         (_drop_shard, "shard model-0000.* is missing"),
         (_spoil_index, "not a safetensors index"),
+        (_binary_index, "not a safetensors index"),
+        (_name_shard(7), "shard 7; expected the name of a file"),
+        (_name_shard(None), "shard None; expected the name of a file"),
+        (_name_shard([1]), "not a safetensors index"),
+        (_name_shard("../model.safetensors"), "shard '../model.safetensors'; expected the name"),
+        (_name_shard("/etc/passwd"), "shard '/etc/passwd'; expected the name"),
+        (_name_shard(".."), "shard '..'; expected the name"),
         (_only_pickle, "pytorch_model.bin is a pickle"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),

@@ -213,6 +213,21 @@ def test_generate_mismatch_raises() -> None:
         )
 
 
+def test_generate_refuses_places_without_images() -> None:
+    model, ids = tiny_model(), _prompt(2)["input_ids"]
+    with pytest.raises(PromptError, match=r"8 image tokens.* 0 features"):
+        model.generate(ids, **GREEDY)
+    with pytest.raises(PromptError, match=r"8 image tokens.* 0 features"):
+        model.generate(input_ids=ids, past_key_values=DynamicCache(config=model.config), **GREEDY)
+
+
+def test_generate_takes_generated_image_tokens_of_a_prompt_as_text() -> None:
+    model, ids = tiny_model(), _prompt(2)["input_ids"]
+    nowhere = torch.zeros_like(ids, dtype=torch.bool)
+    found = model.generate(ids, visual_token_mask=nowhere, **GREEDY)
+    assert torch.equal(found, _by_full_forward(model, ids, None, 10))
+
+
 class _Collector(BaseStreamer):
     """Keeps the ids that generation hands over, one call per step."""
 

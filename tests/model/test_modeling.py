@@ -1,5 +1,7 @@
 """One forward pass: placing, padding, caches, loss; whatever the way, the same numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import (
@@ -296,6 +298,19 @@ def test_loss_is_mean_cross_entropy_of_next_tokens() -> None:
     _assert_close(out.loss, F.cross_entropy(logits, labels))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 0}, {"loss_weight": 0.0}])
+def test_loss_without_labels_is_zero_and_has_a_graph(options: dict[str, Any]) -> None:
+    model, batch = tiny_model().train(), _training_batch()
+    if "loss_weight" in options:
+        options = {"loss_weight": torch.zeros(batch["labels"].shape)}
+    else:
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = model(**batch, **options).loss
+    assert loss.item() == 0
+    loss.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_loss_num_items_replaces_denominator() -> None:
     model, batch = tiny_model(), _training_batch()
     mean = model(**batch).loss
@@ -385,6 +400,14 @@ def test_logits_to_keep() -> None:
 
 
 @torch.no_grad()
+def test_states_and_weights_are_kept_only_if_asked_for() -> None:
+    model = tiny_model()
+    plain = model(text_ids(5))
+    assert plain.hidden_states is None and plain.attentions is None
+    states = model(text_ids(5), output_hidden_states=True)
+    assert len(states.hidden_states) == 3 and states.attentions is None
+
+
 def test_base_model_returns_hidden_states_of_head() -> None:
     model, ids = tiny_model(), text_ids(7)
     x = model.model(ids).last_hidden_state

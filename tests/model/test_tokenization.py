@@ -1,6 +1,7 @@
 """The fast tokenizer against sentencepiece, its files, and text that spells control tokens."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -221,6 +222,34 @@ def test_load_tokenizer_refuses_contradicting_or_missing_files(released: Path) -
         load_tokenizer(released)
     (released / "tokenizer.model").unlink()
     with pytest.raises(CheckpointError, match=r"neither tokenizer\.json nor tokenizer\.model"):
+        load_tokenizer(released)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.model", b""),
+        ("tokenizer.model", b"not a model"),
+        ("tokenizer.model", b"\xff" * 64),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b'{"version"'),
+        ("tokenizer.json", b"\xff\xfe"),
+        ("tokenizer_config.json", b'{"a": "\xff"}'),
+        ("added_tokens.json", b"\xff\xfe"),
+        ("added_tokens.json", b"[]"),
+        ("special_tokens_map.json", b"[" * 100_000),
+    ],
+)
+def test_load_tokenizer_names_the_corrupt_file(released: Path, name: str, content: bytes) -> None:
+    (released / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: .*restore the file"):
+        load_tokenizer(released)
+
+
+def test_load_tokenizer_names_the_cut_sentencepiece_model(released: Path) -> None:
+    file = released / "tokenizer.model"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         load_tokenizer(released)
 
 

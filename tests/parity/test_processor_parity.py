@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from mono_internvl.model.encoding import IGNORED_LABEL, encode_pieces
 from mono_internvl.data.samples import read_sample
 from mono_internvl.data.sources import read_meta
+from mono_internvl.model.encoding import IGNORED_LABEL, encode_pieces
 from mono_internvl.model.image_processing import (
     MonoInternVLImageProcessor,
     candidate_grids,

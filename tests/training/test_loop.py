@@ -12,7 +12,7 @@ import loop_processes
 import pytest
 import tiny_runs
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mono_internvl.errors import CheckpointError, RecipeError, SampleError, TrainingStateError
@@ -297,6 +297,51 @@ def test_changed_stage_is_refused_with_its_field(
         changed = dataclasses.replace(stage, **{field: value})
         with pytest.raises(TrainingStateError, match=rf"run with {field}="):
             train_stage(changed, start, data, run)
+
+
+def _change_weight(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[max(tensors)].flatten()[0] += 1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _change_config(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "comment": "another"}))
+
+
+def _repeat_source(folder: Path) -> None:
+    file = folder / "mixed.json"
+    file.write_text(file.read_text() + " ")
+
+
+def _lengthen_annotation(folder: Path) -> None:
+    file = folder / "text.jsonl"
+    file.write_text(file.read_text() + "\n")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_start_or_data_is_refused(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path, finished: bool
+) -> None:
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
+    if finished:
+        train_stage(stage, start, data, run)
+    else:
+        _interrupt(monkeypatch, 6, stage, start, data, run)
+    for number, change in enumerate((_change_weight, _change_config)):
+        other = shutil.copytree(start, tmp_path / f"start-{number}")
+        change(other)
+        with pytest.raises(TrainingStateError, match="begun with another start checkpoint"):
+            train_stage(stage, other, data, run)
+    for number, change in enumerate((_repeat_source, _lengthen_annotation)):
+        other = shutil.copytree(data, tmp_path / f"data-{number}")
+        change(other)
+        with pytest.raises(TrainingStateError, match="begun with another data"):
+            train_stage(stage, start, other, run)
+    same = shutil.copytree(start, tmp_path / "same")
+    assert train_stage(stage, same, data, run).steps == 12, "a copy is the same checkpoint"
 
 
 def _cut(file: Path) -> None:

@@ -71,12 +71,35 @@ def test_resolved_turns_epochs_and_shares_into_steps() -> None:
         ({"precision": "fp16"}, "precision='fp16'"),
         ({"loss_weighting": "word"}, "loss_weighting='word'"),
         ({"on_bad_sample": "ignore"}, "on_bad_sample='ignore'"),
-        ({"name": "a/b"}, "name='a/b'"),
+        *[
+            ({"name": name}, "stage name=")
+            for name in ("a/b", "", ".", "..", ".a", "a\\b", "a\n", "a b", "-a", None)
+        ],
+        ({"epochs": math.inf, "steps": 0}, "epochs=inf"),
+        ({"epochs": math.nan, "steps": 0}, "epochs=nan"),
+        ({"clip_norm": math.nan}, "clip_norm=nan"),
+        ({"weight_decay": math.nan}, "weight_decay=nan"),
+        ({"final_rate_share": -0.5}, "final_rate_share=-0.5"),
+        ({"batch_size": 2.0}, "batch_size=2.0"),
+        ({"steps": True}, "steps=True"),
     ],
 )
 def test_stage_refuses_fields_that_make_no_sense(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         tiny_runs.tiny_stage(**fields)
+
+
+@pytest.mark.parametrize("rate", [-1e-3, math.nan, math.inf, "1e-3", True])
+def test_rule_refuses_rates_that_make_no_sense(rate: Any) -> None:
+    with pytest.raises(RecipeError, match="learning_rate="):
+        Rule(".*", rate)
+    with pytest.raises(RecipeError, match="pattern="):
+        Rule(None, 1e-3)  # type: ignore[arg-type]
+
+
+def test_recipe_refuses_names_that_are_no_folder() -> None:
+    with pytest.raises(RecipeError, match=r"recipe name='\.\./up'"):
+        Recipe(name="../up", source="test", stages=(tiny_runs.tiny_stage(),))
 
 
 def test_recipe_refuses_no_stage_and_repeated_names() -> None:
@@ -112,6 +135,14 @@ def test_user_recipe_file_is_read(tmp_path: Path) -> None:
     assert (recipe.name, recipe.stages[0].rules) == ("mine", (Rule(".*", 1e-3),))
 
 
+def test_user_recipe_file_may_define_dataclasses(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    own = "from __future__ import annotations\nimport dataclasses\nfrom typing import ClassVar\n"
+    own += "@dataclasses.dataclass\nclass Own:\n    x: ClassVar[int] = 1\n"
+    file.write_text(own + USER_RECIPE)
+    assert load_recipe(str(file), RECIPES).name == "mine"
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -119,6 +150,10 @@ def test_user_recipe_file_is_read(tmp_path: Path) -> None:
         ("RECIPE = 'miniature'", "defines no RECIPE"),
         ("RECIPE = ", "SyntaxError"),
         ("import no_such_module", "no_such_module"),
+        ("1 / 0", r"mine\.py: ZeroDivisionError"),
+        ("{}['x']", r"mine\.py: KeyError"),
+        ("open('absent')", r"mine\.py: FileNotFoundError"),
+        ("RECIPE = '\x00'", r"mine\.py: "),
         (USER_RECIPE.replace("steps=3", "stepz=3"), "stepz"),
         (USER_RECIPE.replace("batch_size=2", "batch_size=0"), "batch_size=0"),
     ],

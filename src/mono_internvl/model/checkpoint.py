@@ -222,6 +222,9 @@ def to_released(
 # ----------------------------------------------------------------------------------- the files
 
 
+_SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Header entry of one stored tensor."""
@@ -250,9 +253,7 @@ def resolve_checkpoint(
     if path.is_dir():
         return path
     if path.exists() or path.is_absolute() or str(name_or_path).startswith((".", "~")):
-        raise CheckpointError(
-            f"{name_or_path}: not a folder; give a checkpoint folder or a hub id"
-        )
+        raise CheckpointError(f"{name_or_path}: not a folder; give a checkpoint folder or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -321,7 +322,7 @@ def safetensors_files(folder: Path) -> list[Path]:
                 f"{index}: not a safetensors index ({error}); restore the file"
             ) from error
         for name in names:
-            if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+            if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
                 raise CheckpointError(
                     f"{index}: shard {name!r}; expected the name of a file in this folder, restore "
                     "the index"

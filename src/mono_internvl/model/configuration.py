@@ -12,8 +12,17 @@ import copy
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.model.field_checks import (
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+    check_share,
+    checked_object,
+)
 
 VISUAL_EXPERTS = ("ffn", "qkv", "o", "norms")
 """Parts of a decoder layer that may have a visual copy, in the order they are written."""
@@ -59,6 +68,15 @@ _VISION_KIND_OF_MODEL_TYPE = {"intern_vit_patch": "patch", "intern_vit_6b": "vit
 _MODEL_TYPE_OF_VISION_KIND = {kind: name for name, kind in _VISION_KIND_OF_MODEL_TYPE.items()}
 _TEXT_ARCHITECTURE_WITH_EXPERTS = "InternLM2VEForCausalLM"
 _TEXT_ARCHITECTURE_PLAIN = "InternLM2ForCausalLM"
+_TEXT_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 
 
 class MonoInternVLVisionConfig(PreTrainedConfig):
@@ -91,6 +109,11 @@ class MonoInternVLVisionConfig(PreTrainedConfig):
     drop_path_rate: float = 0.0
     initializer_range: float = 0.02
     initializer_factor: float = 1.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("hidden_size", "image_size", "patch_size", "num_channels"):
+            check_integer(f"vision_config.{name}", getattr(self, name))
+        super().__post_init__(**kwargs)
 
 
 class MonoInternVLTextConfig(PreTrainedConfig):
@@ -135,19 +158,35 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 1_000_000.0}
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        for name in _TEXT_COUNTS:
+            check_integer(f"llm_config.{name}", getattr(self, name))
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self._check()
 
     def _check(self) -> None:
-        if self.num_attention_heads % (self.num_key_value_heads or 1):
+        check_integer("llm_config.head_dim", self.head_dim, least=2)
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"llm_config.head_dim={self.head_dim}; expected an even number, rotary positions "
+                "turn pairs: correct hidden_size, num_attention_heads or head_dim"
+            )
+        check_choice("llm_config.hidden_act", self.hidden_act, ACT2FN)
+        check_number("llm_config.rms_norm_eps", self.rms_norm_eps, above=0)
+        check_number("llm_config.initializer_range", self.initializer_range)
+        check_share("llm_config.attention_dropout", self.attention_dropout)
+        for name in ("qkv_bias", "o_bias", "qk_norm", "tie_word_embeddings"):
+            check_flag(f"llm_config.{name}", getattr(self, name))
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}; every key-value head serves an "
                 "equal group"
             )
-        rope = self.rope_parameters or {}
+        rope = checked_object("llm_config.rope_parameters", self.rope_parameters)
+        check_number("llm_config.rope_theta", rope.get("rope_theta"), above=0)
+        check_number("llm_config.rope_scaling.factor", rope.get("factor", 1.0), above=0)
         if rope.get("rope_type", "default") not in ROPE_TYPES:
             raise ConfigError(
                 f"rope_parameters.rope_type={rope.get('rope_type')!r} is not implemented; "
@@ -219,7 +258,12 @@ class MonoInternVLConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         if self.visual_experts is None:
             self.visual_experts = ("ffn",) if self.vision_config.kind == "patch" else ()
-        unknown = sorted(set(self.visual_experts) - set(VISUAL_EXPERTS))
+        if not isinstance(self.visual_experts, list | tuple | set | frozenset):
+            raise ConfigError(
+                f"visual_experts={self.visual_experts!r}; expected a list of names out of "
+                f"{', '.join(VISUAL_EXPERTS)}"
+            )
+        unknown = sorted({str(name) for name in self.visual_experts} - set(VISUAL_EXPERTS))
         if unknown:
             raise ConfigError(
                 f"visual_experts={unknown} unknown; choose from {', '.join(VISUAL_EXPERTS)}"
@@ -232,6 +276,19 @@ class MonoInternVLConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
+        for name in ("force_image_size", "min_dynamic_patch", "max_dynamic_patch"):
+            check_integer(name, getattr(self, name))
+        if self.min_dynamic_patch > self.max_dynamic_patch:
+            raise ConfigError(
+                f"min_dynamic_patch={self.min_dynamic_patch} is above max_dynamic_patch="
+                f"{self.max_dynamic_patch}; expected least <= most tiles"
+            )
+        check_integer("img_context_token_id", self.image_token_id, least=0)
+        if self.image_token_id >= self.text_config.vocab_size:
+            raise ConfigError(
+                f"img_context_token_id={self.image_token_id}; expected an id of the vocabulary of "
+                f"{self.text_config.vocab_size} tokens, correct it or vocab_size"
+            )
         if self.vision_config.kind not in _MODEL_TYPE_OF_VISION_KIND:
             raise ConfigError(
                 f"vision_config.kind={self.vision_config.kind!r}; expected 'patch' or 'vit'"
@@ -243,7 +300,7 @@ class MonoInternVLConfig(PreTrainedConfig):
                 f"downsample_ratio={self.downsample_ratio}; only 0.5 (2x2 patches) is known"
             )
         side = self.force_image_size
-        if side <= 0 or side % (2 * self.vision_config.patch_size):
+        if side % (2 * self.vision_config.patch_size):
             raise ConfigError(
                 f"force_image_size={side} is not a multiple of {2 * self.vision_config.patch_size} "
                 "(a visual token covers 2x2 patches)"
@@ -310,10 +367,11 @@ def _sub_config(cls: type[PreTrainedConfig], value: Any, field: str) -> Any:
 def _from_released(released: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `MonoInternVLConfig` from the fields of a released config.json."""
     top = {**_RELEASED_TOP_DEFAULTS, **released}
-    llm = {**_RELEASED_LLM_DEFAULTS, **(top.pop("llm_config") or {})}
-    vision = dict(top.pop("vision_config", None) or {})
+    llm = {**_RELEASED_LLM_DEFAULTS, **checked_object("llm_config", top.pop("llm_config"))}
+    vision = checked_object("vision_config", top.pop("vision_config", None))
 
-    architecture = (llm.pop("architectures", None) or [None])[0]
+    architectures = llm.pop("architectures", None)
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in (_TEXT_ARCHITECTURE_WITH_EXPERTS, _TEXT_ARCHITECTURE_PLAIN):
         raise ConfigError(
             f"llm_config.architectures[0]={architecture!r} is not supported; expected "
@@ -329,7 +387,8 @@ def _from_released(released: dict[str, Any]) -> dict[str, Any]:
     bias = llm.pop("bias")
     llm.setdefault("qkv_bias", bias)
     llm.setdefault("o_bias", bias)
-    scaling = llm.pop("rope_scaling") or {}
+    scaling = checked_object("llm_config.rope_scaling", llm.pop("rope_scaling"))
+    check_number("llm_config.rope_theta", llm["rope_theta"], above=0)
     llm["rope_parameters"] = {
         **{k: v for k, v in scaling.items() if k != "type"},
         "rope_type": scaling.get("type", scaling.get("rope_type", "default")),

@@ -22,7 +22,7 @@ LANGUAGE_MODEL = {
 }
 """Fields of the miniature's Llama configuration."""
 
-VISION = {"kind": "patch", "hidden_size": 64, "image_size": 168, "patch_size": 14}
+VISION = {"kind": "patch", "hidden_size": 96, "image_size": 168, "patch_size": 14}
 """Patch embedding of the miniature: 168 px tiles, 36 visual tokens."""
 
 EYES = r"vision_embedder\.|projector\."
@@ -78,29 +78,34 @@ MINIATURE = Recipe(
         _stage(
             "s11",
             "concept learning",
-            steps=800,
-            rules=(Rule(EYES, 1e-3), Rule(EXPERTS, 5e-4), EVERYTHING_ELSE),
+            steps=500,
+            loss_weighting="square",
+            rules=(Rule(EYES, 3e-3), Rule(EXPERTS, 2e-3), EVERYTHING_ELSE),
         ),
         _stage(
             "s12",
             "semantic learning",
             steps=1500,
-            rules=(Rule(EYES, 1e-3), Rule(EXPERTS, 5e-4), EVERYTHING_ELSE),
+            loss_weighting="square",
+            rules=(Rule(EYES, 3e-3), Rule(EXPERTS, 2e-3), EVERYTHING_ELSE),
         ),
         _stage(
             "s13",
             "alignment learning",
             steps=1500,
-            rules=(Rule(EYES, 5e-4), Rule(EXPERTS, 5e-4), Rule(ATTENTION, 1e-4), EVERYTHING_ELSE),
+            loss_weighting="square",
+            rules=(Rule(EYES, 2e-3), Rule(EXPERTS, 1e-3), Rule(ATTENTION, 3e-4), EVERYTHING_ELSE),
         ),
         _stage(
             "s2",
             "instruction tuning",
-            steps=1500,
-            rules=(Rule(EYES, 5e-4), Rule(EXPERTS, 5e-4), Rule(".*", 1e-4)),
+            steps=1800,
+            loss_weighting="square",
+            rules=(Rule(EYES, 1e-3), Rule(EXPERTS, 1e-3), Rule(".*", 3e-4)),
         ),
     ),
 )
+"""The four stages. Answers of one word weigh more than their share of tokens (`square`)."""
 
 
 def _quick(recipe: Recipe, steps: dict[str, int]) -> Recipe:

@@ -1,0 +1,64 @@
+"""Checks of single configuration values: what is wrong is named by its field, where it enters."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mono_internvl.errors import ConfigError
+
+_NEXT_STEP = "correct config.json"
+
+
+def check_integer(field: str, value: Any, least: int = 1) -> None:
+    """Refuses what is not an integer of at least `least`.
+
+    Raises:
+        ConfigError: With field and value; so do all checks here.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{field}={value!r}; expected an integer >= {least}, {_NEXT_STEP}")
+
+
+def check_number(field: str, value: Any, *, above: float = -math.inf) -> None:
+    """Refuses what is not a finite number above `above`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not above < value < math.inf:
+        limit = "" if above == -math.inf else f" > {above:g}"
+        raise ConfigError(f"{field}={value!r}; expected a finite number{limit}, {_NEXT_STEP}")
+
+
+def check_share(field: str, value: Any) -> None:
+    """Refuses what is not a number from 0 to 1, 1 excluded."""
+    check_number(field, value)
+    if not 0 <= value < 1:
+        raise ConfigError(f"{field}={value!r}; expected 0 <= {field} < 1, {_NEXT_STEP}")
+
+
+def check_flag(field: str, value: Any) -> None:
+    """Refuses what is not true or false (0 and 1 included)."""
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise ConfigError(f"{field}={value!r}; expected true or false, {_NEXT_STEP}")
+
+
+def check_choice(field: str, value: Any, choices: Any) -> None:
+    """Refuses what is not one of the choices, names in a container."""
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(
+            f"{field}={value!r} is not known; expected one of {', '.join(sorted(choices))}, "
+            f"{_NEXT_STEP}"
+        )
+
+
+def checked_object(field: str, value: Any) -> dict[str, Any]:
+    """A copy of a JSON object; an empty one for null.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{field} is a {type(value).__name__} ({value!r:.60}); expected an object, {_NEXT_STEP}"
+        )
+    return dict(value)

@@ -1,0 +1,71 @@
+"""The same numbers on a CUDA device as on the CPU, up to rounding; needs such a device."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from tiny_models import image_ids, text_ids, tile_pixels, tiny_model
+from torch import Tensor
+
+from mono_internvl.training.loop import train_stage
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+# fp32 with TF32 off: only the order of sums differs.
+LOGITS_ATOL = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 would round products to 10 bits."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def _prompt(device: str) -> dict[str, Tensor]:
+    ids = torch.cat((text_ids(3, 1), image_ids(2), text_ids(4, 2)), dim=1)
+    return {"input_ids": ids.to(device), "pixel_values": tile_pixels(2).to(device)}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_forward_on_cuda_equals_cpu(attention: str) -> None:
+    model = tiny_model(attention=attention)
+    expected = model(**_prompt("cpu")).logits
+    logits = model.to("cuda")(**_prompt("cuda")).logits
+    torch.testing.assert_close(logits.cpu(), expected, rtol=0, atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_generate_on_cuda_equals_cpu(cache: str) -> None:
+    model = tiny_model(attention="sdpa")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    expected = model.generate(**_prompt("cpu"), **options)
+    found = model.to("cuda").generate(**_prompt("cuda"), **options, cache_implementation=cache)
+    assert found.tolist() == expected.tolist()
+
+
+def test_training_step_on_cuda_equals_cpu(tmp_path: Path) -> None:
+    start = tiny_runs.write_checkpoint(tmp_path / "start")
+    data = tiny_runs.write_data(tmp_path / "data")
+    stage = tiny_runs.tiny_stage(steps=2, warmup_steps=0, schedule="constant")
+    rows = {
+        device: tiny_runs.metric_rows(
+            train_stage(stage, start, data, tmp_path / device, device=device).metrics
+        )
+        for device in ("cpu", "cuda")
+    }
+    for cpu, cuda in zip(rows["cpu"], rows["cuda"], strict=True):
+        assert cuda["loss"] == pytest.approx(cpu["loss"], abs=1e-3)
+        assert cuda["grad_norm"] == pytest.approx(cpu["grad_norm"], rel=1e-2)
+    half = dataclasses.replace(stage, precision="bf16")
+    (_, last) = tiny_runs.metric_rows(
+        train_stage(half, start, data, tmp_path / "half", device="cuda").metrics
+    )
+    assert last["loss"] == pytest.approx(rows["cpu"][1]["loss"], rel=0.1)
