@@ -19,10 +19,10 @@ from mono_internvl.data.order import Mixture, batch_positions
 from mono_internvl.data.samples import Sample, read_sample
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import ImageError, PromptError, RecipeError, SampleError
+from mono_internvl.model.processing import IGNORED_LABEL
 
 logger = logging.getLogger(__name__)
 
-IGNORED_LABEL = -100
 LossWeighting = Literal["token", "square", "sample"]
 OnBadSample = Literal["raise", "skip"]
 

@@ -22,7 +22,7 @@ from mono_internvl.errors import SampleError
 from mono_internvl.evaluation.metrics import score
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.model.processing import IGNORED_LABEL, MonoInternVLProcessor
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def perplexity(
     for messages in conversations:
         sample = processor.encode_conversation(messages)
         labels = sample.labels[None].to(model.device)
-        num = int((labels[:, 1:] != -100).sum())
+        num = int((labels[:, 1:] != IGNORED_LABEL).sum())
         out = model(sample.input_ids[None].to(model.device), labels=labels, logits_to_keep=None)
         total, count = total + float(out.loss) * num, count + num
     return float(torch.tensor(total / max(1, count)).exp())

@@ -327,8 +327,7 @@ def safetensors_files(folder: Path) -> list[Path]:
                     f"{index}: shard {name!r}; expected the name of a file in this folder, restore "
                     "the index"
                 )
-        names = sorted(names)
-        files = [folder / name for name in names]
+        files = [folder / name for name in sorted(names)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(

@@ -6,6 +6,7 @@ split. The 2B recipe (`recipes/evip.py`) differs in data and numbers only.
 
 import dataclasses
 
+from mono_internvl.recipes.groups import ATTENTION, EXPERTS, EYES, THE_REST_FROZEN
 from mono_internvl.training.recipe import Recipe, Rule, Stage
 
 LANGUAGE_MODEL = {
@@ -24,11 +25,6 @@ LANGUAGE_MODEL = {
 
 VISION = {"kind": "patch", "hidden_size": 96, "image_size": 168, "patch_size": 14}
 """Patch embedding of the miniature: 168 px tiles, 36 visual tokens."""
-
-EYES = r"vision_embedder\.|projector\."
-EXPERTS = r"_visual\."
-ATTENTION = r"self_attn\."
-EVERYTHING_ELSE = Rule(".*", None)
 
 
 def _stage(name: str, title: str, **fields: object) -> Stage:
@@ -80,21 +76,21 @@ MINIATURE = Recipe(
             "concept learning",
             steps=500,
             loss_weighting="square",
-            rules=(Rule(EYES, 3e-3), Rule(EXPERTS, 2e-3), EVERYTHING_ELSE),
+            rules=(Rule(EYES, 3e-3), Rule(EXPERTS, 2e-3), THE_REST_FROZEN),
         ),
         _stage(
             "s12",
             "semantic learning",
             steps=1500,
             loss_weighting="square",
-            rules=(Rule(EYES, 3e-3), Rule(EXPERTS, 2e-3), EVERYTHING_ELSE),
+            rules=(Rule(EYES, 3e-3), Rule(EXPERTS, 2e-3), THE_REST_FROZEN),
         ),
         _stage(
             "s13",
             "alignment learning",
             steps=1500,
             loss_weighting="square",
-            rules=(Rule(EYES, 2e-3), Rule(EXPERTS, 1e-3), Rule(ATTENTION, 3e-4), EVERYTHING_ELSE),
+            rules=(Rule(EYES, 2e-3), Rule(EXPERTS, 1e-3), Rule(ATTENTION, 3e-4), THE_REST_FROZEN),
         ),
         _stage(
             "s2",
