@@ -36,6 +36,9 @@ from mono_internvl.miniature.text_tasks import (
 _FACTS_REPEATED = 40
 _ENGLISH_REPEATED = 3
 _COPYING_REPEATED = 3
+_REPLAYED_FACTS_REPEATED = 20
+_SIGNS_REPEATED = _CHARTS_REPEATED = 3  # letters and values are learnt in S1.2 or hardly at all
+_HARD_REPEATED = 2  # charts, boxes and signs take longer to learn than the rest of S2
 _NOVEL = tuple(sorted(NOVEL_PAIRS))
 
 
@@ -83,9 +86,9 @@ class WorldSize:
     s2_detection: int = 5_000
     s2_ocr: int = 6_000
     s2_dialogues: int = 4_000
-    replay_reading: int = 4_000
-    replay_copying: int = 1_500
-    replay_english: int = 100_000
+    replay_reading: int = 2_000
+    replay_copying: int = 500
+    replay_english: int = 3_000
     heldout: int = 300
     heldout_aligned: int = 100
     validation: int = 100
@@ -163,7 +166,7 @@ def replay_datasets(size: WorldSize, seed: int) -> list[Dataset]:
     reading = reading_records(rng, "train", size.replay_reading * 3 // 4)
     reading += open_question_records(rng, "train", size.replay_reading - len(reading))
     return [
-        Dataset("text_facts", fact_records(facts_of(True)), repeat_time=_FACTS_REPEATED),
+        Dataset("text_facts", fact_records(facts_of(True)), _REPLAYED_FACTS_REPEATED),
         Dataset("text_reading", reading),
         Dataset("text_copying", copying_records(rng, "train", size.replay_copying)),
         Dataset("text_english", english_records(load_english())[: size.replay_english]),
@@ -194,7 +197,9 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
     scenes = album.scenes("train", size.s12_scenes)
     signs = album.signs("train", size.s12_signs)
     charts = album.charts("train", size.s12_charts)
-    s12 = _caption_datasets(scenes, signs, charts)
+    s12 = _caption_datasets(
+        scenes, signs, charts, sign_repeats=_SIGNS_REPEATED, chart_repeats=_CHARTS_REPEATED
+    )
 
     album = Album(root, "s13", rng)
     scenes = scenes + album.scenes("train", size.s13_scenes)
@@ -211,10 +216,14 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
     captioned = rng.sample(scenes, min(size.s2_captions, len(scenes)))
     s2 = [
         Dataset("questions", question_records(rng, scenes, size.s2_questions)),
-        Dataset("chart_questions", chart_question_records(rng, charts, size.s2_chart_questions)),
+        Dataset(
+            "chart_questions",
+            chart_question_records(rng, charts, size.s2_chart_questions),
+            _HARD_REPEATED,
+        ),
         Dataset("captions", [caption_record(picture) for picture in captioned]),
-        Dataset("detection", detection_records(rng, scenes, size.s2_detection)),
-        Dataset("ocr", [reading_record(picture) for picture in signs[-size.s2_ocr :]]),
+        Dataset("detection", detection_records(rng, scenes, size.s2_detection), _HARD_REPEATED),
+        Dataset("ocr", [reading_record(p) for p in signs[-size.s2_ocr :]], _HARD_REPEATED),
         Dataset("dialogues", dialogue_records(rng, scenes, size.s2_dialogues)),
         *replay_datasets(size, seed),
     ]
@@ -222,12 +231,16 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
 
 
 def _caption_datasets(
-    scenes: list[Picture[Scene]], signs: list[Picture[str]], charts: list[Picture[Chart]]
+    scenes: list[Picture[Scene]],
+    signs: list[Picture[str]],
+    charts: list[Picture[Chart]],
+    sign_repeats: int = 1,
+    chart_repeats: int = 1,
 ) -> list[Dataset]:
     return [
         Dataset("captions", [caption_record(picture) for picture in scenes]),
-        Dataset("captions_signs", [caption_record(picture) for picture in signs]),
-        Dataset("captions_charts", [caption_record(picture) for picture in charts]),
+        Dataset("captions_signs", [caption_record(picture) for picture in signs], sign_repeats),
+        Dataset("captions_charts", [caption_record(picture) for picture in charts], chart_repeats),
     ]
 
 

@@ -67,7 +67,7 @@ QUICK: Final = WorldSize(
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 6
+_FORMAT_VERSION = 8
 
 
 @dataclass(frozen=True)

@@ -81,23 +81,23 @@ MINIATURE = Recipe(
         _stage(
             "s12",
             "semantic learning",
-            steps=1500,
+            steps=1800,
             loss_weighting="square",
             rules=(Rule(EYES, 3e-3), Rule(EXPERTS, 2e-3), THE_REST_FROZEN),
         ),
         _stage(
             "s13",
             "alignment learning",
-            steps=1500,
+            steps=1200,
             loss_weighting="square",
-            rules=(Rule(EYES, 2e-3), Rule(EXPERTS, 1e-3), Rule(ATTENTION, 3e-4), THE_REST_FROZEN),
+            rules=(Rule(EYES, 2e-3), Rule(EXPERTS, 2e-3), Rule(ATTENTION, 3e-4), THE_REST_FROZEN),
         ),
         _stage(
             "s2",
             "instruction tuning",
-            steps=1800,
+            steps=1700,
             loss_weighting="square",
-            rules=(Rule(EYES, 1e-3), Rule(EXPERTS, 1e-3), Rule(".*", 3e-4)),
+            rules=(Rule(EYES, 2e-3), Rule(EXPERTS, 1.5e-3), Rule(".*", 5e-4)),
         ),
     ),
 )
@@ -113,4 +113,4 @@ def _quick(recipe: Recipe, steps: dict[str, int]) -> Recipe:
 
 
 QUICK_LANGUAGE = _quick(LANGUAGE, {"copying": 20, "language": 60})
-QUICK_MINIATURE = _quick(MINIATURE, {"s11": 40, "s12": 60, "s13": 60, "s2": 60})
+QUICK_MINIATURE = _quick(MINIATURE, {"s11": 100, "s12": 350, "s13": 150, "s2": 200})
