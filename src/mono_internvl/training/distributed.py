@@ -20,8 +20,8 @@ from mono_internvl.errors import MonoInternVLError
 from mono_internvl.model.devices import choose_device
 
 # Read by the new processes when they start: no hints about parameters without gradient, no bars of
-# several processes through each other; and glibc keeps freed activations instead of returning them to
-# the system and faulting them in again at every step (about a tenth of a small model's step).
+# several processes through each other; and glibc keeps freed activations instead of returning
+# them to the system and faulting them in again at every step.
 _ENVIRONMENT = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
