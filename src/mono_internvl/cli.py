@@ -118,7 +118,9 @@ def info(
     model: Annotated[
         str | None, typer.Option(metavar="DIR|HUB_ID", help="Checkpoint; its config is read.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Or a name; {DEFAULT_PRESET}.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Or v1, v1_5 (ours); {DEFAULT_PRESET}.")
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -126,6 +128,7 @@ def info(
     if model is not None and preset is not None:
         raise typer.BadParameter("give --model or --preset, not both")
     from mono_internvl.model.accounting import parameter_table
+    from mono_internvl.model.presets import PRESET_NOTES
 
     _quieten()
     config = _config_of(model, preset or DEFAULT_PRESET, revision)
@@ -145,6 +148,8 @@ def info(
         "max_tiles": config.max_dynamic_patch,
     }
     title = model or preset or DEFAULT_PRESET
+    if note := PRESET_NOTES.get(preset or ""):
+        summary["note"] = note
     if as_json:
         print_json({"name": title, "parameters": dataclasses.asdict(counts), "config": summary})
     else:

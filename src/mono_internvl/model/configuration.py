@@ -23,9 +23,11 @@ from mono_internvl.model.field_checks import (
     check_share,
     checked_object,
 )
-
-VISUAL_EXPERTS = ("ffn", "qkv", "o", "norms")
-"""Parts of a decoder layer that may have a visual copy, in the order they are written."""
+from mono_internvl.model.visual_options import (
+    check_image_attention,
+    check_position_step,
+    visual_expert_set,
+)
 
 ROPE_TYPES = ("default", "linear", "dynamic")
 
@@ -208,6 +210,13 @@ class MonoInternVLConfig(PreTrainedConfig):
         vision_config: Patches or vision tower.
         visual_experts: Which parts of each decoder layer have a visual copy; `()` is a plain
             language model, `("ffn",)` is Mono-InternVL, more is Mono-InternVL-1.5's direction.
+            "attention" and "qkvo" are understood as `("qkv", "o")`.
+        image_attention: "causal", or "bidirectional": the visual tokens of one image (a run without
+            another token between) attend to each other both ways. Text is causal in any case.
+        visual_position_step: How far a visual token moves the rotary position; 1 as text does. Text
+            after an image goes on at the next whole number.
+        visual_position_steps: In training, each image's step is drawn from these; none takes
+            `visual_position_step`.
         image_token_id: Id of `<IMG_CONTEXT>`; the third of the nine tokens that close the
             vocabulary unless given.
         downsample_ratio: Side ratio of the pixel shuffle; 0.5 merges 2x2 patches to one token.
@@ -228,6 +237,9 @@ class MonoInternVLConfig(PreTrainedConfig):
     text_config: MonoInternVLTextConfig = None  # type: ignore[assignment]
     vision_config: MonoInternVLVisionConfig = None  # type: ignore[assignment]
     visual_experts: tuple[str, ...] = None  # type: ignore[assignment]
+    image_attention: str = "causal"
+    visual_position_step: float = 1.0
+    visual_position_steps: tuple[float, ...] = ()
     image_token_id: int = None  # type: ignore[assignment]
     downsample_ratio: float = 0.5
     ps_version: str = "v2"
@@ -258,17 +270,12 @@ class MonoInternVLConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         if self.visual_experts is None:
             self.visual_experts = ("ffn",) if self.vision_config.kind == "patch" else ()
-        if not isinstance(self.visual_experts, list | tuple | set | frozenset):
+        self.visual_experts = visual_expert_set(self.visual_experts)
+        if not isinstance(self.visual_position_steps, list | tuple):
             raise ConfigError(
-                f"visual_experts={self.visual_experts!r}; expected a list of names out of "
-                f"{', '.join(VISUAL_EXPERTS)}"
+                f"visual_position_steps={self.visual_position_steps!r}; expected a list of numbers"
             )
-        unknown = sorted({str(name) for name in self.visual_experts} - set(VISUAL_EXPERTS))
-        if unknown:
-            raise ConfigError(
-                f"visual_experts={unknown} unknown; choose from {', '.join(VISUAL_EXPERTS)}"
-            )
-        self.visual_experts = tuple(x for x in VISUAL_EXPERTS if x in self.visual_experts)
+        self.visual_position_steps = tuple(self.visual_position_steps)
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size - IMAGE_TOKEN_OFFSET_FROM_END
         if self.force_image_size is None:
@@ -299,6 +306,10 @@ class MonoInternVLConfig(PreTrainedConfig):
             raise ConfigError(
                 f"downsample_ratio={self.downsample_ratio}; only 0.5 (2x2 patches) is known"
             )
+        check_image_attention(self.image_attention)
+        check_position_step("visual_position_step", self.visual_position_step)
+        for step in self.visual_position_steps:
+            check_position_step("visual_position_steps", step)
         side = self.force_image_size
         if side % (2 * self.vision_config.patch_size):
             raise ConfigError(
@@ -338,6 +349,10 @@ class MonoInternVLConfig(PreTrainedConfig):
         out["vision_config"] = {**out.get("vision_config", {}), **_vision_to_released(self)}
         out["img_context_token_id"] = self.image_token_id
         out["visual_experts"] = list(self.visual_experts)
+        for name in ("image_attention", "visual_position_step", "visual_position_steps"):
+            out.pop(name, None)
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                out[name] = list(value) if isinstance(value, tuple) else value
         if self.dtype is not None:
             out["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         return out

@@ -12,6 +12,7 @@ from mono_internvl.model.configuration import (
     MonoInternVLTextConfig,
     MonoInternVLVisionConfig,
 )
+from mono_internvl.model.visual_options import EXPERT_PRESETS
 
 
 def mono_internvl_2b() -> MonoInternVLConfig:
@@ -34,8 +35,28 @@ def mono_internvl_2b() -> MonoInternVLConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], MonoInternVLConfig]] = {"mono-internvl-2b": mono_internvl_2b}
-"""Name -> function that makes a fresh configuration."""
+def mono_internvl_1_5_2b() -> MonoInternVLConfig:
+    """Mono-InternVL-1.5 as we reconstruct it: the 2B model with visual attention experts, too.
+
+    Source: the abstract of arXiv 2507.12566 names visual attention experts; neither weights nor
+        code were released. Ours: all four projections have a visual copy, norms are shared.
+    """
+    config = mono_internvl_2b()
+    config.visual_experts = EXPERT_PRESETS["v1_5"]
+    return config
+
+
+PRESETS: dict[str, Callable[[], MonoInternVLConfig]] = {
+    "mono-internvl-2b": mono_internvl_2b,
+    "v1": mono_internvl_2b,
+    "v1_5": mono_internvl_1_5_2b,
+}
+"""Name -> function that makes a fresh configuration; `v1` is another name of the released one."""
+
+PRESET_NOTES: dict[str, str] = {
+    "v1_5": "our reconstruction of Mono-InternVL-1.5 from its abstract; it was never released",
+}
+"""Name -> what must be said wherever the preset is shown."""
 
 
 def preset(name: str) -> MonoInternVLConfig:
