@@ -42,6 +42,16 @@ def test_preset_2b_has_the_released_tensors() -> None:
     assert shapes["mlp1.1.weight"] == (2048, 4096)
 
 
+def test_preset_modular_has_the_parameters_of_its_parts() -> None:
+    counts = parameter_table(preset("mini-internvl-chat-2b-v1-5"))
+    mono = parameter_table(preset("mono-internvl-2b"))
+    layer = (3 * 1024 + 1024) * (1024 + 1) + 2 * 1024 * 4096 + 4096 + 1024 + 6 * 1024
+    assert counts.groups.vision_tower == 24 * layer == 302_358_528
+    assert counts.groups.visual_experts == 0
+    assert counts.total == mono.total - mono.groups.visual_experts + 24 * layer
+    assert counts.activated_text == mono.activated_text
+
+
 def test_preset_2b_has_256_tokens_per_tile() -> None:
     config = preset("mono-internvl-2b")
     assert config.num_image_tokens_per_tile == 256

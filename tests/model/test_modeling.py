@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny_models import (
     ALL_EXPERTS,
-    IMAGE_SIZE,
     IMAGE_TOKEN,
     TOKENS_PER_TILE,
     VOCAB,
@@ -14,17 +13,14 @@ from tiny_models import (
     randomize,
     text_ids,
     tile_pixels,
-    tiny_config,
     tiny_model,
 )
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
-from mono_internvl.errors import ConfigError, PromptError
-from mono_internvl.model.configuration import MonoInternVLVisionConfig
+from mono_internvl.errors import PromptError
 from mono_internvl.model.from_llm import copy_text_to_visual
-from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 
@@ -271,13 +267,6 @@ def test_tiles_of_another_size_resize_position_embedding(side: int) -> None:
     model.model.vision_embedder.position_embedding = with_constant
     resized = model.model.vision_embedder.position_embeddings_for(side // 14, side // 14)
     _assert_close(resized, torch.full_like(resized, 0.7), 1e-6)
-
-
-def test_vision_tower_is_refused() -> None:
-    config = tiny_config()
-    config.vision_config = MonoInternVLVisionConfig(kind="vit", image_size=IMAGE_SIZE)
-    with pytest.raises(ConfigError, match="'vit'"):
-        MonoInternVLForConditionalGeneration(config)
 
 
 # ---------------------------------------------------------------------------------------- training

@@ -191,14 +191,9 @@ def model_folders(root: Path | None = None) -> list[Path]:
     return folders
 
 
-def monolithic_folders(root: Path | None = None) -> list[Path]:
-    """The model folders of the monolithic model."""
-    return [path for path in model_folders(root) if path.name.startswith(MONOLITHIC_PREFIX)]
-
-
 def all_cases(root: Path | None = None) -> list[GoldenCase]:
-    """Every case of every monolithic model, each held against its index."""
-    cases = [case for folder in monolithic_folders(root) for case in cases_of(folder)]
+    """Every case of every model, each held against its index."""
+    cases = [case for folder in model_folders(root) for case in cases_of(folder)]
     for case in cases:
         verify_against_index(case)
     return cases

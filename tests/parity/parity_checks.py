@@ -30,8 +30,9 @@ largest_differences: dict[str, float] = {}
 def load_model(folder: Path, attention: str = "eager") -> Model:
     """The model of a golden folder through the project's own converter, fp32, eval."""
     model = Model.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-    used = model.model.language_model.config._attn_implementation
-    assert used == attention, f"{used} attention, asked for {attention}"
+    for part in (model.model.language_model, model.model.vision_tower):
+        used = attention if part is None else part.config._attn_implementation
+        assert used == attention, f"{used} attention, asked for {attention}"
     return model.eval()
 
 
@@ -152,7 +153,7 @@ def check_features(model: Model, case: GoldenCase) -> None:
     """The way from pixels to visual tokens, and its parts."""
     pixels = case.pixel_values
     assert pixels is not None
-    version = model.config.ps_version
+    version, selected = model.config.ps_version, model.config.select_layer
     probe = case.outputs["pixel_shuffle_probe_in"]
     with torch.no_grad():
         for key, theirs in case.outputs.items():
@@ -163,7 +164,15 @@ def check_features(model: Model, case: GoldenCase) -> None:
                 assert_close("pixel shuffle", ours, theirs, tolerances.EXACT)
                 continue
             if key == "vision_last_hidden_state":
-                ours = model.model.vision_embedder(pixels)
+                ours = _vision_hidden_state(model, pixels, -1)
+            elif key == "vision_hidden_states":
+                ours = torch.stack(
+                    [_vision_hidden_state(model, pixels, k) for k in range(len(theirs))]
+                )
+            elif match := re.fullmatch(r"extract_feature_select_(-?\d+)", key):
+                model.config.select_layer = int(match[1])
+                ours = model.get_image_features(pixels)
+                model.config.select_layer = selected
             elif key == "extract_feature":
                 ours = model.get_image_features(pixels)
             elif match := re.fullmatch(r"extract_feature_ps_(v\d)", key):
@@ -180,6 +189,12 @@ def check_features(model: Model, case: GoldenCase) -> None:
                 resized = embedder.position_embeddings_for(side, side)
                 ours = torch.cat((embedder.position_embedding[:, :1], resized), dim=1)
             assert_close("features", ours, theirs, tolerances.FEATURES)
+
+
+def _vision_hidden_state(model: Model, pixels: Tensor, index: int) -> Tensor:
+    """Embeddings, or what follows a layer of the tower; the patch model has the former only."""
+    x = model.model.vision_embedder(pixels)
+    return x if model.model.vision_tower is None else model.model.vision_tower(x, index)
 
 
 def check_mismatch(model: Model, case: GoldenCase) -> None:
@@ -203,7 +218,8 @@ CHECK_OF_OUTPUT: tuple[tuple[str, Check], ...] = (
     (r"grad\..+", check_gradients),
     (r"generated_ids|generated_scores", check_generation),
     (r"generated_ids_eos", check_generation_eos),
-    (r"extract_feature(_ps_v\d|_\d+)?|vision_last_hidden_state", check_features),
+    (r"extract_feature(_ps_v\d|_select_-?\d+|_\d+)?", check_features),
+    (r"vision_last_hidden_state|vision_hidden_states", check_features),
     (r"pixel_shuffle_probe_(in|v\d)|resized_position_embedding_\d+", check_features),
 )
 

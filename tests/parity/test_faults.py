@@ -21,8 +21,9 @@ from parity_checks import (
 from torch import Tensor, nn
 
 from mono_internvl.experts import Routing
-from mono_internvl.model import checkpoint, decoder, modeling
-from mono_internvl.model.configuration import MonoInternVLTextConfig
+from mono_internvl.model import checkpoint, decoder, modeling, vision_tower
+from mono_internvl.model.configuration import MonoInternVLTextConfig, MonoInternVLVisionConfig
+from mono_internvl.model.vision_tower import VisionAttention, VisionTower
 
 COMMITTED = Path(__file__).parent / "golden"
 
@@ -164,6 +165,64 @@ def _contiguous_wqkv_on_the_way_back(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(checkpoint, "fuse_wqkv", lambda q, k, v, *heads: torch.cat((q, k, v)))
 
 
+def _no_class_token(patch: pytest.MonkeyPatch) -> None:
+    right = VisionTower.forward
+
+    def wrong(self: VisionTower, x: Tensor, select_layer: int = -1) -> Tensor:
+        return torch.cat((x[:, :1], right(self, x[:, 1:], select_layer)), dim=1)
+
+    patch.setattr(VisionTower, "forward", wrong)
+
+
+def _one_vision_layer_short(patch: pytest.MonkeyPatch) -> None:
+    right = MonoInternVLVisionConfig.layers_until
+    patch.setattr(MonoInternVLVisionConfig, "layers_until", lambda *args: max(right(*args) - 1, 0))
+
+
+def _vision_qkv_by_head(patch: pytest.MonkeyPatch) -> None:
+    right = VisionAttention.forward
+
+    def by_head(module: nn.Module, args: object, qkv: Tensor) -> Tensor:
+        return qkv.unflatten(-1, (heads, 3, -1)).transpose(-3, -2).flatten(-3)
+
+    def wrong(self: VisionAttention, x: Tensor) -> Tensor:
+        with_hook = self.qkv.register_forward_hook(by_head)
+        try:
+            return right(self, x)
+        finally:
+            with_hook.remove()
+
+    heads = 3  # of vit_300m
+    patch.setattr(VisionAttention, "forward", wrong)
+
+
+def _no_vision_query_norm(patch: pytest.MonkeyPatch) -> None:
+    right = VisionAttention.forward
+
+    def wrong(self: VisionAttention, x: Tensor) -> Tensor:
+        self.q_norm = nn.Identity()
+        return right(self, x)
+
+    patch.setattr(VisionAttention, "forward", wrong)
+
+
+def _vision_query_norm_per_head(patch: pytest.MonkeyPatch) -> None:
+    right = decoder.RMSNorm.forward
+
+    def wrong(self: decoder.RMSNorm, x: Tensor) -> Tensor:
+        if x.shape[1] != 17:  # 4 x 4 patches and a class token
+            return right(self, x)
+        heads = x.unflatten(-1, (2, -1))
+        heads = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * heads.flatten(-2)
+
+    patch.setattr(decoder.RMSNorm, "forward", wrong)
+
+
+def _always_drop_path(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(vision_tower, "drop_path", lambda x, rate: x * 0.9)
+
+
 FAULTS = [
     Fault("experts swapped", _swap_experts, "mono_a", "img1_tile1", check_forward),
     Fault("experts swapped", _swap_experts, "mono_a", "text_only", check_generation),
@@ -212,6 +271,22 @@ FAULTS = [
         "img1_tile3_thumb",
         check_gradients,
     ),
+    Fault("no class token", _no_class_token, "vit_300m", "img1_tile1", check_forward),
+    Fault("no class token", _no_class_token, "vit_6b", "extract_feature", check_features),
+    Fault(
+        "one layer short", _one_vision_layer_short, "vit_300m", "batch2_leftpad", check_generation
+    ),
+    Fault("one layer short", _one_vision_layer_short, "vit_6b", "extract_feature", check_features),
+    Fault("vision qkv by head", _vision_qkv_by_head, "vit_300m", "img1_tile1", check_gradients),
+    Fault("no query norm", _no_vision_query_norm, "vit_6b", "img1_tile1", check_forward),
+    Fault(
+        "query norm per head",
+        _vision_query_norm_per_head,
+        "vit_6b",
+        "extract_feature",
+        check_features,
+    ),
+    Fault("drop path at inference", _always_drop_path, "vit_6b", "extract_feature", check_features),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Our model against the reference's numbers, on every case of every monolithic golden model.
+"""Our model against the reference's numbers, on every case of every golden model.
 
 Weights go through the project's own converter, gradients come back through its key table.
 """
@@ -12,21 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from golden_data import (
-    MODULAR_PREFIX,
+    MONOLITHIC_PREFIX,
     GoldenCase,
     GoldenDataError,
     all_cases,
     cases_of,
-    golden_dir,
     model_folders,
-    monolithic_folders,
 )
 from parity_checks import Check, Model, case_checks, checks_of, load_model
 from safetensors.torch import load_file, save_file
 
 from mono_internvl.model.checkpoint import expected_shapes
-
-MODULAR_BASELINE_NOT_COVERED_YET = {"vit_300m", "vit_6b"}
 
 ATTENTION = ("eager", "sdpa")
 CASE_CHECKS = case_checks(all_cases())
@@ -46,19 +42,12 @@ def test_model_agrees_with_reference(case: GoldenCase, check: Check, attention: 
     check(_model(case.folder, attention), case)
 
 
-@pytest.mark.parametrize("folder", monolithic_folders(), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", model_folders(), ids=lambda folder: folder.name)
 def test_model_parameters_are_those_of_reference(folder: Path) -> None:
     model: Model = _model(folder)
     theirs = json.loads((folder / "param_shapes.json").read_text(encoding="utf-8"))
     ours = expected_shapes(model, model.config)
     assert {name: tuple(shape) for name, shape in theirs.items()} == ours
-
-
-def test_modular_baseline_is_not_covered_yet() -> None:
-    found = {path.name for path in model_folders()} - {path.name for path in monolithic_folders()}
-    if golden_dir() == Path(__file__).parent / "golden":
-        assert found == MODULAR_BASELINE_NOT_COVERED_YET
-    assert all(name.startswith(MODULAR_PREFIX) for name in found)
 
 
 # ---------------------------------------------------------------- nothing may be skipped in silence
@@ -67,7 +56,8 @@ def test_modular_baseline_is_not_covered_yet() -> None:
 @pytest.fixture
 def golden_copy(tmp_path: Path) -> Path:
     """A copy of one golden model, to be damaged."""
-    folder = min(monolithic_folders(), key=lambda f: sum(x.stat().st_size for x in f.iterdir()))
+    monolithic = [path for path in model_folders() if path.name.startswith(MONOLITHIC_PREFIX)]
+    folder = min(monolithic, key=lambda f: sum(x.stat().st_size for x in f.iterdir()))
     shutil.copytree(folder, tmp_path / folder.name)
     return tmp_path
 

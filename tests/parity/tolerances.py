@@ -32,7 +32,7 @@ SCORES = Tolerance(
     2e-4, 0.0, measured=3.6e-6, rejects="visual tokens through the text expert, ids equal: 1.0"
 )
 HIDDEN_STATES = Tolerance(
-    2e-4, 0.0, measured=2.2e-6, rejects="no dynamic rope beyond the trained length: 0.66"
+    2e-4, 0.0, measured=2.9e-6, rejects="no dynamic rope beyond the trained length: 0.66"
 )
 LOSS = Tolerance(
     1e-4, 0.0, measured=9.6e-7, rejects="one visual token of 48 through the text expert: 1.7e-3"
@@ -41,9 +41,9 @@ GRAD_NORM = Tolerance(
     1e-6, 1e-3, measured=6.5e-6, rejects="visual tokens through the text expert: norm 0 for a norm"
 )
 # Of a gradient divided by the largest absolute entry of the reference's.
-GRADIENT = Tolerance(1e-4, 0.0, measured=1.2e-6, rejects="gradient of wqkv fused contiguously: 1.3")
+GRADIENT = Tolerance(1e-4, 0.0, measured=2.2e-6, rejects="gradient of wqkv fused contiguously: 1.3")
 FEATURES = Tolerance(
-    2e-5, 0.0, measured=6.6e-7, rejects="visual tokens in the order of pixel shuffle v1: 2.3"
+    2e-5, 0.0, measured=9.6e-7, rejects="visual tokens in the order of pixel shuffle v1: 2.3"
 )
 # Moving numbers about, without arithmetic.
 EXACT = Tolerance(0.0, 0.0, measured=0.0, rejects="any other order of patches or tokens")

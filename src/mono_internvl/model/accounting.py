@@ -17,6 +17,7 @@ class ParameterGroups:
 
     Attributes:
         patch_embedding: Convolution and position embedding of tiles, the unused class row included.
+        vision_tower: The modular baseline's layers between patches and projector.
         projector: From merged patches to the decoder's width.
         token_embeddings: One row per token; the head as well where they are tied.
         attention: Shared projections of all layers, with query and key norms.
@@ -27,6 +28,7 @@ class ParameterGroups:
     """
 
     patch_embedding: int = 0
+    vision_tower: int = 0
     projector: int = 0
     token_embeddings: int = 0
     attention: int = 0
@@ -49,8 +51,9 @@ class ParameterCounts:
         total: All parameters.
         activated_text: What a text token goes through: its decoder with the text experts. The whole
             embedding table and head count, as usual.
-        activated_visual: What a visual token goes through: patch embedding and projector instead of
-            the token embedding, and the visual experts in place of what they are copies of.
+        activated_visual: What a visual token goes through: patch embedding, vision tower if there
+            is one, and projector instead of the token embedding, and the visual experts in place of
+            what they are copies of.
         groups: The same parameters by part.
     """
 
@@ -87,6 +90,7 @@ def parameter_table(config: MonoInternVLConfig) -> ParameterCounts:
         activated_text=embedding + decoder + output,
         activated_visual=(
             groups.patch_embedding
+            + groups.vision_tower
             + groups.projector
             + decoder
             - replaced
@@ -100,6 +104,7 @@ def parameter_table(config: MonoInternVLConfig) -> ParameterCounts:
 def _group_of(name: str) -> str:
     for part, group in (
         ("vision_embedder.", "patch_embedding"),
+        ("vision_tower.", "vision_tower"),
         ("projector.", "projector"),
         ("embed_tokens.", "token_embeddings"),
         ("_visual.", "visual_experts"),

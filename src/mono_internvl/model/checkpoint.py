@@ -32,6 +32,7 @@ from mono_internvl.model.configuration import MonoInternVLConfig
 # interleaved wqkv, which splits into three.
 TOP_LEVEL: dict[str, str] = {
     "vision_model.embeddings": "model.vision_embedder",
+    "vision_model.encoder": "model.vision_tower",  # its parts are named as in the released files
     "mlp1.0": "model.projector.norm",
     "mlp1.1": "model.projector.fc1",
     "mlp1.3": "model.projector.fc2",

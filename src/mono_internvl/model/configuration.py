@@ -23,6 +23,12 @@ from mono_internvl.model.field_checks import (
     check_share,
     checked_object,
 )
+from mono_internvl.model.vision_configuration import (
+    VISION_KINDS,
+    MonoInternVLVisionConfig,
+    vision_from_released,
+    vision_to_released,
+)
 from mono_internvl.model.visual_options import (
     check_image_attention,
     check_position_step,
@@ -66,8 +72,6 @@ _RELEASED_TOP_DEFAULTS: dict[str, Any] = {
 }
 # What loaders add to the fields of a file; never written back.
 _NOT_OF_THE_FILE = frozenset({"name_or_path", "attn_implementation", "_commit_hash"})
-_VISION_KIND_OF_MODEL_TYPE = {"intern_vit_patch": "patch", "intern_vit_6b": "vit"}
-_MODEL_TYPE_OF_VISION_KIND = {kind: name for name, kind in _VISION_KIND_OF_MODEL_TYPE.items()}
 _TEXT_ARCHITECTURE_WITH_EXPERTS = "InternLM2VEForCausalLM"
 _TEXT_ARCHITECTURE_PLAIN = "InternLM2ForCausalLM"
 _TEXT_COUNTS = (
@@ -79,43 +83,6 @@ _TEXT_COUNTS = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-
-
-class MonoInternVLVisionConfig(PreTrainedConfig):
-    """How pixels become patch features.
-
-    Attributes:
-        kind: `"patch"` is the monolithic model: one convolution and a position embedding;
-            `"vit"` is the vision tower of the modular baseline.
-        hidden_size: Width of a patch feature.
-        image_size: Side of a tile, px.
-        patch_size: Side of a patch, px.
-    """
-
-    model_type = "mono_internvl_vision"
-    base_config_key = "vision_config"
-
-    kind: str = "patch"
-    hidden_size: int = 1024
-    image_size: int = 448
-    patch_size: int = 14
-    num_channels: int = 3
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    intermediate_size: int = 4096
-    hidden_act: str = "gelu"
-    norm_type: str = "layer_norm"
-    layer_norm_eps: float = 1e-6
-    qkv_bias: bool = True
-    qk_normalization: bool = False
-    drop_path_rate: float = 0.0
-    initializer_range: float = 0.02
-    initializer_factor: float = 1.0
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("hidden_size", "image_size", "patch_size", "num_channels"):
-            check_integer(f"vision_config.{name}", getattr(self, name))
-        super().__post_init__(**kwargs)
 
 
 class MonoInternVLTextConfig(PreTrainedConfig):
@@ -220,6 +187,8 @@ class MonoInternVLConfig(PreTrainedConfig):
         image_token_id: Id of `<IMG_CONTEXT>`; the third of the nine tokens that close the
             vocabulary unless given.
         downsample_ratio: Side ratio of the pixel shuffle; 0.5 merges 2x2 patches to one token.
+        select_layer: Which of the vision tower's hidden states is read, counted as Python does:
+            0 the embeddings, -1 the last layer's output. Without a tower it means nothing.
         ps_version: `"v2"`; `"v1"` is the transposed token order of the first InternVL releases.
         force_image_size: Side of a tile, px.
         min_dynamic_patch, max_dynamic_patch: Least and most tiles of an image, without thumbnail.
@@ -296,9 +265,16 @@ class MonoInternVLConfig(PreTrainedConfig):
                 f"img_context_token_id={self.image_token_id}; expected an id of the vocabulary of "
                 f"{self.text_config.vocab_size} tokens, correct it or vocab_size"
             )
-        if self.vision_config.kind not in _MODEL_TYPE_OF_VISION_KIND:
+        vision = self.vision_config
+        if vision.kind not in VISION_KINDS.values():
+            raise ConfigError(f"vision_config.kind={vision.kind!r}; expected 'patch' or 'vit'")
+        depth = vision.num_hidden_layers
+        if vision.kind == "vit" and not (
+            isinstance(self.select_layer, int) and -depth - 1 <= self.select_layer <= depth
+        ):
             raise ConfigError(
-                f"vision_config.kind={self.vision_config.kind!r}; expected 'patch' or 'vit'"
+                f"select_layer={self.select_layer!r}; expected {-depth - 1} to {depth}: the vision "
+                f"tower has {depth} layers, and -1 is the output of the last"
             )
         if self.ps_version not in ("v1", "v2"):
             raise ConfigError(f"ps_version={self.ps_version!r}; expected 'v1' or 'v2'")
@@ -346,7 +322,10 @@ class MonoInternVLConfig(PreTrainedConfig):
         out["model_type"] = self.model_type
         out.setdefault("architectures", ["InternVLChatModel"])
         out["llm_config"] = {**out.get("llm_config", {}), **_text_to_released(self)}
-        out["vision_config"] = {**out.get("vision_config", {}), **_vision_to_released(self)}
+        out["vision_config"] = {
+            **out.get("vision_config", {}),
+            **vision_to_released(self.vision_config),
+        }
         out["img_context_token_id"] = self.image_token_id
         out["visual_experts"] = list(self.visual_experts)
         for name in ("image_attention", "visual_position_step", "visual_position_steps"):
@@ -393,12 +372,6 @@ def _from_released(released: dict[str, Any]) -> dict[str, Any]:
             f"{_TEXT_ARCHITECTURE_WITH_EXPERTS} (monolithic) or {_TEXT_ARCHITECTURE_PLAIN} "
             "(modular)"
         )
-    model_type = vision.pop("model_type", None)
-    if model_type not in _VISION_KIND_OF_MODEL_TYPE:
-        raise ConfigError(
-            f"vision_config.model_type={model_type!r} is not supported; expected one of "
-            f"{', '.join(_VISION_KIND_OF_MODEL_TYPE)}"
-        )
     bias = llm.pop("bias")
     llm.setdefault("qkv_bias", bias)
     llm.setdefault("o_bias", bias)
@@ -418,10 +391,7 @@ def _from_released(released: dict[str, Any]) -> dict[str, Any]:
         "visual_experts": top.get("visual_experts", experts),
         "image_token_id": top.get("img_context_token_id"),
         "text_config": _only_fields(MonoInternVLTextConfig, llm),
-        "vision_config": {
-            **_only_fields(MonoInternVLVisionConfig, vision),
-            "kind": _VISION_KIND_OF_MODEL_TYPE[model_type],
-        },
+        "vision_config": vision_from_released(vision),
     }
 
 
@@ -451,14 +421,4 @@ def _text_to_released(config: MonoInternVLConfig) -> dict[str, Any]:
     out["architectures"] = [
         _TEXT_ARCHITECTURE_WITH_EXPERTS if config.visual_experts else _TEXT_ARCHITECTURE_PLAIN
     ]
-    return out
-
-
-def _vision_to_released(config: MonoInternVLConfig) -> dict[str, Any]:
-    vision = config.vision_config
-    out = {name: getattr(vision, name) for name in MonoInternVLVisionConfig.__annotations__}
-    out["model_type"] = _MODEL_TYPE_OF_VISION_KIND[out.pop("kind")]
-    out.setdefault("architectures", None)
-    patch = vision.kind == "patch"
-    out["architectures"] = ["InternVisionPatchModel" if patch else "InternVisionModel"]
     return out

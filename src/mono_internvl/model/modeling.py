@@ -1,8 +1,8 @@
 """Mono-InternVL: one decoder that reads pixels and words.
 
-Image patches are embedded, merged 2x2 and projected (`visual_tokens.py`); the visual tokens take
-their place among the text tokens here, the routing is made, and the decoder (`decoder.py`) runs
-over both.
+Image patches are embedded, merged 2x2 and projected (`visual_tokens.py`; the modular baseline sends
+them through a vision tower first, `vision_tower.py`); the visual tokens take their place among the
+text tokens here, the routing is made, and the decoder (`decoder.py`) runs over both.
 
 Legend: B batch, T tokens, D width, V vocabulary, S tile side.
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing
 from mono_internvl.model import register_auto_classes
 from mono_internvl.model.checkpoint import (
@@ -34,6 +34,7 @@ from mono_internvl.model.decoder import (
     MonoInternVLTextModel,
 )
 from mono_internvl.model.encoding import IGNORED_LABEL
+from mono_internvl.model.vision_tower import VisionTower
 from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pixel_shuffle
 
 _IMAGE_INPUTS = ("pixel_values", "image_features")
@@ -52,16 +53,13 @@ def _check_no_places(is_visual: Tensor) -> None:
 
 
 class MonoInternVLModel(MonoInternVLPreTrainedModel):
-    """Embedder, projector and decoder; places the image features and makes the routing."""
+    """Embedder, tower if there is one, projector, decoder; places features, makes the routing."""
 
     def __init__(self, config: MonoInternVLConfig):
         super().__init__(config)
-        if config.vision_config.kind != "patch":
-            raise ConfigError(
-                f"vision_config.kind={config.vision_config.kind!r}: only the patch embedder of the "
-                "monolithic model is implemented; the modular baseline's vision tower is not yet"
-            )
         self.vision_embedder = PatchEmbedder(config.vision_config)
+        is_modular = config.vision_config.kind == "vit"
+        self.vision_tower = VisionTower(config.vision_config) if is_modular else None
         self.projector = VisualProjector(config)
         self.language_model = MonoInternVLTextModel(config.text_config, config.visual_experts)
         self.post_init()
@@ -84,6 +82,8 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             (tiles, visual tokens per tile, D).
         """
         x = self.vision_embedder(pixel_values)  # (tiles, h*w, C)
+        if self.vision_tower is not None:  # the class token has served its purpose
+            x = self.vision_tower(x, self.config.select_layer)[:, 1:]
         side = int(x.shape[1] ** 0.5)
         x = x.unflatten(1, (side, side))
         return self.projector(pixel_shuffle(x, self.config.ps_version))

@@ -46,10 +46,34 @@ def mono_internvl_1_5_2b() -> MonoInternVLConfig:
     return config
 
 
+def mini_internvl_chat_2b_v1_5() -> MonoInternVLConfig:
+    """Mini-InternVL-Chat-2B-V1-5, the modular baseline: InternViT-300M before InternLM2-1.8B."""
+    config = mono_internvl_2b()
+    return MonoInternVLConfig(
+        text_config=config.text_config,
+        vision_config=MonoInternVLVisionConfig(
+            kind="vit",
+            hidden_size=1024,
+            image_size=448,
+            patch_size=14,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            norm_type="layer_norm",
+            qkv_bias=True,
+            qk_normalization=False,
+            initializer_factor=1.0,
+        ),
+        visual_experts=(),
+        max_dynamic_patch=12,
+    )
+
+
 PRESETS: dict[str, Callable[[], MonoInternVLConfig]] = {
     "mono-internvl-2b": mono_internvl_2b,
     "v1": mono_internvl_2b,
     "v1_5": mono_internvl_1_5_2b,
+    "mini-internvl-chat-2b-v1-5": mini_internvl_chat_2b_v1_5,
 }
 """Name -> function that makes a fresh configuration; `v1` is another name of the released one."""
 

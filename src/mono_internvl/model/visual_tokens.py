@@ -15,13 +15,15 @@ from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLVi
 class PatchEmbedder(nn.Module):
     """Tiles to patch features: a convolution and a position embedding, no transformer layer.
 
-    Row 0 of the position embedding and the class embedding belong to a class token that this model
-    does not have; the released checkpoints hold them, so they are kept (and can never learn).
+    Row 0 of the position embedding and the class embedding belong to a class token, which stands
+    in front where a vision tower follows. The monolithic model has none; its released checkpoints
+    hold both all the same, so they are kept (and can never learn).
     """
 
     def __init__(self, config: MonoInternVLVisionConfig):
         super().__init__()
         self.patches_per_side = config.image_size // config.patch_size
+        self.has_class_token = config.kind == "vit"
         self.class_embedding = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.position_embedding = nn.Parameter(
             torch.empty(1, self.patches_per_side**2 + 1, config.hidden_size)
@@ -36,7 +38,11 @@ class PatchEmbedder(nn.Module):
         )  # (tiles, C, h, w)
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (tiles, h*w, C), row-major
-        return x + self.position_embeddings_for(height, width)
+        x = x + self.position_embeddings_for(height, width)
+        if self.has_class_token:
+            token = self.class_embedding + self.position_embedding[:, :1]
+            x = torch.cat((token.to(x.dtype).expand(x.shape[0], -1, -1), x), dim=1)
+        return x  # (tiles, h*w, C), or (tiles, 1 + h*w, C)
 
     def position_embeddings_for(self, height: int, width: int) -> Tensor:
         """(1, height * width, C): the configured tile's grid, resized bicubically if it differs."""

@@ -2,8 +2,8 @@
 
 from mono_internvl.training.recipe import Rule
 
-EYES = r"vision_embedder\.|projector\."
-"""Patch embedding and projector."""
+EYES = r"vision_embedder\.|vision_tower\.|projector\."
+"""Patch embedding, the modular baseline's vision tower, and projector."""
 
 EXPERTS = r"_visual\."
 """Every visual copy of a part of a decoder layer."""

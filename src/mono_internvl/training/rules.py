@@ -30,25 +30,29 @@ class LearnedGroup:
 def never_learns(config: MonoInternVLConfig) -> tuple[Rule, ...]:
     """Parameters whose outputs no loss ever reads; they are frozen before any other rule.
 
-    The class embedding belongs to a class token that the patch embedder does not have. In the last
-    layer, visual rows feed only their own logits, which are never labelled, so their feed-forward
-    expert, and where they exist their query and output projections and their feed-forward norm, get
-    exactly zero gradient; a plain optimizer would still shrink them by weight decay.
+    The class embedding belongs to a class token that only a vision tower reads; of a tower, layers
+    behind the hidden state that is asked for never run. In the last layer of the decoder, visual
+    rows feed only their own logits, which are never labelled, so their feed-forward expert, and
+    where they exist their query and output projections and their feed-forward norm, get exactly
+    zero gradient; a plain optimizer would still shrink them by weight decay.
     """
     last = config.get_text_config().num_hidden_layers - 1
     layer = rf"language_model\.layers\.{last}\."
     rules = {
-        "": r"vision_embedder\.class_embedding$",
         "ffn": layer + r"mlp_visual\.",
         "qkv": layer + r"self_attn\.q_proj_visual\.",
         "o": layer + r"self_attn\.o_proj_visual\.",
         "norms": layer + r"post_attention_layernorm_visual\.",
     }
-    return tuple(
-        Rule(pattern, None)
-        for part, pattern in rules.items()
-        if part == "" or part in config.visual_experts
-    )
+    vision, of_vision = config.vision_config, []
+    num_run = vision.layers_until(config.select_layer) if vision.kind == "vit" else 0
+    if num_run == 0:
+        of_vision.append(r"vision_embedder\.class_embedding$")
+    if vision.kind == "vit":
+        unread = range(num_run, vision.num_hidden_layers)
+        of_vision += [rf"vision_tower\.layers\.{index}\." for index in unread]
+    of_decoder = [pattern for part, pattern in rules.items() if part in config.visual_experts]
+    return tuple(Rule(pattern, None) for pattern in (*of_vision, *of_decoder))
 
 
 def apply_rules(model: nn.Module, config: MonoInternVLConfig, stage: Stage) -> list[LearnedGroup]:
