@@ -14,8 +14,8 @@ from mono_internvl.errors import MonoInternVLError
 from mono_internvl.serving.terminal import Picture, answer, converse, print_json, show_error
 
 if TYPE_CHECKING:
-    from mono_internvl.model.accounting import ParameterCounts
     from mono_internvl.pipelines.convert import RoundTrip
+    from mono_internvl.pipelines.info import ModelInfo
 
 DEFAULT_PRESET = "mono-internvl-2b"
 app = typer.Typer(
@@ -121,39 +121,30 @@ def info(
     preset: Annotated[
         str | None, typer.Option(help=f"Or v1, v1_5 (ours); {DEFAULT_PRESET}.")
     ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="visual=N,text=N", help="A prompt, to cost it.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="What learns in each stage.")
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Count parameters: in total, activated per token, and by group."""
+    """Count parameters, and the operations and bytes of a prompt."""
     if model is not None and preset is not None:
         raise typer.BadParameter("give --model or --preset, not both")
-    from mono_internvl.model.accounting import parameter_table
     from mono_internvl.model.presets import PRESET_NOTES
+    from mono_internvl.pipelines.info import describe
 
     _quieten()
-    config = _config_of(model, preset or DEFAULT_PRESET, revision)
-    counts = parameter_table(config)
-    summary = {
-        "layers": config.text_config.num_hidden_layers,
-        "width": config.text_config.hidden_size,
-        "ffn_width": config.text_config.intermediate_size,
-        "heads": config.text_config.num_attention_heads,
-        "kv_heads": config.text_config.num_key_value_heads,
-        "vocabulary": config.text_config.vocab_size,
-        "max_tokens": config.text_config.max_position_embeddings,
-        "rope": config.text_config.rope_parameters,
-        "visual_experts": list(config.visual_experts),
-        "tile_px": config.force_image_size,
-        "visual_tokens_per_tile": config.num_image_tokens_per_tile,
-        "max_tiles": config.max_dynamic_patch,
-    }
+    found = describe(_config_of(model, preset or DEFAULT_PRESET, revision), tokens, recipe)
     title = model or preset or DEFAULT_PRESET
     if note := PRESET_NOTES.get(preset or ""):
-        summary["note"] = note
+        found.config["note"] = note
     if as_json:
-        print_json({"name": title, "parameters": dataclasses.asdict(counts), "config": summary})
+        print_json({"name": title, **_info_values(found)})
     else:
-        _print_info(title, counts, summary)
+        _print_info(title, found)
 
 
 @app.command()
@@ -280,22 +271,35 @@ def evaluate(
     typer.echo(f"predictions: {found.predictions}")
 
 
-def _print_info(title: str, counts: "ParameterCounts", summary: dict[str, Any]) -> None:
+def _info_values(info: "ModelInfo") -> dict[str, Any]:
+    values = {name: value for name, value in dataclasses.asdict(info).items() if value is not None}
+    if info.costs is not None:
+        for phase in ("prefill", "decode"):
+            values["costs"][phase]["total"] = getattr(info.costs, phase).total
+    return values
+
+
+def _print_info(title: str, info: "ModelInfo") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    parameters = dataclasses.asdict(counts)
-    groups = parameters.pop("groups")
+    values = _info_values(info)
+    groups, costs = values["parameters"].pop("groups"), values.get("costs", {})
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(overflow="fold")
     table.add_column(justify="right", overflow="fold")
     for heading, rows in (
-        ("parameters", parameters),
+        ("parameters", values["parameters"]),
         ("parameters by group", groups),
-        ("configuration", summary),
+        ("parameters that learn", values.get("trainable", {})),
+        ("configuration", values["config"]),
+        ("operations of the prefill", costs.pop("prefill", {})),
+        ("operations of a decoded token", costs.pop("decode", {})),
+        ("prompt", costs),
     ):
-        table.add_section()
-        table.add_row(f"[bold]{heading}[/]")
+        if rows:
+            table.add_section()
+            table.add_row(f"[bold]{heading}[/]")
         for name, value in rows.items():
             table.add_row(f"  {name.replace('_', ' ')}", _in_words(value))
     Console().print(table)

@@ -1,4 +1,12 @@
-"""What a model is made of, counted from its configuration without allocating it."""
+"""What a model is made of and what it costs, counted from its configuration without allocating it.
+
+Operations are those that the mathematics owes, two per multiplication and addition of a matrix
+product: the convolution of the patches, all linear layers, and the two products of attention over
+the positions that a query sees (a causal query number t sees t, a patch of the vision tower its
+whole tile and the class token). Every row goes through one expert. The head is counted for one row,
+as generation needs it. Not counted: norms, biases, activations, softmax, rotary angles, embedding
+look-ups; and nothing is taken off for what an implementation may skip or added for what it wastes.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +14,9 @@ import copy
 from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 
+from mono_internvl.errors import ConfigError
 from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
@@ -63,6 +73,134 @@ class ParameterCounts:
     groups: ParameterGroups
 
 
+@dataclass(frozen=True)
+class Flops:
+    """Operations by part, two per multiplication and addition.
+
+    Attributes:
+        patch_embedding: Convolution of all tiles.
+        vision_tower: Layers of the modular baseline's tower over all tiles, attention included.
+        projector: Over all visual tokens.
+        decoder_linear: Projections and experts of all layers, one expert per row.
+        decoder_attention: Scores and weighted values of all layers, causal.
+        head: One row of logits.
+    """
+
+    patch_embedding: int = 0
+    vision_tower: int = 0
+    projector: int = 0
+    decoder_linear: int = 0
+    decoder_attention: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What reading one prompt and going on from it costs.
+
+    Attributes:
+        visual_tokens: Of the prompt, 28 px each; whole tiles.
+        text_tokens: Of the prompt, everything that is not an image.
+        tiles: That the visual tokens come from, thumbnails included.
+        prefill: Reading the prompt, up to the logits of its last row.
+        decode: The first generated token read back, up to the next logits.
+        weight_bytes: All parameters.
+        kv_cache_bytes: Keys and values of the prompt.
+        dtype: Of both.
+    """
+
+    visual_tokens: int
+    text_tokens: int
+    tiles: int
+    prefill: Flops
+    decode: Flops
+    weight_bytes: int
+    kv_cache_bytes: int
+    dtype: str
+
+
+def skeleton(config: MonoInternVLConfig) -> MonoInternVLForConditionalGeneration:
+    """A model without memory: names and shapes of all parameters."""
+    with torch.device("meta"):
+        return MonoInternVLForConditionalGeneration(copy.deepcopy(config))
+
+
+def prompt_costs(
+    config: MonoInternVLConfig,
+    visual_tokens: int,
+    text_tokens: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Costs:
+    """Operations and bytes of one prompt.
+
+    Args:
+        config: Of any size; only its shapes are built.
+        visual_tokens: A multiple of what one tile gives.
+        text_tokens: Everything else, `<img>` and `</img>` included.
+        dtype: Of weights and cache.
+
+    Raises:
+        ConfigError: The visual tokens are no whole tiles, or there is no token at all.
+    """
+    per_tile, tokens = config.num_image_tokens_per_tile, visual_tokens + text_tokens
+    if visual_tokens < 0 or visual_tokens % per_tile:
+        raise ConfigError(
+            f"visual={visual_tokens}; expected a multiple of {per_tile}, the tokens of one tile"
+        )
+    if text_tokens < 0 or tokens == 0:
+        raise ConfigError(f"text={text_tokens}; expected 0 or more, and a token in all")
+    model, text, tiles = skeleton(config), config.text_config, visual_tokens // per_tile
+    decoder_row = 2 * sum(
+        module.weight.numel()
+        for name, module in model.model.language_model.layers.named_modules()
+        if isinstance(module, nn.Linear) and "_visual" not in name
+    )
+    # Scores and values, a multiplication and an addition each, for one query and one key.
+    pair = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    head = 2 * text.vocab_size * text.hidden_size
+    prefill = Flops(
+        **_vision_flops(model, config, tiles),
+        projector=2 * _linear_weights(model.model.projector) * visual_tokens,
+        decoder_linear=decoder_row * tokens,
+        decoder_attention=pair * tokens * (tokens + 1) // 2,
+        head=head,
+    )
+    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    return Costs(
+        visual_tokens=visual_tokens,
+        text_tokens=text_tokens,
+        tiles=tiles,
+        prefill=prefill,
+        decode=Flops(decoder_linear=decoder_row, decoder_attention=pair * (tokens + 1), head=head),
+        weight_bytes=sum(p.numel() for p in model.parameters()) * dtype.itemsize,
+        kv_cache_bytes=cached * tokens * dtype.itemsize,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _vision_flops(
+    model: MonoInternVLForConditionalGeneration, config: MonoInternVLConfig, tiles: int
+) -> dict[str, int]:
+    vision = config.vision_config
+    patches = (config.force_image_size // vision.patch_size) ** 2
+    embedding = 2 * model.model.vision_embedder.patch_embedding.weight.numel() * patches
+    tower = 0
+    if model.model.vision_tower is not None:
+        num_run, rows = vision.layers_until(config.select_layer), patches + 1  # the class token
+        linear = 2 * _linear_weights(model.model.vision_tower.layers[:num_run]) * rows
+        tower = linear + num_run * 4 * vision.hidden_size * rows**2
+    return {"patch_embedding": embedding * tiles, "vision_tower": tower * tiles}
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
 def parameter_table(config: MonoInternVLConfig) -> ParameterCounts:
     """Count the parameters of a configuration.
 
@@ -72,8 +210,7 @@ def parameter_table(config: MonoInternVLConfig) -> ParameterCounts:
     Source: 3,111,355,392 parameters of the released 2B checkpoints, 1.8B of them activated for a
     text token (arXiv 2410.08202, table 1).
     """
-    with torch.device("meta"):
-        model = MonoInternVLForConditionalGeneration(copy.deepcopy(config))
+    model = skeleton(config)
     counts = dict.fromkeys((field.name for field in fields(ParameterGroups)), 0)
     replaced = 0  # text parameters that a visual token does not meet
     parameters = dict(model.named_parameters())
