@@ -31,6 +31,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")
 ]
+Experts = Annotated[
+    str, typer.Option(metavar="PATH", help="auto, eager, grouped, triton or dense.")
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 
 
@@ -88,6 +91,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Of the choices.")] = None,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    experts: Experts = "auto",
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
@@ -106,6 +110,7 @@ def chat(
         system=system,
         max_tiles=max_tiles,
         sampling=sampling,
+        experts=experts,
     )
     if question is not None:
         answer(session, question, pictures, as_json)

@@ -144,6 +144,13 @@ def test_chat_options_reach_the_session(chat, monkeypatch):
     }
 
 
+def test_chat_expert_path_is_a_name(chat):
+    code, out, _ = chat("--image", CHAT_A, "--experts", "grouped", QUESTION)
+    assert (code, out) == (0, golden_response("chat_turn1") + "\n")
+    code, _, err = chat("--experts", "fast", QUESTION)
+    assert code == 1 and "auto, eager, grouped, triton, dense" in err
+
+
 def test_chat_piped_lines_share_one_conversation(chat):
     lines = [QUESTION, f"/image {CHAT_B}", "And this?", "/reset", "Hello?", "/quit", "Unread"]
     code, out, err = chat("--json", "--image", CHAT_A, stdin="\n".join(lines))

@@ -5,7 +5,7 @@ Legend: B batch, T tokens, N = B * T rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class Routing:
         visual_rows: (num_visual,) int64 indices into the N rows; None where all are of one kind.
         row_order: (N,) int64; row `n` of the stream is row `row_order[n]` of "text rows, then
             visual rows". None where all rows are of one kind.
+        path: Name of the expert path that is to compute (`experts/registry.py`); the definition
+            unless the model says otherwise.
+        sorted_rows: (N,) int64, the inverse of `row_order`: text rows, then visual rows. Derived.
 
     Source: section 3.1 of arXiv 2410.08202. Differs: the released code drops its mask whenever a
     cache is present, which sends an image of a later turn through the text expert.
@@ -36,6 +39,16 @@ class Routing:
     text_rows: Tensor | None = None
     visual_rows: Tensor | None = None
     row_order: Tensor | None = None
+    path: str = "eager"
+    sorted_rows: Tensor | None = field(init=False, default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.text_rows is not None and self.visual_rows is not None:
+            object.__setattr__(self, "sorted_rows", torch.cat((self.text_rows, self.visual_rows)))
+
+    def by(self, path: str) -> Routing:
+        """The same routing, computed by the expert path of this name."""
+        return self if path == self.path else replace(self, path=path)
 
     @classmethod
     def all_text(cls, num_rows: int) -> Routing:
@@ -72,4 +85,5 @@ class Routing:
             self.text_rows.to(device, non_blocking=True),
             self.visual_rows.to(device, non_blocking=True),
             self.row_order.to(device, non_blocking=True),
+            self.path,
         )

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
-from mono_internvl.experts import Routing
+from mono_internvl.experts import Routing, check_expert_path, run_fast_path
 from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
 from mono_internvl.model.visual_tokens import PatchEmbedder
 
@@ -53,6 +53,8 @@ class MonoInternVLOutput(ModelOutput):
 def route(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module | None) -> Tensor:
     """Each row through one module only: this is the definition of the visual expert.
 
+    Where rows of both kinds meet, `routing.path` may name a faster way to the same numbers.
+
     Args:
         x: (N, D) rows.
         routing: Which of them are visual.
@@ -63,6 +65,9 @@ def route(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module | None
         return text(x)
     if routing.num_text == 0:
         return visual(x)
+    y = run_fast_path(x, routing, text, visual)
+    if y is not None:
+        return y
     assert routing.text_rows is not None and routing.visual_rows is not None
     assert routing.row_order is not None
     y_text = text(x.index_select(0, routing.text_rows))
@@ -269,6 +274,23 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def set_expert_path(self, name: str) -> None:
+        """Choose how the experts are computed; a setting of this run, never of the checkpoint.
+
+        Args:
+            name: "auto" (the fastest that was measured for the device and the sizes), "eager" (the
+                definition), "grouped", "triton" or "dense" (the released code's blend of both
+                experts, a yardstick).
+
+        Raises:
+            ExpertPathUnavailable: No such path, or its package is missing. A path that cannot run
+                on the device, the dtype or the modules (adapters) raises when rows come.
+        """
+        check_expert_path(name)
+        for module in self.modules():
+            if isinstance(module, MonoInternVLTextModel):
+                module.expert_path = name
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = (
@@ -307,6 +329,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.expert_path = "auto"
         self.post_init()
 
     def forward(
@@ -348,6 +371,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         )
         angles = rotary_embeddings(self.config, position_ids, seen + tokens, x.dtype)
         routing = routing if routing is not None else Routing.all_text(batch * tokens)
+        routing = routing.by(self.expert_path)
 
         # Kept only if asked for: a long prefill would otherwise hold every layer's activations.
         hidden_states: list[Tensor] = [x] if output_hidden_states else []

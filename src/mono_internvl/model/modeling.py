@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from mono_internvl.errors import PromptError
-from mono_internvl.experts import Routing
+from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.experts import Routing, check_expert_path
 from mono_internvl.model import register_auto_classes
 from mono_internvl.model.checkpoint import (
     read_config,
@@ -163,21 +163,27 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             pretrained_model_name_or_path: Folder or hub id (`revision`, `cache_dir`, `token` and
                 `local_files_only` as usual); only safetensors files are read.
             *args: As `PreTrainedModel.from_pretrained`.
-            **kwargs: As there: `dtype`, `device_map`, `attn_implementation`, ...
+            **kwargs: As there: `dtype`, `device_map`, `attn_implementation`, ...; and
+                `expert_path`, see `set_expert_path`.
 
         Raises:
             CheckpointError: A tensor is missing, unexpected or mis-shaped.
+            ExpertPathUnavailable: `expert_path` names a path that is not there.
             ConfigError: config.json asks for what is not implemented.
         """
         source = {k: kwargs.pop(k) for k in ("revision", "cache_dir", "token") if k in kwargs}
         local = kwargs.pop("local_files_only", False)
+        expert_path = kwargs.pop("expert_path", "auto")
+        check_expert_path(expert_path)
         folder = resolve_checkpoint(pretrained_model_name_or_path, local_files_only=local, **source)
         config = kwargs.pop("config", None) or read_config(folder)
         with torch.device("meta"):
             skeleton = cls(copy.deepcopy(config))
         verify_checkpoint(folder, skeleton, config)
         kwargs["use_safetensors"] = True
-        return super().from_pretrained(folder, *args, config=config, **kwargs)
+        loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).set_expert_path(expert_path)
+        return loaded
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """(tiles, visual tokens per tile, D) of (tiles, 3, S, S) pixels."""

@@ -26,6 +26,7 @@ def load(
     system: str | None = None,
     max_tiles: int | None = None,
     sampling: Sampling = GREEDY,
+    experts: str = "auto",
 ) -> ChatSession:
     """Load a checkpoint and open a conversation with it.
 
@@ -39,10 +40,12 @@ def load(
         system: As in `ChatSession`.
         max_tiles: As in `ChatSession`.
         sampling: As in `ChatSession`.
+        experts: Expert path, see `MonoInternVLPreTrainedModel.set_expert_path`.
 
     Raises:
         CheckpointError: The checkpoint cannot be had, or is incomplete.
         ConfigError: Device or dtype is unknown or not there.
+        ExpertPathUnavailable: There is no such expert path.
     """
     place = choose_device(device)
     if dtype not in ("auto", *DTYPES):
@@ -53,7 +56,7 @@ def load(
     )
     processor = MonoInternVLProcessor.from_pretrained(folder)
     loaded = MonoInternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=DTYPES.get(kind, "auto")
+        folder, dtype=DTYPES.get(kind, "auto"), expert_path=experts
     )
     return ChatSession(
         loaded.to(place), processor, system=system, max_tiles=max_tiles, sampling=sampling

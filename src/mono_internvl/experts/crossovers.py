@@ -1,0 +1,61 @@
+"""Where one path overtakes another, as measured; what `auto` goes by.
+
+Legend: N rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mono_internvl.experts.pairs import LinearPair, SwiGLUPair
+from mono_internvl.experts.routing import Routing
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """From here on `path` is at least as fast as eager.
+
+    Attributes:
+        device: Type of the device.
+        training: Whether a backward pass follows.
+        min_rows: Fewest rows.
+        min_rows_each: Fewest rows of the rarer kind.
+        path: The name.
+        measured: What was found, with the command behind it.
+    """
+
+    device: str
+    training: bool
+    min_rows: int
+    min_rows_each: int
+    path: str
+    measured: str
+
+
+CROSSOVERS: tuple[Crossover, ...] = ()
+
+
+def fastest_path(x: Tensor, routing: Routing, pair: LinearPair | SwiGLUPair) -> str:
+    """The path that was measured fastest for such rows; eager where nothing was measured.
+
+    Reads host integers only: no answer depends on the contents of a tensor on a device.
+
+    Args:
+        x: (N, D) rows.
+        routing: How many of them are visual.
+        pair: The experts' weights.
+    """
+    training = torch.is_grad_enabled() and isinstance(pair, SwiGLUPair)
+    rarer = min(routing.num_text, routing.num_visual)
+    for row in CROSSOVERS:
+        if (
+            row.device == x.device.type
+            and row.training == training
+            and x.shape[0] >= row.min_rows
+            and rarer >= row.min_rows_each
+        ):
+            return row.path
+    return "eager"

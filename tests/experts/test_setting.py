@@ -1,0 +1,85 @@
+"""The choice of an expert path: a setting of the model in memory, never of the checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from torch import Tensor
+
+from mono_internvl.errors import ExpertPathUnavailable
+from mono_internvl.experts import grouped
+from mono_internvl.model.configuration import (
+    MonoInternVLConfig,
+    MonoInternVLTextConfig,
+    MonoInternVLVisionConfig,
+)
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+
+IMAGE_TOKEN = 121
+
+
+def _model(visual_experts: tuple[str, ...]) -> MonoInternVLForConditionalGeneration:
+    torch.manual_seed(0)
+    text = MonoInternVLTextConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    vision = MonoInternVLVisionConfig(hidden_size=32, image_size=56)
+    config = MonoInternVLConfig(
+        text_config=text, vision_config=vision, visual_experts=visual_experts
+    )
+    return MonoInternVLForConditionalGeneration(config).eval()
+
+
+def _logits(model: MonoInternVLForConditionalGeneration) -> Tensor:
+    ids = torch.tensor([[5, 6, *[IMAGE_TOKEN] * 4, 7, 8, 9], [*[IMAGE_TOKEN] * 4, *range(3, 8)]])
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(ids, pixels).logits
+
+
+@pytest.mark.parametrize("path", ["grouped", "dense", "auto"])
+@pytest.mark.parametrize(
+    "visual_experts", [("ffn",), ("ffn", "qkv", "o"), ("ffn", "qkv", "o", "norms")]
+)
+def test_set_expert_path_changes_the_way_not_the_numbers(
+    path: str, visual_experts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(visual_experts)
+    model.set_expert_path("eager")
+    expected = _logits(model)
+    calls = []
+    for name in ("swiglu", "linear"):
+        right = getattr(grouped, name)
+        monkeypatch.setattr(
+            grouped, name, lambda *args, right=right: calls.append(1) or right(*args)
+        )
+    model.set_expert_path(path)
+    torch.testing.assert_close(_logits(model), expected, atol=1e-6, rtol=1e-5)
+    if path == "grouped":
+        per_layer = 1 + ("qkv" in visual_experts) * 3 + ("o" in visual_experts)
+        assert len(calls) == 2 * per_layer
+
+
+def test_expert_path_is_never_saved(tmp_path: Path) -> None:
+    start = tiny_runs.write_checkpoint(tmp_path / "start")
+    model = MonoInternVLForConditionalGeneration.from_pretrained(start, expert_path="grouped")
+    assert model.model.language_model.expert_path == "grouped"
+    model.save_pretrained(tmp_path / "saved")
+    assert "grouped" not in (tmp_path / "saved" / "config.json").read_text()
+    loaded = MonoInternVLForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    assert loaded.model.language_model.expert_path == "auto"
+
+
+def test_unknown_path_is_refused_before_any_weight_is_read(tmp_path: Path) -> None:
+    start = tiny_runs.write_checkpoint(tmp_path / "start")
+    (start / "model.safetensors").unlink()
+    with pytest.raises(ExpertPathUnavailable, match="'fast'"):
+        MonoInternVLForConditionalGeneration.from_pretrained(start, expert_path="fast")
+    with pytest.raises(ExpertPathUnavailable, match="'fast'"):
+        _model(("ffn",)).set_expert_path("fast")
