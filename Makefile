@@ -9,12 +9,13 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart test test-slow lint types clean
+.PHONY: help setup quickstart bench test test-slow lint types clean
 
 help:
 	@echo "make quickstart   train the miniature through all four stages, ask it, write a report"
 	@echo "make test         the test suite"
 	@echo "make test-slow    also the tests that need minutes or gigabytes"
+	@echo "make bench        speed on this machine's CPU against its targets, within 10 minutes"
 	@echo "make lint types   ruff and mypy"
 
 setup: $(STAMP)
@@ -27,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 quickstart: $(STAMP)
 	$(BIN)/mono-internvl quickstart
+
+bench: $(STAMP)
+	$(BIN)/mono-internvl bench targets --json
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q

@@ -276,6 +276,38 @@ def evaluate(
     typer.echo(f"predictions: {found.predictions}")
 
 
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="prefill, ...; a wrong name lists all.")],
+    size: Annotated[str, typer.Option(help="tiny, middle or 2b.")] = "middle",
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the size's.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs of every subject.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Add the rows to this file.")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Measure speed: compared subjects interleaved in one run."""
+    from mono_internvl.bench.rows import BenchRow, append_lines
+    from mono_internvl.pipelines.bench import bench as run_bench
+
+    _quieten()
+    rows = run_bench(what, size=size, layers=layers, dtype=dtype, device=device, rounds=rounds)
+    if out is not None:
+        append_lines(out, rows)
+    for row in rows:
+        if as_json:
+            typer.echo(row.to_json())
+        elif isinstance(row, BenchRow):
+            ratio = "" if row.ratio is None else f"{row.ratio:.3f} x {row.baseline}"
+            typer.echo(f"{row.subject:<48} {row.p50:10.4f} {row.unit:<10} {ratio}")
+        else:
+            met = {True: "met", False: "MISSED", None: "not measured"}[row.met]
+            typer.echo(f"{row.name:<72} {row.target:<8} {row.value} {met}")
+
+
 def _info_values(info: "ModelInfo") -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(info).items() if value is not None}
     if info.costs is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
-from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing, check_expert_path
 from mono_internvl.model import register_auto_classes
 from mono_internvl.model.checkpoint import (

@@ -1,0 +1,1 @@
+"""Measured speed: compared subjects interleaved in one run, one row per measurement."""

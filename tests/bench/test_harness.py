@@ -1,0 +1,108 @@
+"""The harness: interleaving, ratios, rows that say where they come from."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mono_internvl.bench.rows import BenchRow, Target, append_lines, read_rows
+from mono_internvl.bench.timing import Subject, interleaved, measure, percentile
+from mono_internvl.cli import app
+from mono_internvl.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def _burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_subjects_take_turns_and_begin_in_turn() -> None:
+    order: list[str] = []
+    subjects = [Subject(name, lambda name=name: order.append(name)) for name in "abc"]
+    timings = interleaved(subjects, 3, CPU)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert all(len(t.cpu) == len(t.wall) == 3 for t in timings.values())
+
+
+def test_measured_ratio_is_that_of_the_work() -> None:
+    rows = measure(
+        "burning",
+        [Subject("one", lambda: _burn(0.01)), Subject("two", lambda: _burn(0.04), units=2)],
+        baseline="one",
+        rounds=3,
+        device=CPU,
+        command="none",
+        shapes={"tokens": 1},
+        layers=0,
+        dtype=torch.float32,
+    )
+    one, two = rows
+    assert one.ratio == 1.0 and two.ratio == pytest.approx(2.0, rel=0.2)
+    assert two.p20 <= two.p50 <= two.p80
+    assert two.p50 == pytest.approx(0.02, rel=0.2)  # of one of its two units
+    assert two.n == 3 and two.clock == "cpu" and two.commit and two.versions["torch"]
+
+
+def test_multiplications_are_counted() -> None:
+    x, w = torch.randn(8, 16), torch.randn(16, 32)
+    timings = interleaved([Subject("mm", lambda: x @ w)], 1, CPU)
+    assert timings["mm"].gflop == pytest.approx(2 * 8 * 16 * 32 / 1e9)
+
+
+def test_percentile_interpolates() -> None:
+    assert percentile([1.0, 2.0, 3.0], 0.5) == 2.0
+    assert percentile([0.0, 10.0], 0.2) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("sign", "bound", "value", "met"),
+    [
+        ("<=", 1.0, 0.9, True),
+        ("<=", 1.0, 1.1, False),
+        (">=", 2.0, 2.0, True),
+        (">=", 2, None, None),
+    ],
+)
+def test_target_is_judged(sign: str, bound: float, value: float | None, met: bool | None) -> None:
+    assert Target.judge("x", sign, bound, value).met is met
+
+
+def test_rows_go_round(tmp_path: Path) -> None:
+    rows = measure(
+        "nothing",
+        [Subject("none", lambda: None)],
+        baseline="none",
+        rounds=1,
+        device=CPU,
+        command="none",
+        shapes={},
+        layers=0,
+        dtype=torch.float32,
+    )
+    append_lines(tmp_path / "rows.jsonl", rows)
+    assert read_rows(tmp_path / "rows.jsonl") == rows
+    (tmp_path / "rows.jsonl").write_text('{"what": 1}\n')
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1"):
+        read_rows(tmp_path / "rows.jsonl")
+
+
+def test_bench_command_prints_rows() -> None:
+    found = CliRunner().invoke(
+        app, ["bench", "prefill", "--size", "tiny", "--dtype", "float32", "--rounds", "1", "--json"]
+    )
+    assert found.exit_code == 0, found.output
+    rows = [BenchRow(**json.loads(line)) for line in found.output.splitlines() if line[:1] == "{"]
+    assert {"ours v1", "ours v1.5"} <= {row.subject for row in rows}
+    assert all(row.what == "prefill" and row.ratio for row in rows)
+
+
+def test_bench_unknown_name_is_refused() -> None:
+    found = CliRunner().invoke(app, ["bench", "nonsense"])
+    assert isinstance(found.exception, ConfigError)
+    assert "prefill" in str(found.exception)

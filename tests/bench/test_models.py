@@ -1,0 +1,36 @@
+"""What is compared computes the same thing."""
+
+import torch
+
+from mono_internvl.bench.models import (
+    last_logits_of_llama,
+    last_logits_of_ours,
+    make_dense,
+    plain_llama,
+    prompt_of,
+    random_model,
+    size_of,
+)
+
+CPU = torch.device("cpu")
+
+
+@torch.inference_mode()
+def test_llama_computes_what_ours_does_on_text() -> None:
+    size = size_of("tiny")
+    ours = random_model(size, "v1", torch.float32, CPU, "sdpa")
+    ids = prompt_of(size, ours.config, torch.float32, CPU).input_ids[:, :3]
+    theirs = last_logits_of_llama(plain_llama(ours), ids)
+    assert torch.allclose(ours(ids).logits[:, -1], theirs, atol=1e-5)
+
+
+def test_dense_computes_what_ours_does() -> None:
+    size = size_of("tiny")
+    ours = random_model(size, "v1", torch.float32, CPU, "sdpa")
+    prompt = prompt_of(size, ours.config, torch.float32, CPU)
+    dense = make_dense(ours)
+    assert torch.allclose(
+        last_logits_of_ours(dense, prompt), last_logits_of_ours(ours, prompt), atol=1e-5
+    )
+    weight = "model.language_model.layers.0.mlp_visual.up_proj.weight"
+    assert dense.get_parameter(weight).data_ptr() == ours.get_parameter(weight).data_ptr()
