@@ -98,7 +98,9 @@ def test_bench_command_prints_rows() -> None:
     )
     assert found.exit_code == 0, found.output
     rows = [BenchRow(**json.loads(line)) for line in found.output.splitlines() if line[:1] == "{"]
-    assert {"ours v1", "ours v1.5"} <= {row.subject for row in rows}
+    assert {"ours v1", "ours v1, blocked, skip", "ours v1.5, blocked, skip"} <= {
+        row.subject for row in rows
+    }
     assert all(row.what == "prefill" and row.ratio for row in rows)
 
 

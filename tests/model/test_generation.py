@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from mono_internvl.errors import PromptError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
-ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
 GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": -1}
 
 Model = MonoInternVLForConditionalGeneration
@@ -271,7 +271,9 @@ def test_generate_runs_image_features_once() -> None:
 def test_generate_computes_last_logits_only() -> None:
     model, prompt = tiny_model(), _prompt()
     rows: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    model.lm_head.register_forward_hook(
+        lambda module, args, out: rows.append(out.shape[:-1].numel())
+    )
     model.generate(**prompt, **GREEDY)
     assert rows == [1] * 10
 

@@ -22,7 +22,7 @@ from transformers import DynamicCache, StaticCache
 from mono_internvl.errors import PromptError
 from mono_internvl.model.from_llm import copy_text_to_visual
 
-ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa"])
+ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
 
 
 def _assert_close(a: Tensor, b: Tensor, atol: float = 1e-5) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from mono_internvl.model.configuration import (
     MonoInternVLTextConfig,
     MonoInternVLVisionConfig,
 )
-from mono_internvl.model.decoder import DecoderLayer
+from mono_internvl.model.decoder import DecoderLayer, KeptRows
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 VARIANTS: dict[str, tuple[str, ...]] = {"v1": ("ffn",), "v1.5": ("ffn", "qkv", "o")}
@@ -173,8 +174,9 @@ class DenseLayer(DecoderLayer):
     """
 
     def forward(
-        self, x: Tensor, routing: Routing, **attention: object
+        self, x: Tensor, routing: Routing, kept: KeptRows | None = None, **attention: Any
     ) -> tuple[Tensor, Tensor | None]:
+        assert kept is None, "the official code computes all rows"
         y, weights = self.self_attn(self.input_layernorm(x), routing, **attention)
         x = x + y
         y = self.post_attention_layernorm(x)
@@ -184,17 +186,28 @@ class DenseLayer(DecoderLayer):
         return x + self.mlp(y) * (1 - mask) + self.mlp_visual(y) * mask, weights
 
 
-def make_dense(model: MonoInternVLForConditionalGeneration) -> MonoInternVLForConditionalGeneration:
+def twin(
+    model: MonoInternVLForConditionalGeneration, attention: str
+) -> MonoInternVLForConditionalGeneration:
+    """The same model with another attention; weights stay shared."""
+    with torch.device("meta"):
+        other = MonoInternVLForConditionalGeneration(copy.deepcopy(model.config))
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.set_attn_implementation(attention)
+    return other.eval()
+
+
+def make_dense(
+    model: MonoInternVLForConditionalGeneration, attention: str
+) -> MonoInternVLForConditionalGeneration:
     """The same model, its experts computed the official way; weights stay shared.
 
     Only for models with visual feed-forward experts alone (v1), like the official code.
     """
-    with torch.device("meta"):
-        dense = MonoInternVLForConditionalGeneration(copy.deepcopy(model.config))
-    dense.load_state_dict(model.state_dict(), assign=True)
+    dense = twin(model, attention)
     for layer in dense.model.language_model.layers:
         layer.__class__ = DenseLayer
-    return dense.eval()
+    return dense
 
 
 @dataclass(frozen=True)
@@ -239,15 +252,26 @@ def last_logits_of_llama(llama: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def last_logits_of_ours(
-    model: MonoInternVLForConditionalGeneration, prompt: Prompt, **options: object
+    model: MonoInternVLForConditionalGeneration, prompt: Prompt, has_skip: bool = True
 ) -> Tensor:
-    """Prefill with a cache, patch embedding and placing included; last row's logits (B, V)."""
+    """Prefill with a cache, patch embedding and placing included; last row's logits (B, V).
+
+    Args:
+        model: Ours, or its dense twin.
+        prompt: What to read.
+        has_skip: Whether the last layer computes only what the last row needs.
+    """
     cache = DynamicCache(config=model.config.text_config)
-    out = model(
-        prompt.input_ids,
-        prompt.pixel_values,
-        past_key_values=cache,
-        **{"logits_to_keep": 1, **options},
-    )
-    logits: Tensor = out.logits[:, -1]
-    return logits
+    if has_skip:
+        out = model(prompt.input_ids, prompt.pixel_values, past_key_values=cache, logits_to_keep=1)
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+    x = model.model(prompt.input_ids, prompt.pixel_values, past_key_values=cache).last_hidden_state
+    return model.lm_head(x[:, -1]).float()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def all_logits_of_ours(model: MonoInternVLForConditionalGeneration, prompt: Prompt) -> Tensor:
+    """Prefill with the logits of every row, as the official code does it, (B, T, V)."""
+    cache = DynamicCache(config=model.config.text_config)
+    x = model.model(prompt.input_ids, prompt.pixel_values, past_key_values=cache).last_hidden_state
+    return model.lm_head(x.flatten(0, 1)).float()  # type: ignore[no-any-return]

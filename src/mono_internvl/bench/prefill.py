@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from mono_internvl.bench.models import (
     Size,
+    all_logits_of_ours,
     last_logits_of_llama,
     last_logits_of_ours,
     make_dense,
     plain_llama,
     prompt_of,
     random_model,
+    twin,
 )
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
 
 LLAMA = "Llama of transformers, same weights, head on one row"
+PLAIN = "ours v1"
+BEST = "ours v1, blocked, skip"
+NEWER = "ours v1.5, blocked, skip"
+DENSE = "dense v1, sdpa"
+OFFICIAL = "dense v1, as the official code runs"
 
 
 def bench_prefill(
@@ -64,13 +72,12 @@ def prefill_subjects(
     """The subjects of `bench_prefill`; all but the 1.5 variant share their weights."""
     ours = random_model(size, "v1", dtype, device, "sdpa")
     prompt = prompt_of(size, ours.config, dtype, device)
-    llama, dense = plain_llama(ours), make_dense(ours)
-    dense_eager = make_dense(ours)
-    dense_eager.set_attn_implementation("eager")
+    llama, blocked = plain_llama(ours), twin(ours, "blocked")
+    dense, dense_eager = make_dense(ours, "sdpa"), make_dense(ours, "eager")
 
-    def subject(name: str, model: object, attention: str, **options: object) -> Subject:
-        run = functools.partial(last_logits_of_ours, model, prompt, **options)  # type: ignore[arg-type]
-        return Subject(name, run, {"attention": attention, "last_layer_skip": False})
+    def subject(name: str, model: Any, attention: str, has_skip: bool) -> Subject:
+        run = functools.partial(last_logits_of_ours, model, prompt, has_skip)
+        return Subject(name, run, {"attention": attention, "last_layer_skip": has_skip})
 
     subjects = [
         Subject(
@@ -78,11 +85,18 @@ def prefill_subjects(
             functools.partial(last_logits_of_llama, llama, prompt.input_ids),
             {"attention": "sdpa"},
         ),
-        subject("ours v1", ours, "sdpa"),
-        subject("dense v1, sdpa", dense, "sdpa"),
-        subject("dense v1, as the official code runs", dense_eager, "eager", logits_to_keep=0),
+        subject(PLAIN, ours, "sdpa", False),
+        subject("ours v1, skip", ours, "sdpa", True),
+        subject("ours v1, blocked", blocked, "blocked", False),
+        subject(BEST, blocked, "blocked", True),
+        subject(DENSE, dense, "sdpa", False),
+        Subject(
+            OFFICIAL,
+            functools.partial(all_logits_of_ours, dense_eager, prompt),
+            {"attention": "eager", "last_layer_skip": False},
+        ),
     ]
     if with_variants:
-        newer = random_model(size, "v1.5", dtype, device, "sdpa")
-        subjects.insert(2, subject("ours v1.5", newer, "sdpa"))
+        newer = random_model(size, "v1.5", dtype, device, "blocked")
+        subjects.append(subject(NEWER, newer, "blocked", True))
     return subjects

@@ -74,6 +74,16 @@ class Routing:
         row_order[visual_rows] = torch.arange(num_rows - num_visual, num_rows, device=flat.device)
         return cls(num_rows - num_visual, num_visual, text_rows, visual_rows, row_order)
 
+    def select(self, rows: Tensor) -> Routing:
+        """The routing of some of the rows, (R,) int64, in that order.
+
+        Where the rows are of two kinds this waits for the device once, as `from_mask` does.
+        """
+        if self.row_order is None:
+            num_rows = rows.numel()
+            return Routing(0, num_rows) if self.num_visual else Routing(num_rows, 0)
+        return Routing.from_mask(self.row_order.index_select(0, rows) >= self.num_text)
+
     def to(self, device: torch.device) -> Routing:
         """The same routing with its index tensors on `device`."""
         if self.row_order is None:

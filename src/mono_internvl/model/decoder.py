@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from mono_internvl.experts import Routing, check_expert_path, run_fast_path
+from mono_internvl.model.blocked_attention import BLOCKED, register_blocked_attention
 from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
 from mono_internvl.model.visual_tokens import PatchEmbedder
 
@@ -48,6 +49,23 @@ class MonoInternVLOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of the last layer whose output somebody reads; it computes no others.
+
+    Keys and values it computes for all rows: later tokens will read those.
+
+    Attributes:
+        rows: Indices into the N rows, int64; its shape is that of the output, without D.
+        first_token: Place in the sequence before which no row is kept.
+        routing: Of the kept rows.
+    """
+
+    rows: Tensor
+    first_token: int
+    routing: Routing
 
 
 def route(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module | None) -> Tensor:
@@ -203,8 +221,10 @@ class Attention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
+        kept: KeptRows | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Rows (B, T, D) -> (B, T, D), or those of `kept` alone, (R, D)."""
         batch, tokens, _ = x.shape
         rows = x.flatten(0, 1)  # (N, D)
 
@@ -222,11 +242,34 @@ class Attention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
+        first = 0 if kept is None else self._first_query(kept, q, k, attention_mask)
+        if first:
+            q = q[:, :, first:]
+            attention_mask = None if attention_mask is None else attention_mask[:, :, first:]
         y, weights = attend(
             self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )  # (B, T, H, d)
-        y = self.project("o_proj", y.reshape(batch * tokens, -1), routing)
-        return y.view(batch, tokens, -1), weights
+        if kept is None:
+            y = self.project("o_proj", y.reshape(batch * tokens, -1), routing)
+            return y.view(batch, tokens, -1), weights
+        flat = kept.rows.flatten()
+        flat = flat - first * (1 + flat // tokens)  # the same rows among those not cut off
+        y = y.reshape(batch * (tokens - first), -1).index_select(0, flat)
+        return self.project("o_proj", y, kept.routing), weights
+
+    def _first_query(
+        self, kept: KeptRows, q: Tensor, k: Tensor, attention_mask: Tensor | None
+    ) -> int:
+        """The first query that attention must see; 0 where it cannot do with a part of them.
+
+        Without a mask, sdpa takes several queries for the first ones of the keys, and a single one
+        sees every key: right if the keys end with it, wrong in a static cache.
+        """
+        name, last = self.config._attn_implementation, q.shape[2] - 1
+        if name == BLOCKED or (name in ("eager", "sdpa") and attention_mask is not None):
+            return min(kept.first_token, last)
+        is_single = kept.first_token >= last and k.shape[2] == q.shape[2]
+        return last if name == "sdpa" and is_single else 0
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -247,12 +290,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm_visual = RMSNorm(width, eps) if norms else None
 
     def forward(
-        self, x: Tensor, routing: Routing, **attention: Any
+        self, x: Tensor, routing: Routing, kept: KeptRows | None = None, **attention: Any
     ) -> tuple[Tensor, Tensor | None]:
-        shape, rows = x.shape, x.flatten(0, 1)  # (N, D)
+        """(B, T, D) -> (B, T, D), or (..., D) of the `kept` rows; attention weights if any."""
+        shape: tuple[int, ...] = x.shape
+        rows = x.flatten(0, 1)  # (N, D)
         y = route(rows, routing, self.input_layernorm, self.input_layernorm_visual)
-        y, weights = self.self_attn(y.view(shape), routing, **attention)
-        rows = rows + y.flatten(0, 1)
+        y, weights = self.self_attn(y.view(shape), routing, kept=kept, **attention)
+        if kept is not None:
+            shape, routing = (*kept.rows.shape, shape[-1]), kept.routing
+            rows = rows.index_select(0, kept.rows.flatten())
+        rows = rows + y.flatten(0, -2)
         y = route(
             rows, routing, self.post_attention_layernorm, self.post_attention_layernorm_visual
         )
@@ -343,6 +391,8 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        rows_to_keep: Tensor | None = None,
+        first_token_to_keep: int = 0,
         **kwargs: Any,
     ) -> MonoInternVLOutput:
         """Run the decoder over embedded tokens; without `routing` every row is text.
@@ -353,6 +403,12 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             attention_mask: (B, T_kv) with 0 at padding, or a prepared 4D mask.
             position_ids: (B, T), integers or floats; counted on from the cache unless given.
             past_key_values: Cache to read and extend.
+            output_hidden_states: Keep the output of every layer, whole.
+            output_attentions: Keep the attention weights of every layer, whole.
+            rows_to_keep: Rows of the B * T whose last hidden state is asked for; the result has
+                its shape, (..., D), and the last layer computes what these rows need. Not with
+                `output_hidden_states` or `output_attentions`.
+            first_token_to_keep: Place in the sequence before which none of them stands.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens, _ = x.shape
@@ -376,10 +432,16 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         # Kept only if asked for: a long prefill would otherwise hold every layer's activations.
         hidden_states: list[Tensor] = [x] if output_hidden_states else []
         attentions: list[Tensor | None] = []
-        for layer in self.layers:
+        kept = None
+        if rows_to_keep is not None:
+            kept_routing = routing.select(rows_to_keep.flatten())
+            kept = KeptRows(rows_to_keep, first_token_to_keep, kept_routing)
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
             x, weights = layer(
                 x,
                 routing,
+                kept if number == last else None,
                 position_embeddings=angles,
                 attention_mask=mask,
                 past_key_values=past_key_values,
@@ -397,3 +459,6 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,  # type: ignore[arg-type]
         )
+
+
+register_blocked_attention()

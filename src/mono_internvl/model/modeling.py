@@ -33,7 +33,7 @@ from mono_internvl.model.decoder import (
     MonoInternVLPreTrainedModel,
     MonoInternVLTextModel,
 )
-from mono_internvl.model.encoding import IGNORED_LABEL
+from mono_internvl.model.kept_rows import labelled_rows, rows_read
 from mono_internvl.model.vision_tower import VisionTower
 from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pixel_shuffle
 
@@ -224,6 +224,13 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             visual_token_mask: (B, T) bool, where features go; the context tokens unless given.
             logits_to_keep: 0 all rows, n the last n, a tensor those rows, None no logits at all.
         """
+        labelled = None if labels is None else labelled_rows(labels)
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        keep = None
+        if x is not None and not (
+            kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        ):
+            keep = rows_read(x.shape[0], x.shape[1], x.device, labelled, logits_to_keep)
         out = self.model(
             input_ids,
             pixel_values,
@@ -233,21 +240,30 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            rows_to_keep=None if keep is None else keep.rows,
+            first_token_to_keep=0 if keep is None else keep.first_token,
             **kwargs,
         )
-        x = out.last_hidden_state  # (B, T, D)
-        if labels is not None:
-            out.loss = self.loss(x, labels, loss_weight, num_items_in_batch)
+        x = out.last_hidden_state  # (B, T, D), or of the rows to keep: (B, T', D) or (R, D)
+        if labels is not None and labelled is not None:
+            of_labels = x if keep is not None else x.flatten(0, 1).index_select(0, labelled)
+            out.loss = self._loss(of_labels, labelled, labels, loss_weight, num_items_in_batch)
         if logits_to_keep is not None:
-            rows = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            out.logits = self.lm_head(x[:, rows]).float()
+            if keep is None:
+                is_count = isinstance(logits_to_keep, int)
+                x = x[:, slice(-logits_to_keep, None) if is_count else logits_to_keep]
+            # Rows in two dimensions: with three, bf16 on a CPU would copy the whole head.
+            out.logits = self.lm_head(x.flatten(0, 1)).float().unflatten(0, x.shape[:2])
         out.last_hidden_state = None
         return out
 
-    def loss(
-        self, x: Tensor, labels: Tensor, weight: Tensor | None, denominator: Tensor | float | None
+    def _loss(
+        self,
+        x: Tensor,
+        labelled: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        denominator: Tensor | float | None,
     ) -> Tensor:
         """Next-token cross entropy in fp32; logits only of the rows that have a label.
 
@@ -255,19 +271,18 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         is 0, so that a batch with nothing to learn changes nothing. It is never 0 / 0.
 
         Args:
-            x: (B, T, D) hidden states.
+            x: (R, D) hidden states of the labelled rows.
+            labelled: (R,) their numbers among the B * T rows.
             labels: (B, T), `IGNORED_LABEL` where nothing is learnt.
             weight: (B, T) or None.
             denominator: Of the sum; the weight of the labels in this batch unless given.
         """
-        targets = labels[:, 1:].reshape(-1)
-        rows = (targets != IGNORED_LABEL).nonzero().squeeze(1)  # (labelled,)
-        logits = self.lm_head(x[:, :-1].flatten(0, 1).index_select(0, rows))
-        ce = F.cross_entropy(logits.float(), targets.index_select(0, rows), reduction="none")
+        targets = labels.flatten().index_select(0, labelled + 1)
+        ce = F.cross_entropy(self.lm_head(x).float(), targets, reduction="none")
         if weight is None:
-            total: Tensor | float = rows.numel()
+            total: Tensor | float = labelled.numel()
         else:
-            w = weight[:, 1:].reshape(-1).index_select(0, rows).to(ce.dtype)
+            w = weight.flatten().index_select(0, labelled + 1).to(ce.dtype)
             ce, total = ce * w, w.sum()
         loss = ce.sum()
         if denominator is not None:
