@@ -183,7 +183,13 @@ def test_prompt_costs_count_what_a_forward_multiplies() -> None:
     visual = tiles * TOKENS_PER_TILE
     counted = prompt_costs(model.config, visual, ids.shape[1] - visual).prefill
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=ids, pixel_values=tile_pixels(tiles), logits_to_keep=1)
+        # Asked for hidden states, the last layer computes all rows, as it is counted.
+        model(
+            input_ids=ids,
+            pixel_values=tile_pixels(tiles),
+            logits_to_keep=1,
+            output_hidden_states=True,
+        )
     dense_attention = counted.decoder_attention * 2 * ids.shape[1] // (ids.shape[1] + 1)
     expected = counted.total - counted.decoder_attention + dense_attention
     assert counter.get_total_flops() == expected
