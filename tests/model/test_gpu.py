@@ -41,6 +41,24 @@ def test_forward_on_cuda_equals_cpu(attention: str) -> None:
     torch.testing.assert_close(logits.cpu(), expected, rtol=0, atol=LOGITS_ATOL)
 
 
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+@torch.no_grad()
+def test_packed_segments_with_other_attention_equal_sdpa(attention: str) -> None:
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn", reason="flash_attn is not installed")
+    model = tiny_model(attention="sdpa").to("cuda", torch.bfloat16)
+    model.config.visual_position_step = 0.25
+    ids = _prompt("cuda")["input_ids"]
+    packed = {"input_ids": torch.cat((ids, ids), dim=1), "pixel_values": tile_pixels(4).cuda()}
+    packed["position_ids"] = torch.arange(ids.shape[1]).repeat(2)[None].cuda()
+    expected = model(**packed).logits
+    model.set_attn_implementation(attention)
+    found = model(**packed).logits
+    assert (found - expected).abs().mean() < 0.05 * expected.std()
+    unpacked = model(**{**packed, "position_ids": None}).logits
+    assert (unpacked - expected).abs().mean() > 0.2 * expected.std()
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @torch.no_grad()
 def test_generate_on_cuda_equals_cpu(cache: str) -> None:

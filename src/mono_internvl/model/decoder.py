@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 from mono_internvl.experts import Routing, check_expert_path, run_fast_path
 from mono_internvl.model.blocked_attention import BLOCKED, register_blocked_attention
 from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
+from mono_internvl.model.image_layout import ImageLayout, check_attention_and_cache
 from mono_internvl.model.visual_tokens import PatchEmbedder
 
 
@@ -319,6 +320,8 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("DecoderLayer",)
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
@@ -393,6 +396,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         output_attentions: bool | None = None,
         rows_to_keep: Tensor | None = None,
         first_token_to_keep: int = 0,
+        image_layout: ImageLayout | None = None,
         **kwargs: Any,
     ) -> MonoInternVLOutput:
         """Run the decoder over embedded tokens; without `routing` every row is text.
@@ -409,7 +413,10 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
                 its shape, (..., D), and the last layer computes what these rows need. Not with
                 `output_hidden_states` or `output_attentions`.
             first_token_to_keep: Place in the sequence before which none of them stands.
+            image_layout: What images mean for attention and positions; nothing unless given.
         """
+        layout = image_layout if image_layout is not None else ImageLayout()
+        check_attention_and_cache(self.config._attn_implementation, past_key_values)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens, _ = x.shape
         if use_cache and past_key_values is None:
@@ -424,8 +431,14 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             past_key_values=past_key_values,
             # Integers that start anew mark packed segments; fractions mark nothing.
             position_ids=None if position_ids.is_floating_point() else position_ids,
+            block_sequence_ids=layout.image_numbers,
         )
-        angles = rotary_embeddings(self.config, position_ids, seen + tokens, x.dtype)
+        if "flash" in (self.config._attn_implementation or "") and past_key_values is None:
+            kwargs["position_ids"] = position_ids  # it has no mask to see packed segments in
+        positions, length = position_ids, seen + tokens
+        if layout.positions is not None:
+            positions, length = layout.positions, layout.length(length)
+        angles = rotary_embeddings(self.config, positions, length, x.dtype)
         routing = routing if routing is not None else Routing.all_text(batch * tokens)
         routing = routing.by(self.expert_path)
 

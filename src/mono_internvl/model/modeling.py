@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_masks_for_generate
 
 from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing, check_expert_path
@@ -32,6 +33,12 @@ from mono_internvl.model.decoder import (
     MonoInternVLOutput,
     MonoInternVLPreTrainedModel,
     MonoInternVLTextModel,
+)
+from mono_internvl.model.image_layout import (
+    check_attention_and_cache,
+    chunk_ends,
+    has_image_layout,
+    lay_out_images,
 )
 from mono_internvl.model.kept_rows import labelled_rows, rows_read
 from mono_internvl.model.vision_tower import VisionTower
@@ -138,6 +145,22 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             )
         if inputs_embeds is not None and visual_token_mask is not None:
             routing = Routing.from_mask(visual_token_mask)
+        if has_image_layout(self.config):
+            x = input_ids if inputs_embeds is None else inputs_embeds
+            assert x is not None
+            is_visual = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+            if routing is not None and visual_token_mask is not None:
+                is_visual = visual_token_mask
+            cache = kwargs.get("past_key_values")
+            if cache is None and kwargs.get("use_cache"):
+                cache = kwargs["past_key_values"] = DynamicCache(config=self.config.text_config)
+            kwargs["image_layout"] = lay_out_images(
+                self.config,
+                is_visual,
+                kwargs.get("position_ids"),
+                cache,
+                is_training=self.training,
+            )
         return self.language_model(
             input_ids if inputs_embeds is None else None, inputs_embeds, routing, **kwargs
         )
@@ -316,7 +339,18 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
                 kwargs.get("past_key_values")
             ):
                 _check_no_places(is_visual)
+        if has_image_layout(self.config):  # what the cache remembers grows: nothing to compile
+            kwargs.setdefault("disable_compile", True)
         return super().generate(inputs, *args, **kwargs)
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """The mask of a static cache; left to `forward` where it depends on the images."""
+        check_attention_and_cache(
+            self.config.text_config._attn_implementation, kwargs.get("past_key_values")
+        )
+        if self.config.image_attention != "causal":
+            return kwargs["attention_mask"]
+        return create_masks_for_generate(**kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
@@ -375,19 +409,23 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         past_key_values: Cache,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        chunk_tokens: int = 2048,
+        chunk_tokens: int | None = None,
     ) -> MonoInternVLOutput:
-        """Read a prompt in chunks, with a boundary anywhere, also inside an image.
+        """Read a prompt in chunks, with a boundary anywhere, also inside a causal image.
 
         Args:
             input_ids: (B, T), what the cache has not seen yet.
             past_key_values: Cache to extend.
             pixel_values: (tiles, 3, S, S), images of these tokens.
             attention_mask: (B, T_seen + T), 0 at padding.
-            chunk_tokens: Tokens per forward pass.
+            chunk_tokens: Tokens per forward pass; by default 2,048, and images that attend both
+                ways in one piece.
 
         Returns:
             The output of the last chunk, with the logits of its last row.
+
+        Raises:
+            PromptError: A chunk of the given size ends inside an image that attends both ways.
         """
         features = None
         if pixel_values is not None:
@@ -400,9 +438,8 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         position_ids = None
         if attention_mask is not None:  # as generate counts them: padding takes no place
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, seen:]
-        out = MonoInternVLOutput()
-        for start in range(0, input_ids.shape[1], chunk_tokens):
-            stop = min(start + chunk_tokens, input_ids.shape[1])
+        out, start = MonoInternVLOutput(), 0
+        for stop in chunk_ends(self.config, is_visual, chunk_tokens):
             out = self(
                 inputs_embeds=embeds[:, start:stop],
                 visual_token_mask=is_visual[:, start:stop],
@@ -411,6 +448,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
                 past_key_values=past_key_values,
                 logits_to_keep=1,
             )
+            start = stop
         return out
 
 
