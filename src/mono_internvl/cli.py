@@ -145,7 +145,7 @@ def info(
     found = describe(_config_of(model, preset or DEFAULT_PRESET, revision), tokens, recipe)
     title = model or preset or DEFAULT_PRESET
     if note := PRESET_NOTES.get(preset or ""):
-        found.config["note"] = note
+        found = dataclasses.replace(found, config={**found.config, "note": note})
     if as_json:
         print_json({"name": title, **_info_values(found)})
     else:

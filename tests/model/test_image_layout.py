@@ -275,8 +275,8 @@ def test_default_chunks_keep_images_whole(monkeypatch: pytest.MonkeyPatch) -> No
     options = OPTIONS["both"]
     model, (ids, pixels) = _model(options), _conversation()
     chunks: list[int] = []
-    norm = model.model.language_model.norm
-    norm.register_forward_hook(lambda module, args, out: chunks.append(out.shape[1]))
+    first_layer = model.model.language_model.layers[0]
+    first_layer.register_forward_pre_hook(lambda module, args: chunks.append(args[0].shape[1]))
     out = model.prefill(ids, DynamicCache(config=model.config), pixels)
     _assert_close(out.logits[:, -1], _reference(options, ids, pixels)[:, -1])
     assert chunks == [12, 6, 6, 1]  # the first goes on to the end of its image
