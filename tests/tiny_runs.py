@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mono_internvl.miniature.tokenizer import train_tokenizer
 from mono_internvl.model.configuration import MonoInternVLVisionConfig
-from mono_internvl.model.from_llm import monolithic_from_llama
+from mono_internvl.model.from_llm import monolithic_from_llm
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.tokenization import load_tokenizer
 from mono_internvl.training.recipe import Rule, Stage
@@ -48,7 +48,7 @@ def write_checkpoint(folder: Path, **llama: Any) -> Path:
         config = LlamaConfig(vocab_size=len(tokenizer), **{**fields, **llama})
         LlamaForCausalLM(config).save_pretrained(plain)
     tokenizer.save_pretrained(plain)
-    made = monolithic_from_llama(
+    made = monolithic_from_llm(
         plain,
         vision=MonoInternVLVisionConfig(
             kind="patch", hidden_size=16, image_size=TILE_PX, patch_size=14

@@ -168,7 +168,7 @@ def test_config_missing_top_key_takes_released_default(
         ("llm_config", {"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
         ("llm_config", {"architectures": None}, "None"),
         ("llm_config", {"num_key_value_heads": 3}, "num_key_value_heads=3"),
-        ("llm_config", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ("llm_config", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "longrope"),
         ("vision_config", {"model_type": "siglip"}, "siglip"),
         ("", {"ps_version": "v3"}, "v3"),
         ("", {"downsample_ratio": 0.25}, "0.25"),

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_llms import tiny_tokenizer
 from tiny_models import IMAGE_SIZE, TOKENS_PER_TILE, randomize, tile_pixels
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,7 +18,7 @@ from mono_internvl.model.from_llm import (
     MonolithicStart,
     copy_text_to_visual,
     export_llama,
-    monolithic_from_llama,
+    monolithic_from_llm,
 )
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.prompts import VISUAL_TOKENS
@@ -28,23 +27,8 @@ VISION = MonoInternVLVisionConfig(hidden_size=32, image_size=IMAGE_SIZE)
 ALL_EXPERTS = ("ffn", "qkv", "o", "norms")
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE(unk_token=None))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        special_tokens=["<unk>", "<s>", "</s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(["a red circle"], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-
-
 def _write_llama(folder: Path, **fields: Any) -> LlamaForCausalLM:
-    tokenizer = _tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         **{
@@ -67,7 +51,7 @@ def _write_llama(folder: Path, **fields: Any) -> LlamaForCausalLM:
 
 
 def _start(folder: Path, **options: Any) -> MonolithicStart:
-    return monolithic_from_llama(folder, vision=VISION, **options)
+    return monolithic_from_llm(folder, vision=VISION, **options)
 
 
 def _ids(length: int = 20, rows: int = 2) -> torch.Tensor:
@@ -164,7 +148,7 @@ def test_from_llama_vocabulary_ends_with_visual_tokens(tmp_path: Path) -> None:
 
 
 def test_from_llama_drops_rows_without_token(tmp_path: Path) -> None:
-    tokens = len(_tokenizer())
+    tokens = len(tiny_tokenizer())
     llama = _write_llama(tmp_path, vocab_size=tokens + 11)
     model = _start(tmp_path).model
     rows = llama.get_input_embeddings().weight[:tokens]
@@ -197,17 +181,19 @@ def test_from_llama_saves_as_released_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mistral"}, "model_type='mistral'"),
+        ({"model_type": "gemma2"}, "model_type='gemma2'"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
+        ({"bias": True}, "bias=True"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"sliding_window": 128}, "sliding_window=128"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         (
-            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-            "rope_type='llama3'",
+            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 8.0}},
+            "rope_type='longrope'",
         ),
         (
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}},
-            "rope_type='yarn'",
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+            "low_freq_factor",
         ),
         (
             {

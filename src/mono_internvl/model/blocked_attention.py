@@ -92,6 +92,7 @@ def blocked_mask(
     q_offset: int | Tensor = 0,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The boolean mask of sdpa, or None where nothing but the future is hidden.
@@ -102,12 +103,14 @@ def blocked_mask(
         kv_length: T_kv.
         q_offset: Position of the first query.
         attention_mask: (B, T_kv) bool, False at padding.
-        allow_is_causal_skip: Whether the mask is causal and nothing more.
+        allow_is_causal_skip: Whether the mask is causal and nothing more, or a window of it.
+        local_size: Tokens that a query looks back on; None is all.
         **kwargs: As `sdpa_mask` takes them.
     """
     are_last = isinstance(q_offset, int) and q_offset + q_length == kv_length
     is_padded = attention_mask is not None and not bool(attention_mask.all())
-    if allow_is_causal_skip and are_last and not is_padded:
+    hides_past = local_size is not None and kv_length > local_size
+    if allow_is_causal_skip and are_last and not is_padded and not hides_past:
         return None
     return sdpa_mask(  # type: ignore[no-any-return]
         batch_size=batch_size,
@@ -116,6 +119,7 @@ def blocked_mask(
         q_offset=q_offset,
         attention_mask=attention_mask,
         allow_is_causal_skip=False,
+        local_size=local_size,
         **kwargs,
     )
 

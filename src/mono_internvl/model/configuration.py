@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.model.decoder_knobs import check_layers, check_rope
 from mono_internvl.model.field_checks import (
     check_choice,
     check_flag,
@@ -34,8 +35,6 @@ from mono_internvl.model.visual_options import (
     check_position_step,
     visual_expert_set,
 )
-
-ROPE_TYPES = ("default", "linear", "dynamic")
 
 # The nine visual tokens close the vocabulary in a fixed order; <IMG_CONTEXT> is the third of them.
 IMAGE_TOKEN_OFFSET_FROM_END = 7
@@ -93,7 +92,13 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         qkv_bias: Whether the query, key and value projections have a bias.
         o_bias: Whether the output projection of attention has a bias.
         qk_norm: Whether queries and keys are RMS-normalised per head.
-        rope_parameters: `rope_theta`, `rope_type` ("default", "linear", "dynamic") and `factor`.
+        rope_parameters: `rope_theta`, `rope_type` and what belongs to the type, in transformers'
+            words (`decoder_knobs.ROPE_FIELDS`).
+        layer_types: For each layer "full_attention" or "sliding_attention"; None: all are full.
+        sliding_window: Tokens that a sliding layer looks back on, the present one included.
+        no_rope_layers: For each layer 1 if it turns queries and keys by their positions, 0 if it
+            does not (the name is transformers'); None: all do.
+        family: `model_type` of the language model that this decoder was made from.
     """
 
     model_type = "mono_internvl_text"
@@ -121,6 +126,10 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     qk_norm: bool = False
     rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # set in __post_init__
     attention_dropout: float = 0.0
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    no_rope_layers: list[int] | None = None
+    family: str = "internlm2"
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.rope_parameters is None and "rope_theta" not in kwargs:
@@ -153,20 +162,15 @@ class MonoInternVLTextConfig(PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads}; every key-value head serves an "
                 "equal group"
             )
-        rope = checked_object("llm_config.rope_parameters", self.rope_parameters)
-        check_number("llm_config.rope_theta", rope.get("rope_theta"), above=0)
-        check_number("llm_config.rope_scaling.factor", rope.get("factor", 1.0), above=0)
-        if rope.get("rope_type", "default") not in ROPE_TYPES:
+        check_rope(self.rope_parameters)
+        check_layers(
+            self.num_hidden_layers, self.layer_types, self.sliding_window, self.no_rope_layers
+        )
+        if getattr(self, "partial_rotary_factor", None):
             raise ConfigError(
-                f"rope_parameters.rope_type={rope.get('rope_type')!r} is not implemented; "
-                f"known: {', '.join(ROPE_TYPES)}"
+                f"partial_rotary_factor={self.partial_rotary_factor!r} is not implemented by this "
+                "decoder; use a language model without it"
             )
-        for knob in ("sliding_window", "no_rope_layers", "partial_rotary_factor"):
-            if getattr(self, knob, None):
-                raise ConfigError(
-                    f"{knob}={getattr(self, knob)!r} is not implemented by this decoder; "
-                    "use a language model without it"
-                )
 
 
 class MonoInternVLConfig(PreTrainedConfig):
@@ -383,6 +387,7 @@ def _from_released(released: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": float(llm.pop("rope_theta")),
     }
     llm.setdefault("num_key_value_heads", llm["num_attention_heads"])
+    llm["family"] = llm.pop("model_type", MonoInternVLTextConfig.family)
     experts = ("ffn",) if architecture == _TEXT_ARCHITECTURE_WITH_EXPERTS else ()
 
     known = set(_OWN_FIELDS) | {"torch_dtype", "dtype", "architectures"}
@@ -412,12 +417,15 @@ def _text_to_released(config: MonoInternVLConfig) -> dict[str, Any]:
         ("head_dim", text.hidden_size // text.num_attention_heads),
         ("qk_norm", False),
         ("attention_dropout", 0.0),
+        ("layer_types", None),
+        ("sliding_window", None),
+        ("no_rope_layers", None),
     ):
         if out[knob] == usual:
             del out[knob]
     out["rope_theta"] = theta
     out["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
-    out["model_type"] = config._released.get("llm_config", {}).get("model_type", "internlm2")
+    out["model_type"] = out.pop("family")
     out["architectures"] = [
         _TEXT_ARCHITECTURE_WITH_EXPERTS if config.visual_experts else _TEXT_ARCHITECTURE_PLAIN
     ]

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
@@ -94,6 +95,11 @@ def route(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module | None
     return torch.cat((y_text, y_visual)).index_select(0, routing.row_order)
 
 
+def slides(config: MonoInternVLTextConfig, layer_idx: int) -> bool:
+    """Whether a layer looks back on the last `sliding_window` tokens only."""
+    return config.layer_types is not None and config.layer_types[layer_idx] == "sliding_attention"
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm: computed in fp32, cast back, then scaled in the weight's dtype."""
 
@@ -141,13 +147,19 @@ def rotary_embeddings(
     if rope["rope_type"] == "dynamic" and kv_length > config.max_position_embeddings:
         stretch = factor * kv_length / config.max_position_embeddings - (factor - 1)
         base = base * stretch ** (d / (d - 2))
-    exponents = torch.arange(0, d, 2, device=position_ids.device, dtype=torch.float32) / d
+    magnitude = 1.0
+    if rope["rope_type"] in ("llama3", "yarn"):
+        scaled = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+        frequencies, magnitude = scaled(config, position_ids.device)
+    else:
+        exponents = torch.arange(0, d, 2, device=position_ids.device, dtype=torch.float32) / d
+        frequencies = 1.0 / base**exponents
     positions = position_ids.float()
     if rope["rope_type"] == "linear":
         positions = positions / factor
-    angles = positions[:, :, None] * (1.0 / base**exponents)  # (B, T, d/2)
+    angles = positions[:, :, None] * frequencies  # (B, T, d/2)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -189,6 +201,8 @@ class Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.uses_rope = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        self.sliding_window = config.sliding_window if slides(config, layer_idx) else None
         width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
 
@@ -234,8 +248,9 @@ class Attention(nn.Module):
             return norm(y).transpose(1, 2)  # (B, H or K, T, d)
 
         cos, sin = position_embeddings
-        q = rotate(heads("q_proj", self.q_norm), cos, sin)
-        k = rotate(heads("k_proj", self.k_norm), cos, sin)
+        q, k = heads("q_proj", self.q_norm), heads("k_proj", self.k_norm)
+        if self.uses_rope:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         v = heads("v_proj", lambda y: y)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
@@ -247,6 +262,8 @@ class Attention(nn.Module):
         if first:
             q = q[:, :, first:]
             attention_mask = None if attention_mask is None else attention_mask[:, :, first:]
+        if self.sliding_window is not None:  # flash attention has no mask to see it in
+            kwargs["sliding_window"] = self.sliding_window
         y, weights = attend(
             self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )  # (B, T, H, d)
@@ -424,15 +441,18 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=x.device) + seen).expand(batch, -1)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+        seen_by = {
+            "config": self.config,
+            "inputs_embeds": x,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
             # Integers that start anew mark packed segments; fractions mark nothing.
-            position_ids=None if position_ids.is_floating_point() else position_ids,
-            block_sequence_ids=layout.image_numbers,
-        )
+            "position_ids": None if position_ids.is_floating_point() else position_ids,
+            "block_sequence_ids": layout.image_numbers,
+        }
+        windows = [slides(self.config, i) for i in range(len(self.layers))]
+        mask = create_causal_mask(**seen_by) if not all(windows) else None
+        near = create_sliding_window_causal_mask(**seen_by) if any(windows) else None
         if "flash" in (self.config._attn_implementation or "") and past_key_values is None:
             kwargs["position_ids"] = position_ids  # it has no mask to see packed segments in
         positions, length = position_ids, seen + tokens
@@ -456,7 +476,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
                 routing,
                 kept if number == last else None,
                 position_embeddings=angles,
-                attention_mask=mask,
+                attention_mask=near if windows[number] else mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )

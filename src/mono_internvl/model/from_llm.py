@@ -23,44 +23,17 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from mono_internvl.errors import CheckpointError, ConfigError
-from mono_internvl.model.checkpoint import iterate_tensors
-from mono_internvl.model.configuration import (
-    ROPE_TYPES,
-    MonoInternVLConfig,
-    MonoInternVLTextConfig,
-    MonoInternVLVisionConfig,
+from mono_internvl.model.checkpoint import iterate_tensors, split_wqkv
+from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLVisionConfig
+from mono_internvl.model.llm_families import (
+    SHARED_FIELDS,
+    family_of,
+    read_text_config,
+    stored_name,
 )
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.prompts import IMAGE_CONTEXT, VISUAL_TOKENS
-
-# What Llama and our decoder call by the same name.
-_SHARED_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "attention_dropout",
-)
-# What is translated, and what says nothing about the mathematics.
-_UNDERSTOOD_FIELDS = frozenset(
-    (
-        *_SHARED_FIELDS,
-        *("vocab_size", "attention_bias", "mlp_bias", "rope_parameters", "rope_theta"),
-        *("rope_scaling", "pretraining_tp", "model_type", "architectures", "use_cache", "dtype"),
-        *("torch_dtype", "transformers_version", "_name_or_path"),
-    )
-)
-_ROPE_FIELDS = frozenset(("rope_type", "type", "rope_theta", "factor"))
+from mono_internvl.model.tokenization import MonoInternVLTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,27 +46,33 @@ class MonolithicStart:
     """
 
     model: MonoInternVLForConditionalGeneration
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: MonoInternVLTokenizer
 
 
-def monolithic_from_llama(
+def monolithic_from_llm(
     llm_folder: str | Path,
     *,
     vision: MonoInternVLVisionConfig,
     visual_experts: Sequence[str] = ("ffn",),
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    more_tokens: Sequence[str] = (),
     **config_fields: Any,
 ) -> MonolithicStart:
-    """Make a monolithic model from a language model of the Llama architecture.
+    """Make a monolithic model from a language model of a known family.
+
+    The new model is made in `dtype`, and its weights are read one tensor at a time.
 
     Args:
-        llm_folder: With `config.json` (`model_type: llama`), safetensors and `tokenizer.json`.
+        llm_folder: With config.json (`llm_families.FAMILIES`), safetensors (in one file or several)
+            and `tokenizer.json` or `tokenizer.model`.
         vision: Tile and patch size and width of the patch embedding.
         visual_experts: Which parts of each layer get a visual copy.
         seed: Of the patch embedding's and the projector's initial weights; the global random
             state is left alone.
         dtype: Of the new model's weights.
+        more_tokens: Control tokens that the vocabulary gets before the nine visual ones, if it does
+            not have them: those of a chat template that the language model was not trained on.
         **config_fields: More fields of `MonoInternVLConfig` (`max_dynamic_patch`, ...).
 
     Returns:
@@ -105,17 +84,19 @@ def monolithic_from_llama(
         CheckpointError: The weights are incomplete or of another shape.
     """
     folder = Path(llm_folder)
-    text = text_config_from_llama(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    num_old_tokens = len(tokenizer)
+    text = read_text_config(folder)
+    tokenizer = load_tokenizer(folder)
+    num_old_tokens = _num_ids(tokenizer)
     if num_old_tokens > text.vocab_size:
         raise ConfigError(
             f"{folder}: the tokenizer has {num_old_tokens} tokens but vocab_size is "
             f"{text.vocab_size}; take the tokenizer that the language model was trained with"
         )
-    _append_visual_tokens(tokenizer, folder)
+    _append_tokens(tokenizer, more_tokens, folder)
     # Rows past the tokenizer's last id (padding to a round number) stand for nothing and go.
-    text.vocab_size = len(tokenizer)
+    text.vocab_size = _num_ids(tokenizer)
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < num_old_tokens:
+        text.pad_token_id = None  # -1 and the like: no token
     config = MonoInternVLConfig(
         text_config=text,
         vision_config=vision,
@@ -125,58 +106,10 @@ def monolithic_from_llama(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MonoInternVLForConditionalGeneration(config)
+        model = MonoInternVLForConditionalGeneration._from_config(config, dtype=dtype)
     _load_text_weights(model, folder, num_old_tokens)
     copy_text_to_visual(model)
-    return MonolithicStart(model.to(dtype).eval(), tokenizer)
-
-
-def text_config_from_llama(folder: Path) -> MonoInternVLTextConfig:
-    """Our decoder's configuration for a Llama checkpoint.
-
-    Raises:
-        CheckpointError: There is no readable config.json.
-        ConfigError: A field asks for what our decoder does not do.
-    """
-    file = folder / "config.json"
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: not a readable config.json ({error})") from error
-    if stored.get("model_type") != "llama":
-        raise ConfigError(
-            f"{file}: model_type={stored.get('model_type')!r}; expected 'llama', the one "
-            "language-model family that can be converted"
-        )
-    defaults = LlamaConfig().to_dict()
-    for name, value in stored.items():
-        harmless = value is None or value is False or value == defaults.get(name)
-        if name not in _UNDERSTOOD_FIELDS and not harmless:
-            raise ConfigError(f"{file}: {name}={value!r} is not something this decoder does")
-    if stored.get("mlp_bias"):
-        raise ConfigError(f"{file}: mlp_bias=True; the experts of this decoder have no bias")
-
-    _check_rope(stored.get("rope_parameters") or stored.get("rope_scaling") or {}, file)
-    llama = LlamaConfig.from_dict(stored)
-    rope = {k: v for k, v in llama.rope_parameters.items() if k in _ROPE_FIELDS and k != "type"}
-    return MonoInternVLTextConfig(
-        vocab_size=llama.vocab_size,
-        qkv_bias=llama.attention_bias,
-        o_bias=llama.attention_bias,
-        rope_parameters=rope,
-        **{name: getattr(llama, name) for name in _SHARED_FIELDS},
-    )
-
-
-def _check_rope(rope: dict[str, Any], file: Path) -> None:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(
-            f"{file}: rope_type={rope_type!r} is not implemented; known: {', '.join(ROPE_TYPES)}"
-        )
-    unknown = sorted(name for name in rope.keys() - _ROPE_FIELDS if rope[name] is not None)
-    if unknown:
-        raise ConfigError(f"{file}: rope parameter {unknown[0]}={rope[unknown[0]]!r} is not known")
+    return MonolithicStart(model.eval(), tokenizer)
 
 
 @torch.no_grad()
@@ -215,10 +148,11 @@ def export_llama(
             f"visual_experts={config.visual_experts}: Llama has no visual experts; "
             "export a model that was made with visual_experts=()"
         )
-    if text.qk_norm or text.qkv_bias != text.o_bias:
+    if text.qk_norm or text.qkv_bias != text.o_bias or text.layer_types or text.no_rope_layers:
         raise ConfigError(
-            f"qk_norm={text.qk_norm}, qkv_bias={text.qkv_bias}, o_bias={text.o_bias}: Llama has no "
-            "query and key norms, and one attention_bias for all four projections"
+            f"qk_norm={text.qk_norm}, qkv_bias={text.qkv_bias}, o_bias={text.o_bias}, layer_types="
+            f"{text.layer_types}, no_rope_layers={text.no_rope_layers}: Llama has no query and key "
+            "norms, one attention_bias for all four projections, and equal layers"
         )
     llama = LlamaConfig(
         vocab_size=text.vocab_size,
@@ -226,7 +160,7 @@ def export_llama(
         rope_parameters=dict(text.rope_parameters),
         architectures=["LlamaForCausalLM"],
         dtype=model.dtype,
-        **{name: getattr(text, name) for name in _SHARED_FIELDS},
+        **{name: getattr(text, name) for name in SHARED_FIELDS},
     )
     tensors = {
         _llama_name(name): p.detach().cpu().contiguous()
@@ -240,7 +174,14 @@ def export_llama(
     tokenizer.save_pretrained(folder)
 
 
-def _append_visual_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _num_ids(tokenizer: PreTrainedTokenizerFast) -> int:
+    """One more than the highest id; ids may have gaps."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def _append_tokens(
+    tokenizer: PreTrainedTokenizerFast, more_tokens: Sequence[str], folder: Path
+) -> None:
     vocabulary = tokenizer.get_vocab()
     present = [token for token in VISUAL_TOKENS if token in vocabulary]
     if present:
@@ -248,42 +189,62 @@ def _append_visual_tokens(tokenizer: PreTrainedTokenizerFast, folder: Path) -> N
             f"{folder}: the tokenizer has {present[0]} already; expected a plain language model "
             "without visual tokens"
         )
-    added = [AddedToken(token, special=True, normalized=False) for token in VISUAL_TOKENS]
+    first = _num_ids(tokenizer)
+    new = [*(token for token in more_tokens if token not in vocabulary), *VISUAL_TOKENS]
+    added = [AddedToken(token, special=True, normalized=False) for token in new]
     tokenizer.add_tokens(added, special_tokens=True)
+    ids = tokenizer.convert_tokens_to_ids(new)
+    if ids != list(range(first, first + len(new))):
+        raise ConfigError(
+            f"{folder}: the tokenizer gave the new tokens the ids {ids}; expected them to follow "
+            f"its last id, {first - 1}"
+        )
 
 
 @torch.no_grad()
 def _load_text_weights(
     model: MonoInternVLForConditionalGeneration, folder: Path, num_old_tokens: int
 ) -> None:
+    stored_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    family, text = family_of(stored_config, str(folder)), model.config.text_config
+    heads = text.num_key_value_heads, text.num_attention_heads // text.num_key_value_heads
     parameters = dict(model.named_parameters())
-    wanted = {
-        _llama_name(name): name
-        for name in parameters
-        if name.startswith(("model.language_model.", "lm_head.")) and "_visual." not in name
-    }
+    wanted: dict[str, dict[int | None, nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        if name.startswith(("model.language_model.", "lm_head.")) and "_visual." not in name:
+            key, place = stored_name(name, family)
+            wanted.setdefault(key, {})[place] = parameter
+    table, _ = stored_name("model.language_model.embed_tokens.weight", family)
+    head, _ = stored_name("lm_head.weight", family)
     for key, tensor in iterate_tensors(folder):
-        if key == "lm_head.weight" and model.config.tie_word_embeddings:
+        if key == head and model.config.tie_word_embeddings:
             continue
         if key not in wanted:
-            raise CheckpointError(f"{folder}: unexpected tensor {key}; expected a Llama checkpoint")
-        parameter = parameters[wanted.pop(key)]
-        if key in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = _with_mean_rows(tensor[:num_old_tokens])
-        if tensor.shape != parameter.shape:
             raise CheckpointError(
-                f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json asks for "
-                f"{tuple(parameter.shape)}"
+                f"{folder}: unexpected tensor {key}; expected a {family.architecture} checkpoint"
             )
-        parameter.copy_(tensor)
+        targets = wanted.pop(key)
+        if key in (table, head):
+            tensor = _with_mean_rows(tensor[:num_old_tokens], text.vocab_size)
+        rows = sum(parameter.shape[0] for parameter in targets.values())
+        expected = (rows, *next(iter(targets.values())).shape[1:])
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"{folder}: {key} has shape {tuple(tensor.shape)}, config.json asks for {expected}"
+            )
+        if None in targets:
+            targets[None].copy_(tensor)
+            continue
+        for place, part in enumerate(split_wqkv(tensor, *heads, text.head_dim)):
+            targets[place].copy_(part)
     if wanted:
         raise CheckpointError(f"{folder}: {len(wanted)} tensors missing, first {min(wanted)}")
 
 
-def _with_mean_rows(rows: Tensor) -> Tensor:
-    """(V, D) -> (V + 9, D): the new rows are the mean of the old ones, taken in fp32."""
+def _with_mean_rows(rows: Tensor, count: int) -> Tensor:
+    """(V, D) -> (count, D): the new rows are the mean of the old ones, taken in fp32."""
     mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
-    return torch.cat((rows, mean.expand(len(VISUAL_TOKENS), -1)))
+    return torch.cat((rows, mean.expand(count - len(rows), -1)))
 
 
 def _llama_name(name: str) -> str:

@@ -220,8 +220,9 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> MonoInternVLTokenize
     settings = read_json(files[TOKENIZER_CONFIG])
     special_map = read_json(files[SPECIAL_TOKENS_MAP])
     named = {
-        key: _content(settings.get(key, special_map.get(key, default)))
+        key: _content(token)
         for key, default in _NAMED_TOKENS.items()
+        if (token := settings.get(key, special_map.get(key, default))) is not None
     }
     kept = {name: found.read_bytes() for name in _KEPT_FILES if (found := files[name]) is not None}
     if (json_file := files[TOKENIZER_JSON]) is not None:
@@ -233,7 +234,7 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> MonoInternVLTokenize
         backend = convert_sentencepiece(
             model_file.read_bytes(),
             added,
-            bos_token=named["bos_token"] if settings.get("add_bos_token", True) else None,
+            bos_token=named.get("bos_token") if settings.get("add_bos_token", True) else None,
         )
     else:
         raise CheckpointError(

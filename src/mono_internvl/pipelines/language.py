@@ -17,7 +17,7 @@ from mono_internvl.miniature.english import load_english
 from mono_internvl.miniature.records import texts_of
 from mono_internvl.miniature.tokenizer import train_tokenizer
 from mono_internvl.model.configuration import MonoInternVLVisionConfig
-from mono_internvl.model.from_llm import export_llama, monolithic_from_llama
+from mono_internvl.model.from_llm import export_llama, monolithic_from_llm
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.tokenization import load_tokenizer
@@ -94,7 +94,7 @@ def give_eyes(llm: Path, out: Path, visual_experts: tuple[str, ...] = ("ffn",)) 
         out: Folder of the result, in the released layout.
         visual_experts: Which parts of each layer get a visual copy.
     """
-    made = monolithic_from_llama(
+    made = monolithic_from_llm(
         llm,
         vision=MonoInternVLVisionConfig(**VISION),
         visual_experts=visual_experts,
