@@ -45,6 +45,7 @@ IMAGES = ROOT / "tests" / "parity" / "golden" / "python"
 
 NETWORK = "needs the network"
 MINUTES = "takes minutes; .ci/run walks the quick form"
+MINUTES_MODULAR = "takes minutes; tests/pipelines/test_lab_modular.py walks a smaller form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
 DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
 NOT_EXECUTED = {
@@ -64,6 +65,8 @@ NOT_EXECUTED = {
     "mono-internvl quickstart": MINUTES,
     "mono-internvl quickstart --quick --out runs/quick": MINUTES,
     "mono-internvl quickstart --llm scratch --out runs/scratch": MINUTES,
+    "mono-internvl lab modular --against runs/quickstart": MINUTES,
+    "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,
     "python -m mono_internvl.miniature.digits runs/digits": DIGITS,
     "mono-internvl train miniature-sft --model runs/quickstart/model "
     "--data runs/digits/train.json --out runs/digits/run": DIGITS,
@@ -267,10 +270,20 @@ def _program() -> click.Group:
 
 def _check_usage(words: list[str]) -> None:
     """Raise UsageError unless verb and options of a `mono-internvl` command exist."""
-    program = _program()
-    if words[1] not in program.commands:
-        raise click.UsageError(f"no verb {words[1]}")
-    program.commands[words[1]].make_context(words[1], list(words[2:]))
+    command: click.Command = _program()
+    rest = words[1:]
+    while hasattr(command, "commands"):  # a group, as `lab`, has verbs of its own
+        if rest[0] not in command.commands:
+            raise click.UsageError(f"no verb {rest[0]}")
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(words[1], list(rest))
+
+
+def _all_commands(command: click.Command) -> Iterator[click.Command]:
+    """A command and, of a group, every command in it."""
+    yield command
+    for inner in getattr(command, "commands", {}).values():
+        yield from _all_commands(inner)
 
 
 def test_documented_commands_have_existing_verbs_and_options() -> None:
@@ -285,7 +298,9 @@ def test_documented_commands_have_existing_verbs_and_options() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("line", ["mono-internvl dance", "mono-internvl chat --modell x"])
+@pytest.mark.parametrize(
+    "line", ["mono-internvl dance", "mono-internvl chat --modell x", "mono-internvl lab dance"]
+)
 def test_usage_check_can_fail(line: str) -> None:
     with pytest.raises(Exception, match=r"dance|--modell"):
         _check_usage(line.split())
@@ -293,7 +308,7 @@ def test_usage_check_can_fail(line: str) -> None:
 
 def test_options_and_verbs_in_the_text_exist() -> None:
     program = _program()
-    known = {o for c in (program, *program.commands.values()) for p in c.params for o in p.opts}
+    known = {o for c in _all_commands(program) for p in c.params for o in p.opts}
     known |= {"--check", "--help"}
     for page in ALL_PAGES:
         for span in code_spans(page):

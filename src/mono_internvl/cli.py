@@ -26,6 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+lab = typer.Typer(help="Experiments in the miniature.", no_args_is_help=True)
+app.add_typer(lab, name="lab")
+
 Model = Annotated[str, typer.Option("--model", metavar="DIR|HUB_ID", help="Checkpoint.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Revision = Annotated[
@@ -306,6 +309,35 @@ def bench(
         else:
             met = {True: "met", False: "MISSED", None: "not measured"}[row.met]
             typer.echo(f"{row.name:<72} {row.target:<8} {row.value} {met}")
+
+
+@lab.command("modular")
+def lab_modular(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/modular"),
+    against: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A finished quickstart to compare with.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the rendered world.")] = 0,
+) -> None:
+    """Train the modular twin of the quickstart's model on the same data."""
+    from mono_internvl.model.devices import choose_device
+    from mono_internvl.pipelines.lab_modular import modular_twin
+
+    _quieten()
+    place = str(choose_device(device))
+    found = modular_twin(
+        out, against=against, quick=quick, processes=processes, device=place, seed=seed
+    )
+    columns = ("modular", "monolithic", "blind")
+    typer.echo(f"{'kind':<22}{'items':>6}{''.join(f'{name:>12}' for name in columns)}")
+    for row in found.kinds:
+        scores = (getattr(row, name) for name in columns)
+        cells = "".join(f"{'-' if x is None else f'{100 * x:.1f} %':>12}" for x in scores)
+        typer.echo(f"{row.kind:<22}{row.items:>6}{cells}")
+    typer.echo(f"comparison: {out / 'comparison.json'}")
 
 
 def _info_values(info: "ModelInfo") -> dict[str, Any]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -86,17 +88,23 @@ def _random_start(world: WorldFiles, run: Path, start: Path) -> None:
     give_eyes(llama, start, visual_experts=())
 
 
-def give_eyes(llm: Path, out: Path, visual_experts: tuple[str, ...] = ("ffn",)) -> Path:
-    """Make the monolithic model that the stages start from, and its processor.
+def give_eyes(
+    llm: Path,
+    out: Path,
+    visual_experts: tuple[str, ...] = ("ffn",),
+    vision: Mapping[str, Any] = VISION,
+) -> Path:
+    """Make the model that the stages start from, monolithic or modular, and its processor.
 
     Args:
         llm: Plain Llama checkpoint.
         out: Folder of the result, in the released layout.
         visual_experts: Which parts of each layer get a visual copy.
+        vision: Fields of the vision configuration.
     """
     made = monolithic_from_llm(
         llm,
-        vision=MonoInternVLVisionConfig(**VISION),
+        vision=MonoInternVLVisionConfig(**vision),
         visual_experts=visual_experts,
         max_dynamic_patch=1,
         use_thumbnail=False,

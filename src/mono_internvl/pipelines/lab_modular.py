@@ -1,0 +1,258 @@
+"""`mono-internvl lab modular`: the miniature's modular twin, and how it compares.
+
+The same rendered world, language model, stages and steps as the quickstart; eyes are a small vision
+tower instead of visual experts. With a finished quickstart beside it, both are held against each
+other on the records that both answered.
+
+What the comparison can show: what either design learns from this little data when both start
+without any visual pre-training. What it cannot: the paper's comparison, in which the modular
+model's tower has seen hundreds of millions of images before; and one seed is one draw.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mono_internvl import miniature
+from mono_internvl.errors import ConfigError
+from mono_internvl.miniature import WorldFiles, WorldSize
+from mono_internvl.miniature.english import ASSETS
+from mono_internvl.miniature.targets import mean_scores
+from mono_internvl.model.accounting import parameter_table, prompt_costs
+from mono_internvl.model.checkpoint import read_config
+from mono_internvl.pipelines.evaluate import evaluate
+from mono_internvl.pipelines.language import give_eyes
+from mono_internvl.pipelines.train import train_stages
+from mono_internvl.recipes.miniature_modular import (
+    MINIATURE_MODULAR,
+    QUICK_MINIATURE_MODULAR,
+    VISION_TOWER,
+)
+from mono_internvl.training.distributed import run_processes
+from mono_internvl.training.recipe import Recipe
+from mono_internvl.training.state import exclusive, versions
+
+SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
+TEXT_TOKENS = 32
+"""Text tokens of the prompt whose operations are compared; about a question of the miniature."""
+
+
+@dataclass(frozen=True)
+class ModularPlan:
+    """Sizes of a run.
+
+    Attributes:
+        size: Of the world; the quickstart's.
+        recipe: The stages.
+        per_kind: Held-out records of a kind; None is all.
+        per_kind_blind: The same without the image.
+        text_per_kind: Text probes of a kind.
+    """
+
+    size: WorldSize
+    recipe: Recipe
+    per_kind: int | None = None
+    per_kind_blind: int | None = 150
+    text_per_kind: int | None = 120
+
+
+FULL = ModularPlan(miniature.FULL, MINIATURE_MODULAR)
+QUICK = ModularPlan(miniature.QUICK, QUICK_MINIATURE_MODULAR, 20, 20, 24)
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One of the two models in numbers.
+
+    Attributes:
+        parameters: In total.
+        eyes: Of them, what reads images: embedding, tower, projector, visual experts.
+        prefill_flops: Of one image and `TEXT_TOKENS`.
+    """
+
+    parameters: int
+    eyes: int
+    prefill_flops: int
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """One kind of held-out question.
+
+    Attributes:
+        kind: Of the records.
+        items: Records that the means are over.
+        modular: Mean score of the twin.
+        monolithic: Mean score of the quickstart's model on the same records; None without one.
+        blind: Mean score of the twin with the images hidden, on its own selection of records.
+    """
+
+    kind: str
+    items: int
+    modular: float
+    monolithic: float | None
+    blind: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `comparison.json` holds.
+
+    Attributes:
+        quick: Whether it is a check that everything runs; its scores then mean nothing.
+        seed: Of the world.
+        modular: The twin's size.
+        monolithic: The quickstart's model's size; None without one.
+        kinds: Scores, by kind.
+        versions: Of what computed it.
+    """
+
+    quick: bool
+    seed: int
+    modular: ModelRow
+    monolithic: ModelRow | None
+    kinds: tuple[KindRow, ...]
+    versions: Mapping[str, str]
+
+
+def modular_twin(
+    run: Path = Path("runs/modular"),
+    *,
+    against: Path | None = None,
+    quick: bool = False,
+    processes: int = 1,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Comparison:
+    """Train the modular twin on the quickstart's data and score it on the same held-out records.
+
+    Args:
+        run: Output folder; a second call with the same arguments goes on where the first stopped.
+        against: Folder of a finished quickstart of the same size and seed to compare with.
+        quick: The same path with small numbers.
+        processes: Training processes.
+        device: Of training and evaluation.
+        seed: Of the world.
+
+    Returns:
+        What is written to `comparison.json`.
+
+    Raises:
+        ConfigError: `run` was begun with other settings, or `against` is no finished quickstart of
+            the same world and language model.
+    """
+    plan = QUICK if quick else FULL
+    settings = {"quick": quick, "seed": seed}
+    other_rows = None
+    if against is not None:
+        _check_same(against / "quickstart.json", {**settings, "llm": "shipped"})
+        other_rows = _last_predictions(against, plan)
+    with exclusive(run):
+        if (run / "lab.json").exists():
+            _check_same(run / "lab.json", settings)
+        (run / "lab.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        world = miniature.write_world(run / "data", plan.size, seed)
+        if against is not None:
+            marker = world.root / "world.json"
+            _check_same(against / "data" / marker.name, json.loads(marker.read_text()))
+        start = run / "start" / "checkpoint"
+        if not start.exists():
+            give_eyes(SHIPPED_LANGUAGE_MODEL, start, visual_experts=(), vision=VISION_TOWER)
+        run_processes(train_stages, processes, plan.recipe, start, world.root, run, device)
+        model = run / plan.recipe.stages[-1].name / "checkpoint"
+        rows = _answers(model, world, run, plan, device)
+        comparison = Comparison(
+            quick=quick,
+            seed=seed,
+            modular=_model_row(model),
+            monolithic=None if against is None else _model_row(against / "model"),
+            kinds=_kind_rows(rows, other_rows),
+            versions=versions(),
+        )
+        text = json.dumps(dataclasses.asdict(comparison), indent=2)
+        (run / "comparison.json").write_text(text + "\n", encoding="utf-8")
+        return comparison
+
+
+def _check_same(file: Path, expected: Mapping[str, Any]) -> None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: not readable ({error}); name the folder of a finished run"
+        ) from error
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ConfigError(
+                f"{file}: {name}={found.get(name)!r}; expected {value!r}, so that both have the "
+                "same data; choose another folder or other options"
+            )
+
+
+def _answers(
+    model: Path, world: WorldFiles, run: Path, plan: ModularPlan, device: str
+) -> list[dict[str, Any]]:
+    """Rows of the three evaluations: held-out, the same blind, and text probes."""
+    rows = []
+    for name, data, blind, per_kind in (
+        ("heldout", world.heldout, False, plan.per_kind),
+        ("blind", world.heldout, True, plan.per_kind_blind),
+        ("probes", world.probes_heldout, False, plan.text_per_kind),
+    ):
+        out = run / "predictions" / f"{name}.jsonl"
+        evaluate(model, data, blind=blind, device=device, out=out, per_kind=per_kind)
+        rows += _read_rows(out)
+    return rows
+
+
+def _last_predictions(quickstart_run: Path, plan: ModularPlan) -> list[dict[str, Any]]:
+    file = quickstart_run / "predictions" / f"{plan.recipe.stages[-1].name}.jsonl"
+    if not file.is_file():
+        raise ConfigError(f"{file}: not there; let the quickstart of that folder finish first")
+    return _read_rows(file)
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _kind_rows(
+    rows: list[dict[str, Any]], other_rows: list[dict[str, Any]] | None
+) -> tuple[KindRow, ...]:
+    """Means by kind; with another model's rows, over the records that both answered."""
+    sighted, other = [row for row in rows if not row["blind"]], []
+    if other_rows is not None:
+        ids = {row["id"] for row in sighted}
+        other = [row for row in other_rows if not row["blind"] and row["id"] in ids]
+        ids = {row["id"] for row in other}
+        sighted = [row for row in sighted if row["id"] in ids]
+    means, other_means, blind = mean_scores(sighted), mean_scores(other), mean_scores(rows, True)
+    return tuple(
+        KindRow(
+            kind=kind,
+            items=sum(kind in mean_scores([row]) for row in sighted),
+            modular=mean,
+            monolithic=other_means.get(kind),
+            blind=blind.get(kind),
+        )
+        for kind, mean in means.items()
+    )
+
+
+def _model_row(checkpoint: Path) -> ModelRow:
+    config = read_config(checkpoint)
+    groups = parameter_table(config).groups
+    costs = prompt_costs(config, config.num_image_tokens_per_tile, TEXT_TOKENS)
+    return ModelRow(
+        parameters=groups.total,
+        eyes=groups.patch_embedding
+        + groups.vision_tower
+        + groups.projector
+        + groups.visual_experts,
+        prefill_flops=costs.prefill.total,
+    )

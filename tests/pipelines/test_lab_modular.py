@@ -1,0 +1,168 @@
+"""The modular twin end to end in its smallest form, and what it may be compared with."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mono_internvl import cli
+from mono_internvl.errors import ConfigError
+from mono_internvl.model.accounting import parameter_table
+from mono_internvl.model.checkpoint import read_config
+from mono_internvl.pipelines import lab_modular as module
+from mono_internvl.pipelines.lab_modular import QUICK, Comparison, modular_twin
+from mono_internvl.pipelines.language import give_eyes
+from mono_internvl.recipes.miniature import MINIATURE, QUICK_MINIATURE
+from mono_internvl.recipes.miniature_modular import MINIATURE_MODULAR, QUICK_MINIATURE_MODULAR
+from mono_internvl.training.recipe import Recipe
+
+SMALLEST = dataclasses.replace(
+    QUICK,
+    recipe=dataclasses.replace(
+        QUICK.recipe,
+        stages=tuple(
+            dataclasses.replace(stage, steps=2, batch_size=4) for stage in QUICK.recipe.stages
+        ),
+    ),
+    size=dataclasses.replace(QUICK.size, heldout=3, heldout_aligned=1, validation=1, text_probes=8),
+    per_kind=2,
+    per_kind_blind=1,
+    text_per_kind=2,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison]:
+    folder = tmp_path_factory.mktemp("modular") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "QUICK", SMALLEST)
+        return folder, modular_twin(folder, quick=True)
+
+
+@pytest.fixture
+def quickstart_run(finished: tuple[Path, Comparison], tmp_path: Path) -> Path:
+    """What a quickstart on the same world leaves behind; its model answered everything right."""
+    run, other = finished[0], tmp_path / "quickstart"
+    (other / "data").mkdir(parents=True)
+    (other / "predictions").mkdir()
+    world = (run / "data" / "world.json").read_text()
+    (other / "data" / "world.json").write_text(world)
+    settings = {"quick": True, "seed": 0, "llm": "shipped"}
+    (other / "quickstart.json").write_text(json.dumps(settings))
+    rows = [json.loads(x) for x in (run / "predictions/heldout.jsonl").read_text().splitlines()]
+    right = [{**row, "score": 1.0} for row in rows if row["kind"] != "ocr"]
+    right.append({**right[0], "id": "asked here only", "score": 0.0})
+    right.append({**right[1], "blind": True, "score": 0.0})
+    text = "".join(json.dumps(row) + "\n" for row in right)
+    (other / "predictions" / "s2.jsonl").write_text(text)
+    give_eyes(module.SHIPPED_LANGUAGE_MODEL, other / "model")
+    return other
+
+
+def test_twin_leaves_a_model_and_a_comparison(finished: tuple[Path, Comparison]) -> None:
+    run, comparison = finished
+    stored = json.loads((run / "comparison.json").read_text())
+    assert stored == json.loads(json.dumps(dataclasses.asdict(comparison)))
+    kinds = {row.kind: row for row in comparison.kinds}
+    assert {"caption", "colour", "grounding", "ocr", "copying"} <= set(kinds)
+    assert kinds["colour"].items == 2 and kinds["colour"].blind is not None
+    assert kinds["copying"].blind is None, "text has no image to hide"
+    assert all(row.monolithic is None for row in comparison.kinds)
+    config = read_config(run / "s2" / "checkpoint")
+    assert config.vision_config.kind == "vit" and config.visual_experts == ()
+
+
+def test_twin_goes_on_where_it_stopped_and_compares(
+    finished: tuple[Path, Comparison], quickstart_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, alone = finished
+    monkeypatch.setattr(module, "QUICK", SMALLEST)
+    before = (run / "s2" / "metrics.jsonl").read_text()
+    both = modular_twin(run, against=quickstart_run, quick=True)
+    assert (run / "s2" / "metrics.jsonl").read_text() == before, "trained once"
+    assert both.modular == alone.modular
+    kinds = {row.kind: row for row in both.kinds}
+    assert "ocr" not in kinds, "only what both answered"
+    assert kinds["colour"].monolithic == 1.0 and kinds["colour"].items == 2
+    assert kinds["colour"].modular == {r.kind: r for r in alone.kinds}["colour"].modular
+    assert both.monolithic is not None
+    assert both.monolithic.prefill_flops < both.modular.prefill_flops
+
+
+@pytest.mark.parametrize("part", ["seed", "llm", "world", "predictions"])
+def test_comparison_with_another_run_is_refused(
+    finished: tuple[Path, Comparison],
+    quickstart_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+) -> None:
+    monkeypatch.setattr(module, "QUICK", SMALLEST)
+    if part == "predictions":
+        (quickstart_run / "predictions" / "s2.jsonl").unlink()
+    else:
+        file = quickstart_run / ("data/world.json" if part == "world" else "quickstart.json")
+        stored = json.loads(file.read_text())
+        stored["seed" if part == "world" else part] = 7
+        file.write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"expected|finish first"):
+        modular_twin(finished[0], against=quickstart_run, quick=True)
+
+
+def test_run_folder_of_other_settings_is_refused(finished: tuple[Path, Comparison]) -> None:
+    with pytest.raises(ConfigError, match="seed=0; expected 1"):
+        modular_twin(finished[0], quick=True, seed=1)
+
+
+def test_program_prints_the_comparison(
+    finished: tuple[Path, Comparison],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, comparison = finished
+    asked: dict[str, Any] = {}
+
+    def twin(folder: Path, **options: Any) -> Comparison:
+        asked.update(options, folder=folder)
+        return comparison
+
+    monkeypatch.setattr(module, "modular_twin", twin)
+    monkeypatch.setattr(
+        sys, "argv", ["mono-internvl", "lab", "modular", "--out", str(run), "--quick"]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["kind", "items", "modular", "monolithic", "blind"]
+    assert len(lines) == 2 + len(comparison.kinds)
+    assert asked["folder"] == run and asked["quick"] and asked["against"] is None
+
+
+# ------------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize(
+    ("modular", "monolithic"),
+    [(MINIATURE_MODULAR, MINIATURE), (QUICK_MINIATURE_MODULAR, QUICK_MINIATURE)],
+)
+def test_twin_differs_from_the_monolithic_recipe_in_rules_alone(
+    modular: Recipe, monolithic: Recipe
+) -> None:
+    pairs = list(zip(modular.stages, monolithic.stages, strict=True))
+    for ours, theirs in pairs:
+        assert dataclasses.replace(ours, rules=theirs.rules) == theirs
+    assert [ours.rules[-1].learning_rate for ours, _ in pairs[:-1]] == [None] * 3
+
+
+def test_tower_has_the_weights_of_the_visual_experts(
+    finished: tuple[Path, Comparison], tmp_path: Path
+) -> None:
+    mono = read_config(give_eyes(module.SHIPPED_LANGUAGE_MODEL, tmp_path / "mono"))
+    modular = read_config(finished[0] / "start" / "checkpoint")
+    experts = parameter_table(mono).groups.visual_experts
+    tower = parameter_table(modular).groups.vision_tower
+    assert experts <= tower <= 1.01 * experts
+    assert abs(parameter_table(modular).total / parameter_table(mono).total - 1) < 0.05
