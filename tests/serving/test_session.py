@@ -490,3 +490,49 @@ def test_load_refuses_unknown_places(checkpoint, monkeypatch, options, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match=message):
         load(checkpoint, **options)
+
+
+# ------------------------------------------------------------------------------- after a reset
+
+
+def test_session_reset_reads_the_same_image_once(session, picture):
+    fresh = session.ask("What is this?", [picture])
+    session.ask("Sure?")
+    session.reset()
+    embedded = []
+    hook = session.model.model.vision_embedder.register_forward_hook(
+        lambda module, args, out: embedded.append(len(out))
+    )
+    again = session.ask("How many things are there?", [picture])
+    hook.remove()
+    image_tokens = session.ids.count(session.processor.image_token_id)
+    assert embedded == [] and again.tokens.cached > image_tokens > 0
+    pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
+    assert_cache_is_full_prefill(session, pixels)
+    session.reset()
+    same = session.ask("What is this?", [picture])
+    assert same.ids == fresh.ids and same.tokens.prompt == fresh.tokens.prompt
+
+
+def test_session_reset_reads_another_image_of_the_same_size(session, picture):
+    session.ask("What is this?", [picture])
+    session.reset()
+    other = picture.transpose(Image.Transpose.ROTATE_180)
+    answer = session.ask("What is this?", [other])
+    first_image = session.ids.index(session.processor.image_token_id)
+    assert 0 < answer.tokens.cached <= first_image
+    pixels = session.processor.image_processor([other], max_tiles=2)["pixel_values"]
+    assert_cache_is_full_prefill(session, pixels)
+
+
+def test_session_reset_after_a_failed_question_starts_anew(session, picture, monkeypatch):
+    session.ask("What is this?", [picture])
+    session.reset()
+    with monkeypatch.context() as fault:
+        fault.setattr(session, "_choose", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.ask("What is this?", [picture])
+    assert session.ids == () and session.cache.get_seq_length() == 0
+    session.ask("What is this?", [picture])
+    pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
+    assert_cache_is_full_prefill(session, pixels)

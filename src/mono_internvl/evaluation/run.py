@@ -23,6 +23,7 @@ from mono_internvl.evaluation.metrics import score
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import IGNORED_LABEL, MonoInternVLProcessor
+from mono_internvl.model.shared_prefix import generate_sharing_prefixes
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def answer_all(
     precision: str = "bf16",
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Greedy answers, in batches of like kind and length.
+    """Greedy answers, in batches of like kind and length; questions on one image stay together.
 
     Args:
         model: In eval mode, on any device.
@@ -130,26 +131,23 @@ def answer_all(
         on_batch: Told the number of answers so far.
     """
     model.eval()
-    order = sorted(
-        range(len(questions)),
-        key=lambda i: (questions[i].kind, len(str(questions[i].sample.messages[-1]["content"]))),
-    )
+    order = _order(questions)
     found: dict[int, Prediction] = {}
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         prompts = [
             _hide_images(questions[i].prompt) if blind else questions[i].prompt for i in numbers
         ]
-        batch = processor.encode_prompts(prompts, max_tiles=max_tiles).to(model.device)
+        batch = processor.encode_prompts(prompts, max_tiles=max_tiles)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            ids = model.generate(
+            new = generate_sharing_prefixes(
+                model,
                 **batch,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=processor.stop_token_ids,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
-        new = ids[:, batch["input_ids"].shape[1] :]
         for i, row in zip(numbers, new, strict=True):
             text = processor.decode_answer(row, keep_grounding=True)
             record = questions[i].record
@@ -157,6 +155,21 @@ def answer_all(
         if on_batch is not None:
             on_batch(len(found))
     return [found[i] for i in range(len(questions))]
+
+
+def _order(questions: Sequence[Question]) -> list[int]:
+    """By kind and length of the true answer, but questions on the same images one after another."""
+    keys = [
+        (question.kind, len(str(question.sample.messages[-1]["content"]))) for question in questions
+    ]
+    first: dict[Any, tuple[str, int]] = {}  # images -> least key of a question on them
+    images = [question.sample.images or number for number, question in enumerate(questions)]
+    for key, shown in zip(keys, images, strict=True):
+        first[shown] = min(key, first.get(shown, key))
+    numbers = {shown: number for number, shown in enumerate(dict.fromkeys(images))}
+    return sorted(
+        range(len(questions)), key=lambda i: (first[images[i]], numbers[images[i]], keys[i])
+    )
 
 
 def mean_scores(predictions: Iterable[Prediction]) -> dict[str, tuple[float, int]]:

@@ -27,6 +27,7 @@ from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import TURN_END, parse_boxes
+from mono_internvl.model.shared_prefix import digest
 from mono_internvl.serving.sampling import GREEDY, Sampling
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -71,6 +72,37 @@ class Answer:
     ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class FirstQuestion:
+    """What a conversation began with.
+
+    Attributes:
+        ids: Tokens of the prompt.
+        pictures: Fingerprint of its tiles, or None without images.
+        image_token: Id of `<IMG_CONTEXT>`.
+        cache: Keys and values of the conversation.
+    """
+
+    ids: tuple[int, ...]
+    pictures: bytes | None
+    image_token: int
+    cache: DynamicCache
+
+    def num_shared_with(self, past: "FirstQuestion") -> int:
+        """Leading tokens whose keys and values are those of `past`; at least one is left to read.
+
+        All images or none: those that are in part shared are read anew.
+        """
+        pairs = zip(self.ids[:-1], past.ids, strict=False)
+        shared = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
+        if shared is None:
+            shared = min(len(self.ids) - 1, len(past.ids))
+        if self.pictures != past.pictures or self.image_token in self.ids[shared:]:
+            images = [n for n, token in enumerate(self.ids[:shared]) if token == self.image_token]
+            shared = min([shared, *images[:1]])
+        return shared
+
+
 class ChatSession:
     """A conversation that grows; one thread, one answer at a time.
 
@@ -110,12 +142,15 @@ class ChatSession:
         self.sampling = sampling
         self._busy = threading.Lock()
         self._turn_end: int = processor.tokenizer.control_id(TURN_END)
+        self._image_token: int = processor.image_token_id
         self._stops = frozenset(processor.stop_token_ids)
         self._clear()
 
     def _clear(self) -> None:
         self._messages: list[dict[str, Any]] = []
         self._ids: list[int] = []
+        self._first: FirstQuestion | None = None  # of this conversation
+        self._past: FirstQuestion | None = None  # of the one before, with its cache
         self._cache = DynamicCache(config=self.model.config.get_text_config())
 
     @property
@@ -136,11 +171,17 @@ class ChatSession:
     def reset(self) -> None:
         """Forget the conversation.
 
+        Its keys and values are kept until the next question: what that has in common with the first
+        one, system message and image, is not read again.
+
         Raises:
             PromptError: An answer is being streamed.
         """
         with self._exclusive():
+            first, cache = (self._first if self._ids else None), self._cache
             self._clear()
+            if first is not None:
+                self._past = dataclasses.replace(first, cache=cache)
 
     def ask(
         self,
@@ -206,17 +247,20 @@ class ChatSession:
         message = _user_message(question, images)
         batch = self._encode(message, self.max_tiles if max_tiles is None else max_tiles)
         prompt: list[int] = batch["input_ids"][0].tolist()
-        cached, num_messages = len(self._ids), len(self._messages)
-        num_prompt = cached + len(prompt)
+        pixels = batch.get("pixel_values")
+        before, num_messages = len(self._ids), len(self._messages)
+        num_prompt = before + len(prompt)
         most = min(options.max_new_tokens, self._room_after(num_prompt))
+        if not before and (num_shared := self._begin(prompt, pixels)):
+            prompt = prompt[num_shared:]
+            pixels = pixels if self._image_token in prompt else None
+        cached = len(self._ids)
         generated: list[int] = []
         text = _TextStream(self.processor)
         is_settled = False
         try:
             try:
-                yield from self._generate(
-                    prompt, batch.get("pixel_values"), generated, most, options, text
-                )
+                yield from self._generate(prompt, pixels, generated, most, options, text)
             except (KeyboardInterrupt, GeneratorExit):
                 if generated:
                     self._close_turn(message, generated, num_prompt)
@@ -226,7 +270,7 @@ class ChatSession:
             is_settled = True
         finally:
             if not is_settled:
-                self._crop(cached)
+                self._crop(before)
                 del self._messages[num_messages:]
         if rest := text.finish(generated):
             yield rest
@@ -305,6 +349,17 @@ class ChatSession:
         out = self.model(tokens, past_key_values=self._cache, logits_to_keep=1)
         self._ids += ids
         return _last_logits(out.logits)
+
+    def _begin(self, prompt: list[int], pixels: Tensor | None) -> int:
+        """Takes over what the conversation before began with; returns how many tokens that were."""
+        past, self._past = self._past, None
+        pictures = None if pixels is None else digest(pixels)
+        self._first = FirstQuestion(tuple(prompt), pictures, self._image_token, self._cache)
+        shared = 0 if past is None else self._first.num_shared_with(past)
+        if past is not None and shared:
+            self._cache, self._ids = past.cache, prompt[:shared]
+            self._crop(shared)
+        return shared
 
     def _close_turn(self, message: dict[str, Any], generated: list[int], num_prompt: int) -> None:
         """Ends the answer as the template does, and remembers both messages."""

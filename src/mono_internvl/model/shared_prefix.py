@@ -1,0 +1,161 @@
+"""Several questions about one image: read system message and image once.
+
+Attention is causal and the image comes first, so its keys and values do not depend on the question.
+Prompts that begin alike, same tokens and same tiles, up to the end of their last image share one
+row of the cache while it is read; then every prompt gets its copy and reads its own question.
+
+Legend: B prompts, U different beginnings, P tokens of the longest, T tokens of the longest rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """A batch of prompts cut into beginnings, each different one once, and the rest.
+
+    Attributes:
+        beginning_ids: (U, P), padded on the left.
+        beginning_mask: (U, P), 0 at padding.
+        beginning_pixels: Tiles of all beginnings, or None.
+        row_of_prompt: (B,) which beginning a prompt has.
+        input_ids: (B, P + T) beginning and rest, each padded on its left.
+        attention_mask: (B, P + T), 0 at padding.
+    """
+
+    beginning_ids: Tensor
+    beginning_mask: Tensor
+    beginning_pixels: Tensor | None
+    row_of_prompt: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def share_prefixes(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pixel_values: Tensor | None,
+    *,
+    image_token_id: int,
+    tokens_per_tile: int,
+) -> SharedPrompts | None:
+    """Find the prompts of a batch that begin alike; None where no two do.
+
+    Args:
+        input_ids: (B, T) prompts, padded on the left.
+        attention_mask: (B, T), 0 at padding.
+        pixel_values: Tiles of the batch in order.
+        image_token_id: Id of `<IMG_CONTEXT>`.
+        tokens_per_tile: Visual tokens of a tile.
+    """
+    if pixel_values is None:
+        return None
+    rows = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
+    numbers: dict[Any, int] = {}
+    beginnings: list[Tensor] = []
+    pixels: list[Tensor] = []
+    row_of_prompt, rests, tile = [], [], 0
+    for row in rows:
+        places = (row == image_token_id).nonzero()
+        num_tiles = len(places) // tokens_per_tile
+        own = pixel_values[tile : tile + num_tiles]
+        tile += num_tiles
+        end = int(places[-1]) + 1 if len(places) else 0
+        key = (tuple(row[:end].tolist()), digest(own))
+        if key not in numbers:
+            numbers[key] = len(beginnings)
+            beginnings.append(row[:end])
+            pixels.append(own)
+        row_of_prompt.append(numbers[key])
+        rests.append(row[end:])
+    if len(beginnings) == len(rows):
+        return None
+    ids, mask = _pad_left(beginnings, input_ids)
+    rest_ids, rest_mask = _pad_left(rests, input_ids)
+    of_prompt = torch.tensor(row_of_prompt, device=input_ids.device)
+    return SharedPrompts(
+        ids,
+        mask,
+        torch.cat(pixels) if any(len(x) for x in pixels) else None,
+        of_prompt,
+        torch.cat((ids[of_prompt], rest_ids), dim=1),
+        torch.cat((mask[of_prompt], rest_mask), dim=1),
+    )
+
+
+@torch.inference_mode()
+def generate_sharing_prefixes(
+    model: MonoInternVLForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    pixel_values: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """New tokens of a batch of prompts, (B, new); what several of them begin with is read once.
+
+    Args:
+        model: In eval mode.
+        input_ids: (B, T) prompts, padded on the left.
+        attention_mask: (B, T), 0 at padding.
+        pixel_values: Tiles of the batch in order.
+        **options: As `generate` takes them; one answer per prompt.
+    """
+    text, length = model.config.text_config, input_ids.shape[1]
+    shared = None
+    # Beyond the trained length, dynamic scaling turns every key by an angle of the whole prompt.
+    if text.rope_parameters["rope_type"] != "dynamic" or length <= text.max_position_embeddings:
+        shared = share_prefixes(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_token_id=model.config.image_token_id,
+            tokens_per_tile=model.config.num_image_tokens_per_tile,
+        )
+    device = model.device
+    if shared is None:
+        images = {} if pixel_values is None else {"pixel_values": pixel_values.to(device)}
+        batch = {"attention_mask": attention_mask.to(device), **images}
+        return model.generate(input_ids.to(device), **batch, **options)[:, length:]  # type: ignore[no-any-return]
+    cache = DynamicCache(config=text)
+    model.prefill(
+        shared.beginning_ids.to(device),
+        cache,
+        None if shared.beginning_pixels is None else shared.beginning_pixels.to(device),
+        shared.beginning_mask.to(device),
+    )
+    cache.batch_select_indices(shared.row_of_prompt.to(device))
+    ids = model.generate(
+        shared.input_ids.to(device),
+        attention_mask=shared.attention_mask.to(device),
+        past_key_values=cache,
+        **options,
+    )
+    return ids[:, shared.input_ids.shape[1] :]  # type: ignore[no-any-return]
+
+
+def digest(x: Tensor) -> bytes:
+    """A fingerprint of a tensor's values and shape."""
+    data = x.detach().cpu().contiguous()
+    found = hashlib.blake2b(repr((tuple(data.shape), data.dtype)).encode(), digest_size=16)
+    found.update(data.view(torch.uint8).numpy().data)
+    return found.digest()
+
+
+def _pad_left(rows: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows as (B, T) ids and their mask; padding is 0, which nobody sees."""
+    length = max(len(row) for row in rows)
+    ids, mask = like.new_zeros(len(rows), length), like.new_zeros(len(rows), length)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row) :] = row
+        mask[number, length - len(row) :] = 1
+    return ids, mask

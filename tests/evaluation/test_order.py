@@ -1,0 +1,34 @@
+"""The order of questions: by kind and length, those on one image together."""
+
+from pathlib import Path
+from typing import Any
+
+from mono_internvl.data.samples import Sample
+from mono_internvl.evaluation.run import Question, _order
+
+
+def _question(kind: str, answer: str, *images: str) -> Question:
+    fields: dict[str, Any] = dict.fromkeys(Sample.__dataclass_fields__)
+    fields["messages"] = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": answer},
+    ]
+    fields["images"] = tuple(Path(name) for name in images)
+    return Question({"kind": kind}, Sample(**fields))
+
+
+def test_questions_on_one_image_stand_together() -> None:
+    questions = [
+        _question("b", "long answer", "1.png"),
+        _question("a", "mid one", "2.png"),
+        _question("a", "x", "1.png"),
+        _question("c", "y", "2.png"),
+        _question("a", "xyz"),
+    ]
+    assert _order(questions) == [2, 0, 4, 1, 3]
+
+
+def test_order_without_repeated_images_is_by_kind_and_length() -> None:
+    questions = [_question("b", "x", "1"), _question("a", "xx", "2"), _question("a", "x"),
+                 _question("a", "y", "3")]  # fmt: skip
+    assert _order(questions) == [2, 3, 1, 0]

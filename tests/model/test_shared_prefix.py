@@ -1,0 +1,87 @@
+"""Several questions about one image: the same answers, the image read once."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import image_ids, text_ids, tile_pixels, tiny_model
+from torch import Tensor
+from torch.nn import functional as F
+
+from mono_internvl.model.shared_prefix import generate_sharing_prefixes, share_prefixes
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2}
+SIZES = {"image_token_id": 121, "tokens_per_tile": 4}
+
+
+def _batch() -> dict[str, Tensor]:
+    """Three questions on one image, one on another of the same size, one on two tiles, one text."""
+    start, other = text_ids(3, 1), tile_pixels(1, seed=7)
+    images = [tile_pixels(1)] * 3 + [other, tile_pixels(2, seed=3)]
+    rows = [
+        torch.cat((start, image_ids(len(pixels)), text_ids(n, n)), dim=1)
+        for n, pixels in zip((4, 2, 6, 2, 3), images, strict=True)
+    ]
+    rows.append(text_ids(5, 9))
+    length = max(row.shape[1] for row in rows)
+    pads = [length - row.shape[1] for row in rows]
+    return {
+        "input_ids": torch.cat(
+            [F.pad(r, (p, 0), value=2) for r, p in zip(rows, pads, strict=True)]
+        ),
+        "attention_mask": torch.cat(
+            [F.pad(torch.ones_like(r), (p, 0)) for r, p in zip(rows, pads, strict=True)]
+        ),
+        "pixel_values": torch.cat(images),
+    }
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
+def test_shared_prefix_gives_the_same_answers(attention: str) -> None:
+    model, batch = tiny_model(attention=attention), _batch()
+    expected = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
+    assert torch.equal(generate_sharing_prefixes(model, **batch, **GREEDY), expected)
+
+
+def test_shared_prefix_gives_the_same_logits() -> None:
+    model, batch = tiny_model(), _batch()
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**batch, **options).logits[0]
+    states: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: states.append(out))
+    generate_sharing_prefixes(model, **batch, **GREEDY)
+    first = next(x for x in states if x.shape[0] == len(expected))
+    torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
+
+
+def test_shared_prefix_reads_each_image_once() -> None:
+    model, batch = tiny_model(), _batch()
+    tiles: list[int] = []
+    model.model.vision_embedder.register_forward_hook(lambda m, args, o: tiles.append(len(args[0])))
+    generate_sharing_prefixes(model, **batch, **GREEDY)
+    assert tiles == [1 + 1 + 2]  # not 3 + 1 + 2
+
+
+def test_equal_tokens_with_other_pixels_are_not_shared() -> None:
+    shared = share_prefixes(**_batch(), **SIZES)
+    assert shared is not None
+    assert shared.row_of_prompt.tolist() == [0, 0, 0, 1, 2, 3]
+    assert torch.equal(shared.beginning_ids[0], shared.beginning_ids[1])
+
+
+def test_batch_without_repetition_is_left_alone() -> None:
+    batch = {name: x[2:] for name, x in _batch().items() if name != "pixel_values"}
+    assert share_prefixes(**batch, pixel_values=_batch()["pixel_values"][2:], **SIZES) is None
+    text = {name: x[-1:] for name, x in batch.items()}
+    assert share_prefixes(**text, pixel_values=None, **SIZES) is None
+    model = tiny_model()
+    alone = generate_sharing_prefixes(model, **text, **GREEDY)
+    assert torch.equal(alone, model.generate(**text, **GREEDY)[:, text["input_ids"].shape[1] :])
+
+
+def test_prompts_beyond_dynamic_scaling_are_not_shared() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model = tiny_model(rope_parameters=rope, max_position_embeddings=8)
+    batch = _batch()
+    expected = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
+    assert torch.equal(generate_sharing_prefixes(model, **batch, **GREEDY), expected)
