@@ -281,7 +281,10 @@ def evaluate(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="prefill, ...; a wrong name lists all.")],
+    what: Annotated[
+        str,
+        typer.Argument(help="targets, prefill, modular, decode, prefix, train, serve or images."),
+    ],
     size: Annotated[str, typer.Option(help="tiny, middle or 2b.")] = "middle",
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the size's.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",

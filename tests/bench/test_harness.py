@@ -10,10 +10,15 @@ from typer.testing import CliRunner
 
 from mono_internvl.bench.rows import BenchRow, Target, append_lines, read_rows
 from mono_internvl.bench.timing import Subject, interleaved, measure, percentile
+from mono_internvl.bench.train import peak_bytes
 from mono_internvl.cli import app
 from mono_internvl.errors import ConfigError
+from mono_internvl.pipelines.bench import COMPARISONS, bench
 
 CPU = torch.device("cpu")
+SLOWER = {"targets"}
+
+torch.set_num_threads(1)
 
 
 def _burn(seconds: float) -> None:
@@ -92,16 +97,32 @@ def test_rows_go_round(tmp_path: Path) -> None:
         read_rows(tmp_path / "rows.jsonl")
 
 
-def test_bench_command_prints_rows() -> None:
+@pytest.mark.parametrize("what", [name for name in COMPARISONS if name not in SLOWER])
+def test_bench_command_prints_rows(what: str) -> None:
     found = CliRunner().invoke(
-        app, ["bench", "prefill", "--size", "tiny", "--dtype", "float32", "--rounds", "1", "--json"]
+        app, ["bench", what, "--size", "tiny", "--dtype", "float32", "--rounds", "1", "--json"]
     )
     assert found.exit_code == 0, found.output
     rows = [BenchRow(**json.loads(line)) for line in found.output.splitlines() if line[:1] == "{"]
-    assert {"ours v1", "ours v1, blocked, skip", "ours v1.5, blocked, skip"} <= {
-        row.subject for row in rows
-    }
-    assert all(row.what == "prefill" and row.ratio for row in rows)
+    assert all(row.what.startswith(what) and row.ratio and row.p50 > 0 for row in rows)
+    assert len({(row.what, row.subject) for row in rows}) == len(rows) >= 2
+
+
+def test_bench_targets_are_all_judged(tmp_path: Path) -> None:
+    found = bench("targets", size="tiny", rounds=1)
+    targets = [row for row in found if isinstance(row, Target)]
+    assert len(targets) == len({target.name for target in targets}) == 16
+    assert [t.name for t in targets if t.value is None] == [t.name for t in targets[-2:]]
+    assert all((t.met is None) == (t.value is None) for t in targets)
+    append_lines(tmp_path / "rows.jsonl", [row for row in found if isinstance(row, BenchRow)])
+    assert read_rows(tmp_path / "rows.jsonl")
+
+
+def test_peak_bytes_sees_what_a_run_allocates() -> None:
+    least = peak_bytes(lambda: None, CPU)
+    most = peak_bytes(lambda: torch.ones(64, 2**20).sum(), CPU)
+    assert least is not None and most is not None
+    assert most - least == pytest.approx(64 * 2**20 * 4, rel=0.1)
 
 
 def test_bench_unknown_name_is_refused() -> None:

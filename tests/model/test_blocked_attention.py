@@ -60,6 +60,15 @@ def test_blocked_obeys_any_mask(is_bool: bool) -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
+def test_blocked_without_causality_sees_everything() -> None:
+    inputs = _heads(11, 11, 4)
+    module = nn.Identity().eval()
+    module.is_causal = False
+    ours, _ = blocked_attention_forward(module, *inputs, None, 0.3)
+    theirs, _ = eager_attention_forward(module, *inputs, None, 0.3)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
 def test_blocked_row_that_sees_nothing_is_finite() -> None:
     q, k, v = _heads(3, 3)
     sees = torch.zeros(2, 1, 3, 3, dtype=torch.bool)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +17,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.experts import Routing
 from mono_internvl.model.configuration import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
     MonoInternVLVisionConfig,
 )
-from mono_internvl.model.decoder import DecoderLayer, KeptRows
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
-VARIANTS: dict[str, tuple[str, ...]] = {"v1": ("ffn",), "v1.5": ("ffn", "qkv", "o")}
-"""Name of a variant -> its visual experts."""
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "v1": ("ffn",),
+    "v1.5": ("ffn", "qkv", "o"),
+    "modular": (),
+}
+"""Name of a variant -> its visual experts; "modular" has a vision tower instead."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Size:
     """Sizes of a model and of the prompt that it is measured with.
 
     Attributes:
-        name: "tiny" (tests), "middle" or "2b".
+        name: "tiny" (tests), "middle" or "2b"; "middle" has the proportions of "2b".
         width: Of the decoder.
         ffn_width: Of an expert.
         layers: Decoder layers.
@@ -120,9 +121,7 @@ def random_model(
             num_attention_heads=size.heads,
             num_key_value_heads=size.kv_heads,
         ),
-        vision_config=MonoInternVLVisionConfig(
-            hidden_size=size.vision_width, image_size=size.tile_px
-        ),
+        vision_config=_vision_config(size, has_tower=variant == "modular"),
         visual_experts=VARIANTS[variant],
     )
     with torch.device("meta"):
@@ -131,12 +130,25 @@ def random_model(
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "norm" in name and p.ndim == 1:
+            if p.ndim == 1:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 p.normal_(std=0.02, generator=generator)
     model.set_attn_implementation(attention)
     return model
+
+
+def _vision_config(size: Size, has_tower: bool) -> MonoInternVLVisionConfig:
+    """Patches, or a tower of the proportions of InternViT-300M, as deep as the decoder."""
+    return MonoInternVLVisionConfig(
+        kind="vit" if has_tower else "patch",
+        hidden_size=size.vision_width,
+        image_size=size.tile_px,
+        num_hidden_layers=size.layers,
+        num_attention_heads=max(1, size.vision_width // 64),
+        intermediate_size=4 * size.vision_width,
+        initializer_factor=1.0,
+    )
 
 
 def plain_llama(
@@ -167,25 +179,6 @@ def plain_llama(
     return llama.eval()
 
 
-class DenseLayer(DecoderLayer):
-    """The official way: both experts over all rows, blended by a mask. A yardstick only.
-
-    Source: OpenGVLab/Mono-InternVL at 5b17ab4, `ff(x) * (1 - mask) + ff_ve(x) * mask`.
-    """
-
-    def forward(
-        self, x: Tensor, routing: Routing, kept: KeptRows | None = None, **attention: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        assert kept is None, "the official code computes all rows"
-        y, weights = self.self_attn(self.input_layernorm(x), routing, **attention)
-        x = x + y
-        y = self.post_attention_layernorm(x)
-        if self.mlp_visual is None or routing.row_order is None:
-            return x + self.mlp(y), weights
-        mask = (routing.row_order >= routing.num_text).view(*x.shape[:2], 1).to(x.dtype)
-        return x + self.mlp(y) * (1 - mask) + self.mlp_visual(y) * mask, weights
-
-
 def twin(
     model: MonoInternVLForConditionalGeneration, attention: str
 ) -> MonoInternVLForConditionalGeneration:
@@ -200,13 +193,9 @@ def twin(
 def make_dense(
     model: MonoInternVLForConditionalGeneration, attention: str
 ) -> MonoInternVLForConditionalGeneration:
-    """The same model, its experts computed the official way; weights stay shared.
-
-    Only for models with visual feed-forward experts alone (v1), like the official code.
-    """
+    """The same model, its experts computed the official way; weights stay shared."""
     dense = twin(model, attention)
-    for layer in dense.model.language_model.layers:
-        layer.__class__ = DenseLayer
+    dense.set_expert_path("dense")
     return dense
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,12 +21,16 @@ from mono_internvl.bench.models import (
 )
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
+from mono_internvl.model.blocked_attention import BLOCKED
 
 LLAMA = "Llama of transformers, same weights, head on one row"
 PLAIN = "ours v1"
+BLOCKED_ONLY = "ours v1, blocked"
 BEST = "ours v1, blocked, skip"
 NEWER = "ours v1.5, blocked, skip"
 DENSE = "dense v1, sdpa"
+MODULAR = "modular, blocked"
+MODULAR_SDPA = "modular, tower sdpa"
 OFFICIAL = "dense v1, as the official code runs"
 
 
@@ -37,6 +42,7 @@ def bench_prefill(
     rounds: int,
     command: str,
     with_variants: bool = True,
+    only: Sequence[str] | None = None,
 ) -> list[BenchRow]:
     """Time to the logits of the last row, cache filled.
 
@@ -47,12 +53,17 @@ def bench_prefill(
         rounds: Interleaved runs of each subject.
         command: For the rows.
         with_variants: Also the 1.5 variant, which needs weights of its own.
+        only: Names of the subjects to time; all unless given.
 
     Returns:
         Rows of Llama (the baseline), ours, ours 1.5, and the dense way with sdpa and as the
         official code runs it (eager attention, logits of every row).
     """
-    subjects = prefill_subjects(size, dtype, device, with_variants)
+    subjects = [
+        subject
+        for subject in prefill_subjects(size, dtype, device, with_variants)
+        if only is None or subject.name in only
+    ]
     return measure(
         "prefill",
         subjects,
@@ -72,7 +83,7 @@ def prefill_subjects(
     """The subjects of `bench_prefill`; all but the 1.5 variant share their weights."""
     ours = random_model(size, "v1", dtype, device, "sdpa")
     prompt = prompt_of(size, ours.config, dtype, device)
-    llama, blocked = plain_llama(ours), twin(ours, "blocked")
+    llama, blocked = plain_llama(ours), twin(ours, BLOCKED)
     dense, dense_eager = make_dense(ours, "sdpa"), make_dense(ours, "eager")
 
     def subject(name: str, model: Any, attention: str, has_skip: bool) -> Subject:
@@ -87,8 +98,8 @@ def prefill_subjects(
         ),
         subject(PLAIN, ours, "sdpa", False),
         subject("ours v1, skip", ours, "sdpa", True),
-        subject("ours v1, blocked", blocked, "blocked", False),
-        subject(BEST, blocked, "blocked", True),
+        subject(BLOCKED_ONLY, blocked, BLOCKED, False),
+        subject(BEST, blocked, BLOCKED, True),
         subject(DENSE, dense, "sdpa", False),
         Subject(
             OFFICIAL,
@@ -97,6 +108,43 @@ def prefill_subjects(
         ),
     ]
     if with_variants:
-        newer = random_model(size, "v1.5", dtype, device, "blocked")
-        subjects.append(subject(NEWER, newer, "blocked", True))
+        newer = random_model(size, "v1.5", dtype, device, BLOCKED)
+        subjects.append(subject(NEWER, newer, BLOCKED, True))
     return subjects
+
+
+def bench_modular(
+    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
+) -> list[BenchRow]:
+    """Time to the first token: ours against the modular twin, each at its best.
+
+    The twin has a vision tower and no visual experts. Both decoders attend in blocks and skip what
+    the last layer need not compute; the tower attends in blocks or by sdpa, a subject each.
+    """
+    ours = random_model(size, "v1", dtype, device, BLOCKED)
+    modular = random_model(size, "modular", dtype, device, BLOCKED)
+    with_sdpa = twin(modular, "sdpa")
+    with_sdpa.model.language_model.set_attn_implementation(BLOCKED)
+    prompt = prompt_of(size, ours.config, dtype, device)
+
+    def subject(name: str, model: Any, tower: str | None) -> Subject:
+        notes = {"attention": BLOCKED, "last_layer_skip": True}
+        if tower is not None:
+            notes["tower_attention"] = tower
+        return Subject(name, functools.partial(last_logits_of_ours, model, prompt), notes)
+
+    return measure(
+        "modular",
+        [
+            subject(MODULAR, modular, BLOCKED),
+            subject(MODULAR_SDPA, with_sdpa, "sdpa"),
+            subject(BEST, ours, None),
+        ],
+        baseline=MODULAR,
+        rounds=rounds,
+        device=device,
+        command=command,
+        shapes=size.shapes,
+        layers=size.layers,
+        dtype=dtype,
+    )

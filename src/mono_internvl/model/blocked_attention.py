@@ -1,4 +1,4 @@
-"""Causal attention in blocks of queries: `attn_implementation="blocked"`.
+"""Attention in blocks of queries: `attn_implementation="blocked"`.
 
 On a CPU, PyTorch's sdpa runs bf16 at the speed of fp32, and an explicit mask makes it slower still.
 Plain batched products use the bf16 units; blocks of queries that stop at the diagonal compute
@@ -42,10 +42,10 @@ def blocked_attention_forward(
         key: (B, K, T_kv, d).
         value: (B, K, T_kv, d).
         attention_mask: (B or 1, 1, T, T_kv) bool, True where a query sees a key, or added to the
-            scores; None is causal.
+            scores; None is causal, unless the module is not.
         scaling: Of the scores.
         dropout: Of the weights.
-        **kwargs: Not read.
+        **kwargs: `is_causal` counts more than the module's own; others are not read.
 
     Returns:
         (B, T, H, d).
@@ -53,6 +53,10 @@ def blocked_attention_forward(
     batch, heads, tokens, width = query.shape
     kv_heads, kv_tokens = key.shape[1], key.shape[2]
     groups = heads // kv_heads
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_cut = attention_mask is None and is_causal  # at the diagonal
     # Autocast leaves rotated queries and keys in fp32; its own products would cast every block.
     query, key = query.to(value.dtype), key.to(value.dtype)
     keys = key.reshape(batch * kv_heads, kv_tokens, width).transpose(1, 2)  # (B*K, d, T_kv)
@@ -65,7 +69,7 @@ def blocked_attention_forward(
     for start in range(0, tokens, QUERIES_PER_BLOCK):
         stop = min(start + QUERIES_PER_BLOCK, tokens)
         rows = stop - start
-        seen = kv_tokens - tokens + stop if attention_mask is None else kv_tokens
+        seen = kv_tokens - tokens + stop if is_cut else kv_tokens
         q = grouped[:, :, :, start:stop].reshape(batch * kv_heads, groups * rows, width)
         scores = torch.baddbmm(unused, q, keys[:, :, :seen], beta=0, alpha=scaling)
         scores = scores.view(batch, heads, rows, seen)
@@ -73,7 +77,7 @@ def blocked_attention_forward(
             mask = attention_mask[:, :, start:stop, :seen]
             is_bool = mask.dtype == torch.bool
             scores = scores.masked_fill_(~mask, lowest) if is_bool else scores + mask
-        elif rows > 1:
+        elif is_cut and rows > 1:
             future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
             scores[..., seen - rows :].masked_fill_(future, lowest)
         # On scores of half precision, softmax still computes in fp32.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from mono_internvl.bench.decode import bench_decode, bench_prefix
+from mono_internvl.bench.images import bench_images
 from mono_internvl.bench.models import Size, size_of
-from mono_internvl.bench.prefill import bench_prefill
+from mono_internvl.bench.prefill import bench_modular, bench_prefill
 from mono_internvl.bench.rows import BenchRow, Target
+from mono_internvl.bench.serve import bench_serve
+from mono_internvl.bench.targets import bench_targets, training_size
+from mono_internvl.bench.train import bench_train
 from mono_internvl.errors import ConfigError
 from mono_internvl.model.devices import choose_device
 
@@ -35,21 +41,52 @@ class Setting:
     command: str
 
 
-Rows = list[BenchRow] | list[Target] | list[BenchRow | Target]
+Rows = Sequence[BenchRow | Target]
+
+
+def _plain(run: Callable[..., list[BenchRow]]) -> Callable[[Setting], Rows]:
+    def with_setting(setting: Setting) -> Rows:
+        return run(
+            setting.size,
+            dtype=setting.dtype,
+            device=setting.device,
+            rounds=setting.rounds,
+            command=setting.command,
+        )
+
+    return with_setting
 
 
 def _prefill(setting: Setting) -> Rows:
-    return bench_prefill(
-        setting.size,
-        dtype=setting.dtype,
-        device=setting.device,
-        rounds=setting.rounds,
-        command=setting.command,
-        with_variants=setting.size.name != "2b",
+    run = partial(bench_prefill, with_variants=setting.size.name != "2b")
+    return _plain(run)(setting)
+
+
+def _train(setting: Setting) -> Rows:
+    return _plain(bench_train)(replace(setting, size=training_size(setting.size)))
+
+
+def _images(setting: Setting) -> Rows:
+    return bench_images(rounds=setting.rounds, command=setting.command)
+
+
+def _targets(setting: Setting) -> Rows:
+    rows, targets = bench_targets(
+        setting.size, device=setting.device, rounds=setting.rounds, command=setting.command
     )
+    return [*rows, *targets]
 
 
-COMPARISONS: dict[str, Callable[[Setting], Rows]] = {"prefill": _prefill}
+COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
+    "prefill": _prefill,
+    "modular": _plain(bench_modular),
+    "decode": _plain(bench_decode),
+    "prefix": _plain(bench_prefix),
+    "train": _train,
+    "serve": _plain(bench_serve),
+    "images": _images,
+    "targets": _targets,
+}
 """Name -> what runs it."""
 
 

@@ -1,0 +1,141 @@
+"""`bench decode`: one token after another behind a long context; `bench prefix`: shared images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from mono_internvl.bench.models import Size, plain_llama, prompt_of, random_model, twin
+from mono_internvl.bench.rows import BenchRow
+from mono_internvl.bench.timing import Subject, measure
+from mono_internvl.model.blocked_attention import BLOCKED
+from mono_internvl.model.shared_prefix import generate_sharing_prefixes
+
+STEPS = 8
+"""Tokens of one run."""
+QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS = 3, 24, 8
+
+LLAMA_DYNAMIC = "Llama of transformers, dynamic cache"
+LLAMA_STATIC = "Llama of transformers, static cache"
+OURS = "ours v1, blocked"
+WITHOUT, WITH = "image read for each question", "image read once"
+
+
+def bench_decode(
+    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
+) -> list[BenchRow]:
+    """Seconds of a token, batch 1, behind a context as long as the size's prompt.
+
+    Keys and values of the context are random; filling the cache is not timed. Llama's head gets a
+    row in two dimensions, the honest way.
+    """
+    ours = random_model(size, "v1", dtype, device, "sdpa")
+    blocked, llama = twin(ours, BLOCKED), plain_llama(ours)
+    text = ours.config.text_config
+    context = torch.randn(
+        1, size.kv_heads, size.tokens, text.head_dim, dtype=dtype, device=device
+    )  # of every layer
+    token = torch.full((1, 1), 5, device=device)
+
+    def of_ours(model: Any, cache: Cache) -> Tensor:
+        return model(token, past_key_values=cache, logits_to_keep=1).logits  # type: ignore[no-any-return]
+
+    def of_llama(model: Any, cache: Cache) -> Tensor:
+        x = model.model(token, past_key_values=cache, use_cache=True).last_hidden_state
+        return nn.functional.linear(x[:, -1], model.lm_head.weight).float()
+
+    def subject(
+        name: str, model: Any, step: Callable[[Any, Cache], Tensor], is_static: bool, attention: str
+    ) -> Subject:
+        caches: list[Cache] = []
+
+        def fill() -> None:
+            caches.clear()
+            most = size.tokens + STEPS
+            cache = (
+                StaticCache(config=llama.config, max_cache_len=most)
+                if is_static
+                else DynamicCache(config=llama.config)
+            )
+            with torch.inference_mode():
+                for layer in range(size.layers):
+                    cache.update(context, context, layer)
+            caches.append(cache)
+
+        @torch.inference_mode()
+        def run() -> None:
+            for _ in range(STEPS):
+                step(model, caches[0])
+
+        notes = {"attention": attention, "context_tokens": size.tokens}
+        return Subject(name, run, notes, before=fill, units=STEPS)
+
+    return measure(
+        "decode",
+        [
+            subject(LLAMA_DYNAMIC, llama, of_llama, False, "sdpa"),
+            subject(LLAMA_STATIC, llama, of_llama, True, "sdpa"),
+            subject("ours v1, sdpa", ours, of_ours, False, "sdpa"),
+            subject(OURS, blocked, of_ours, False, BLOCKED),
+        ],
+        baseline=LLAMA_DYNAMIC,
+        rounds=rounds,
+        device=device,
+        command=command,
+        shapes=size.shapes,
+        layers=size.layers,
+        dtype=dtype,
+        unit="s/token",
+    )
+
+
+def bench_prefix(
+    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
+) -> list[BenchRow]:
+    """Three questions on one image, answered in a batch: read with each, or read once."""
+    model = random_model(size, "v1", dtype, device, BLOCKED)
+    one = prompt_of(size, model.config, dtype, device)
+    seen = one.input_ids[:, : size.text_before + size.visual_tokens]
+    generator = torch.Generator().manual_seed(1)
+    asked = torch.randint(
+        3, size.vocabulary - 9, (QUESTIONS, QUESTION_TOKENS), generator=generator
+    ).to(device)
+    ids = torch.cat((seen.expand(QUESTIONS, -1), asked), dim=1)
+    batch: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": one.pixel_values.repeat(QUESTIONS, 1, 1, 1),
+    }
+    options: dict[str, Any] = {
+        "max_new_tokens": ANSWER_TOKENS,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    notes = {
+        "attention": BLOCKED,
+        "questions": QUESTIONS,
+        "question_tokens": QUESTION_TOKENS,
+        "answer_tokens": ANSWER_TOKENS,
+    }
+    generate = torch.inference_mode()(model.generate)
+    return measure(
+        "prefix",
+        [
+            Subject(WITHOUT, functools.partial(generate, **batch, **options), notes),
+            Subject(
+                WITH, functools.partial(generate_sharing_prefixes, model, **batch, **options), notes
+            ),
+        ],
+        baseline=WITHOUT,
+        rounds=rounds,
+        device=device,
+        command=command,
+        shapes=size.shapes,
+        layers=size.layers,
+        dtype=dtype,
+    )

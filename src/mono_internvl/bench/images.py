@@ -1,0 +1,66 @@
+"""`bench images`: files to tiles, images per second and core."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mono_internvl.bench.rows import BenchRow
+from mono_internvl.bench.timing import Subject, measure
+from mono_internvl.model.image_processing import MonoInternVLImageProcessor, load_image
+
+FILES = 4
+SIDES_PX = ((448, 448), (1280, 960))
+
+
+def bench_images(*, rounds: int, command: str, max_tiles: int = 6) -> list[BenchRow]:
+    """Seconds of an image, decoded from JPEG and cut into normalised tiles, by size.
+
+    Args:
+        rounds: Interleaved runs of each size.
+        command: For the rows.
+        max_tiles: Most tiles of an image, thumbnail not counted.
+    """
+    processor = MonoInternVLImageProcessor()
+    subjects = []
+    for width, height in SIDES_PX:
+        files = [_jpeg(width, height, seed) for seed in range(FILES)]
+
+        def decode(files: list[bytes] = files) -> None:
+            for file in files:
+                load_image(file)
+
+        def cut(files: list[bytes] = files) -> None:
+            for file in files:
+                processor([load_image(file)], max_tiles=max_tiles)
+
+        name, notes = f"{width} x {height} px", {"max_tiles": max_tiles}
+        subjects.append(Subject(f"{name}, decode", decode, notes, units=FILES))
+        subjects.append(Subject(f"{name}, decode and tile", cut, notes, units=FILES))
+    return measure(
+        "images",
+        subjects,
+        baseline=subjects[0].name,
+        rounds=rounds,
+        device=torch.device("cpu"),
+        command=command,
+        shapes={"tile_px": processor.image_size},
+        layers=0,
+        dtype=torch.float32,
+        unit="s/image",
+    )
+
+
+def _jpeg(width: int, height: int, seed: int) -> bytes:
+    """A picture of smooth colours with some noise: neither flat nor incompressible."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    noise = generator.normal(0, 6, smooth.shape)
+    pixels = np.clip(smooth + noise, 0, 255).astype(np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=90)
+    return out.getvalue()

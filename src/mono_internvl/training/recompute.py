@@ -1,0 +1,46 @@
+"""Less memory in training: recompute in the backward pass what is cheap, keep what is not."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from mono_internvl.errors import RecipeError
+
+Recompute = Literal["none", "selective", "full"]
+
+_KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+}
+"""Results that are kept: products of weights, and what attention gives; not the scores."""
+
+
+def checkpointing_options(recompute: Recompute) -> dict[str, Any]:
+    """What `gradient_checkpointing_enable` takes for a way to recompute.
+
+    Args:
+        recompute: "full" keeps the input of a decoder layer and computes the layer again;
+            "selective" keeps the products of matrices too and computes norms, rotations, SwiGLU and
+            softmax again.
+
+    Raises:
+        RecipeError: No such way, or "none", which enables nothing.
+    """
+    if recompute == "full":
+        return {"use_reentrant": False}
+    if recompute == "selective":
+        contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
+        return {"use_reentrant": False, "context_fn": contexts}
+    raise RecipeError(f"recompute={recompute!r}; expected selective or full")
+
+
+def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
