@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ from mono_internvl.model.configuration import (
     MonoInternVLVisionConfig,
 )
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.presets import preset
+from mono_internvl.model.visual_options import EXPERT_PRESETS
 from mono_internvl.recipes import RECIPES
+from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
+from mono_internvl.recipes.groups import ATTENTION
 from mono_internvl.recipes.miniature import LANGUAGE_MODEL, MINIATURE, VISION
+from mono_internvl.recipes.miniature_plus_plus import plus_plus
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Rule, Stage
 from mono_internvl.training.rules import apply_rules, never_learns
@@ -47,11 +53,12 @@ def _tiny(visual_experts: tuple[str, ...] = ("ffn",)) -> MonoInternVLForConditio
 
 def _config_of(recipe: Recipe) -> MonoInternVLConfig:
     if not recipe.name.startswith("miniature"):
-        return MonoInternVLConfig()
+        return preset("v1_5" if "plus-plus" in recipe.name else "v1")
+    experts = EXPERT_PRESETS["v1_5" if "plus-plus" in recipe.name else "v1"]
     return MonoInternVLConfig(
         text_config=MonoInternVLTextConfig(vocab_size=1300, **LANGUAGE_MODEL),
         vision_config=MonoInternVLVisionConfig(**VISION),
-        visual_experts=() if "language" in recipe.name else ("ffn",),
+        visual_experts=() if "language" in recipe.name else experts,
     )
 
 
@@ -62,7 +69,8 @@ def test_recipe_covers_its_model_without_dead_rules(name: str) -> None:
     with torch.device("meta"):
         model = MonoInternVLForConditionalGeneration(config)
     if not name.startswith("miniature"):
-        assert sum(p.numel() for p in model.parameters()) == 3_111_355_392
+        attention_experts = 301_989_888 if "plus-plus" in name else 0
+        assert sum(p.numel() for p in model.parameters()) == 3_111_355_392 + attention_experts
     for stage in recipe.stages:
         groups = apply_rules(model, config, stage)
         named = [name for group in groups for name in group.names]
@@ -91,6 +99,58 @@ def test_evip_stages_train_what_the_paper_says(recipe: str) -> None:
     assert found["s2"] == everything - never
     assert attends
     assert len(never) == 4
+
+
+@pytest.mark.parametrize(
+    "recipe", ["evip-plus-plus-2b", "miniature-plus-plus", "miniature-plus-plus-42"]
+)
+def test_evip_plus_plus_leaves_the_text_side_alone_until_s2(recipe: str) -> None:
+    model = _tiny(("ffn", "qkv", "o"))
+    found = {}
+    for stage in RECIPES[recipe].stages:
+        apply_rules(model, model.config, stage)
+        found[stage.name] = _learning(model)
+    everything = {name for name, _ in model.named_parameters()}
+    unread = r"class_embedding|layers\.1\.(mlp|self_attn\.[qo]_proj)_visual"
+    never = {n for n in everything if re.search(unread, n)}
+    sees = {n for n in everything if re.search(r"vision_embedder|projector|_visual\.", n)} - never
+    assert found["s11"] == found["s12"] == found["s13"] == sees
+    assert found["s2"] == everything - never
+    assert len(never) == 1 + 3 + 2
+    in_last_layer = {n for n in sees if "layers.1." in n}
+    assert {n.split(".")[-2] for n in in_last_layer} == {"k_proj_visual", "v_proj_visual"}
+
+
+def test_evip_plus_plus_has_the_samples_that_are_known() -> None:
+    evip, plus = RECIPES["evip-2b"].stages, RECIPES["evip-plus-plus-2b"].stages
+    samples = [stage.steps * stage.batch_size for stage in plus]
+    assert samples[0] + samples[1] == pytest.approx(400e6, rel=1e-4)
+    assert samples[2] == pytest.approx(150e6, rel=1e-4)
+    before = sum(stage.steps * stage.batch_size for stage in evip[:3])
+    assert sum(samples[:3]) / before == pytest.approx(SHARE_OF_EVIP, abs=0.005)
+    assert plus[3] == evip[3]
+    for ours, theirs in zip(plus[:3], evip[:3], strict=True):
+        same = {"title": "", "rules": (Rule(".*", None),), "steps": 1}
+        assert dataclasses.replace(ours, **same) == dataclasses.replace(theirs, **same)
+        assert ours.rules[0].learning_rate == theirs.rules[0].learning_rate
+
+
+@pytest.mark.parametrize("share", [1.0, 0.42])
+def test_miniature_plus_plus_differs_in_what_it_says_alone(share: float) -> None:
+    ours = plus_plus(MINIATURE, share)
+    assert ours.stages[-1] == MINIATURE.stages[-1]
+    for mine, theirs in zip(ours.stages, MINIATURE.stages, strict=True):
+        assert mine.data == theirs.data and mine.batch_size == theirs.batch_size
+        assert set(mine.rules) <= set(theirs.rules)
+        if theirs.name != "s2":
+            assert mine.steps == round(share * theirs.steps)
+    dropped = [
+        r
+        for a, b in zip(ours.stages, MINIATURE.stages, strict=True)
+        for r in b.rules
+        if r not in a.rules
+    ]
+    assert [rule.pattern for rule in dropped] == [ATTENTION]
 
 
 def _stage(*rules: Rule, **fields: Any) -> Stage:
