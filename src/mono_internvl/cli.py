@@ -343,6 +343,24 @@ def lab_modular(
     typer.echo(f"comparison: {out / 'comparison.json'}")
 
 
+@lab.command("evip-plus-plus")
+def lab_evip_plus_plus(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/evip-plus-plus"),
+    seeds: Annotated[int, typer.Option(min=1, help="How many; more may follow later.")] = 3,
+    quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
+    device: Device = "cpu",
+) -> None:
+    """Compare EViP, EViP++ at equal data and EViP++ at 42 % of it, over seeds."""
+    from mono_internvl.model.devices import choose_device
+    from mono_internvl.pipelines.lab_evip import compare_pretraining
+
+    _quieten()
+    place = str(choose_device(device))
+    table = compare_pretraining(out, seeds=seeds, quick=quick, processes=processes, device=place)
+    typer.echo(table.read_text(encoding="utf-8"))
+
+
 def _info_values(info: "ModelInfo") -> dict[str, Any]:
     values = {name: value for name, value in dataclasses.asdict(info).items() if value is not None}
     if info.costs is not None:

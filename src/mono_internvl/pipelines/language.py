@@ -92,7 +92,10 @@ def give_eyes(
     llm: Path,
     out: Path,
     visual_experts: tuple[str, ...] = ("ffn",),
+    *,
     vision: Mapping[str, Any] = VISION,
+    seed: int = 0,
+    eyes: Path | None = None,
 ) -> Path:
     """Make the model that the stages start from, monolithic or modular, and its processor.
 
@@ -101,14 +104,22 @@ def give_eyes(
         out: Folder of the result, in the released layout.
         visual_experts: Which parts of each layer get a visual copy.
         vision: Fields of the vision configuration.
+        seed: Of the first weights of patch embedding and projector.
+        eyes: Checkpoint of the same vision shapes to take those first weights from instead.
     """
     made = monolithic_from_llm(
         llm,
         vision=MonoInternVLVisionConfig(**vision),
         visual_experts=visual_experts,
+        seed=seed,
         max_dynamic_patch=1,
         use_thumbnail=False,
     )
+    if eyes is not None:
+        other = MonoInternVLForConditionalGeneration.from_pretrained(eyes).state_dict()
+        of_language = ("model.language_model.", "lm_head.")
+        weights = {name: x for name, x in other.items() if not name.startswith(of_language)}
+        made.model.load_state_dict(weights, strict=False)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     made.model.save_pretrained(partial)
