@@ -46,6 +46,7 @@ IMAGES = ROOT / "tests" / "parity" / "golden" / "python"
 NETWORK = "needs the network"
 MINUTES = "takes minutes; .ci/run walks the quick form"
 MINUTES_MODULAR = "takes minutes; tests/pipelines/test_lab_modular.py walks a smaller form"
+MINUTES_EVIP = "takes hours; tests/pipelines/test_lab_evip.py walks a smaller form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
 DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
 NOT_EXECUTED = {
@@ -67,6 +68,8 @@ NOT_EXECUTED = {
     "mono-internvl quickstart --llm scratch --out runs/scratch": MINUTES,
     "mono-internvl lab modular --against runs/quickstart": MINUTES,
     "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,
+    "mono-internvl lab evip-plus-plus": MINUTES_EVIP,
+    "mono-internvl lab evip-plus-plus --quick --seeds 1 --out runs/plus-quick": MINUTES_EVIP,
     "python -m mono_internvl.miniature.digits runs/digits": DIGITS,
     "mono-internvl train miniature-sft --model runs/quickstart/model "
     "--data runs/digits/train.json --out runs/digits/run": DIGITS,
