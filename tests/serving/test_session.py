@@ -139,6 +139,45 @@ def test_session_later_image_equals_full_prefill(session, picture, monkeypatch):
     torch.testing.assert_close(logits[-1], full, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_attention": "bidirectional"},
+        {"visual_position_step": 0.25},
+        {"image_attention": "bidirectional", "visual_position_step": 1 / 64},
+    ],
+    ids=str,
+)
+def test_session_with_image_options_holds_what_one_pass_gives(
+    session, picture, monkeypatch, options
+):
+    for name, value in options.items():
+        monkeypatch.setattr(session.model.config, name, value)
+    other = Image.open(PYTHON / "chat_b.png").convert("RGB")
+    session.ask("Hello?")
+    hook = session.model.model.language_model.layers[1].register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("What is this?", [other])
+    hook.remove()
+    session.ask("What is this?", [picture])
+    session.ask("And this?", [other], max_tiles=1)
+    pixels = torch.cat(
+        [
+            session.processor.image_processor([picture], max_tiles=2)["pixel_values"],
+            session.processor.image_processor([other], max_tiles=1)["pixel_values"],
+        ]
+    )
+    assert_cache_is_full_prefill(session, pixels)
+    for name in options:
+        monkeypatch.setattr(session.model.config, name, {"image_attention": "causal"}.get(name, 1))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_cache_is_full_prefill(session, pixels)
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_session_cache_check_rejects_an_image_read_as_text(session, picture, monkeypatch):
     session.ask("Hello?")
     with monkeypatch.context() as fault:
