@@ -113,6 +113,15 @@ def test_family_window_is_kept_by_every_attention(
     _assert_close(model(ids, logits_to_keep=1).logits, theirs[:, -1:])  # last layer: one row
 
 
+@pytest.mark.parametrize("version", ["mistral-v0.1", "smollm3-sliding", "qwen3"])
+def test_family_generates_with_a_static_cache(version: str, tmp_path: Path) -> None:
+    reference, ids = TINY_LLMS[version].write(tmp_path), _ids(12)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "pad_token_id": 2}
+    options |= {"disable_compile": True}
+    ours = _made(tmp_path).generate(ids, cache_implementation="static", **options)
+    assert torch.equal(ours, reference.generate(ids, **options))
+
+
 @pytest.mark.parametrize("version", ["llama3.1", "mistral-v0.1", "qwen2.5", "smollm3"])
 def test_family_knob_matters(version: str, tmp_path: Path) -> None:
     reference = TINY_LLMS[version].write(tmp_path)
@@ -124,7 +133,7 @@ def test_family_knob_matters(version: str, tmp_path: Path) -> None:
     }
     for layer in model.model.language_model.layers:
         layer.self_attn.uses_rope = True
-    text.layer_types = None
+    text.sliding_layers = None
     with torch.no_grad():
         far = (model(ids).logits[..., : reference.config.vocab_size] - reference(ids).logits).abs()
     assert far.max() > 100 * ATOL

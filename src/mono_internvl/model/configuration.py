@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.model.decoder_knobs import check_layers, check_rope
+from mono_internvl.model.decoder_knobs import LAYER_TYPES, check_layers, check_rope
 from mono_internvl.model.field_checks import (
     check_choice,
     check_flag,
@@ -94,7 +94,9 @@ class MonoInternVLTextConfig(PreTrainedConfig):
         qk_norm: Whether queries and keys are RMS-normalised per head.
         rope_parameters: `rope_theta`, `rope_type` and what belongs to the type, in transformers'
             words (`decoder_knobs.ROPE_FIELDS`).
-        layer_types: For each layer "full_attention" or "sliding_attention"; None: all are full.
+        sliding_layers: For each layer 1 if it looks back on `sliding_window` tokens only, 0 if on
+            all; None: all layers do. From it follows `layer_types`, transformers' name of it, which
+            stands only where a layer slides.
         sliding_window: Tokens that a sliding layer looks back on, the present one included.
         no_rope_layers: For each layer 1 if it turns queries and keys by their positions, 0 if it
             does not (the name is transformers'); None: all do.
@@ -126,7 +128,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
     qk_norm: bool = False
     rope_parameters: dict[str, Any] = None  # type: ignore[assignment]  # set in __post_init__
     attention_dropout: float = 0.0
-    layer_types: list[str] | None = None
+    sliding_layers: list[int] | None = None
     sliding_window: int | None = None
     no_rope_layers: list[int] | None = None
     family: str = "internlm2"
@@ -142,6 +144,8 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self._check()
+        if self.sliding_layers is not None:  # for transformers' caches and its generate
+            self.layer_types = [LAYER_TYPES[slides] for slides in self.sliding_layers]
 
     def _check(self) -> None:
         check_integer("llm_config.head_dim", self.head_dim, least=2)
@@ -164,7 +168,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             )
         check_rope(self.rope_parameters)
         check_layers(
-            self.num_hidden_layers, self.layer_types, self.sliding_window, self.no_rope_layers
+            self.num_hidden_layers, self.sliding_layers, self.sliding_window, self.no_rope_layers
         )
         if getattr(self, "partial_rotary_factor", None):
             raise ConfigError(
@@ -417,7 +421,7 @@ def _text_to_released(config: MonoInternVLConfig) -> dict[str, Any]:
         ("head_dim", text.hidden_size // text.num_attention_heads),
         ("qk_norm", False),
         ("attention_dropout", 0.0),
-        ("layer_types", None),
+        ("sliding_layers", None),
         ("sliding_window", None),
         ("no_rope_layers", None),
     ):

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from mono_internvl.experts import Routing, check_expert_path, run_fast_path
 from mono_internvl.model.blocked_attention import BLOCKED, register_blocked_attention
 from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
+from mono_internvl.model.decoder_knobs import LAYER_TYPES
 from mono_internvl.model.image_layout import ImageLayout, check_attention_and_cache
 from mono_internvl.model.visual_tokens import PatchEmbedder
 
@@ -97,7 +98,7 @@ def route(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module | None
 
 def slides(config: MonoInternVLTextConfig, layer_idx: int) -> bool:
     """Whether a layer looks back on the last `sliding_window` tokens only."""
-    return config.layer_types is not None and config.layer_types[layer_idx] == "sliding_attention"
+    return config.sliding_layers is not None and bool(config.sliding_layers[layer_idx])
 
 
 class RMSNorm(nn.Module):
@@ -451,8 +452,11 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             "block_sequence_ids": layout.image_numbers,
         }
         windows = [slides(self.config, i) for i in range(len(self.layers))]
-        mask = create_causal_mask(**seen_by) if not all(windows) else None
-        near = create_sliding_window_causal_mask(**seen_by) if any(windows) else None
+        if isinstance(attention_mask, dict):  # made by `generate`, for layers of several kinds
+            mask, near = (attention_mask.get(kind) for kind in LAYER_TYPES)
+        else:
+            mask = create_causal_mask(**seen_by) if not all(windows) else None
+            near = create_sliding_window_causal_mask(**seen_by) if any(windows) else None
         if "flash" in (self.config._attn_implementation or "") and past_key_values is None:
             kwargs["position_ids"] = position_ids  # it has no mask to see packed segments in
         positions, length = position_ids, seen + tokens

@@ -35,6 +35,7 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 """Types of rotary scaling and what belongs to each of them, besides `rope_theta`."""
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Transformers' names of a layer that does not slide, and of one that does."""
 
 _NEEDED = {
     "linear": ("factor",),
@@ -71,7 +72,7 @@ def check_rope(rope_parameters: Any) -> None:
 
 def check_layers(
     num_layers: int,
-    layer_types: Sequence[Any] | None,
+    sliding_layers: Sequence[Any] | None,
     sliding_window: Any,
     no_rope_layers: Sequence[Any] | None,
 ) -> None:
@@ -80,10 +81,7 @@ def check_layers(
     Raises:
         ConfigError: Naming the field.
     """
-    for name, values, known in (
-        ("layer_types", layer_types, LAYER_TYPES),
-        ("no_rope_layers", no_rope_layers, (0, 1)),
-    ):
+    for name, values in (("sliding_layers", sliding_layers), ("no_rope_layers", no_rope_layers)):
         if values is None:
             continue
         if not isinstance(values, list | tuple) or len(values) != num_layers:
@@ -91,17 +89,13 @@ def check_layers(
                 f"llm_config.{name}={values!r}; expected a list with one entry for each of the "
                 f"{num_layers} layers"
             )
-        wrong = [value for value in values if value not in known]
+        wrong = [value for value in values if value not in (0, 1)]
         if wrong:
-            raise ConfigError(
-                f"llm_config.{name} has {wrong[0]!r}; expected one of "
-                f"{', '.join(str(value) for value in known)}"
-            )
-    slides = "sliding_attention" in (layer_types or ())
-    if slides:
+            raise ConfigError(f"llm_config.{name} has {wrong[0]!r}; expected 0 or 1")
+    if any(sliding_layers or ()):
         check_integer("llm_config.sliding_window", sliding_window)
     elif sliding_window is not None:
         raise ConfigError(
             f"llm_config.sliding_window={sliding_window!r} but no layer slides; name the layers in "
-            "layer_types, or leave sliding_window out"
+            "sliding_layers, or leave sliding_window out"
         )

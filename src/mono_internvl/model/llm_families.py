@@ -102,17 +102,18 @@ def _one_bias(config: Any) -> dict[str, Any]:
 
 
 def _windows(config: Any) -> dict[str, Any]:
-    """`layer_types` and the window, if any layer has one."""
-    if "sliding_attention" not in config.layer_types:
-        return {"layer_types": None, "sliding_window": None}
-    return {"layer_types": list(config.layer_types), "sliding_window": config.sliding_window}
+    """Which layers slide, and the window, if any layer does."""
+    layers = [int(kind == "sliding_attention") for kind in config.layer_types]
+    if not any(layers):
+        return {}
+    return {"sliding_layers": layers, "sliding_window": config.sliding_window}
 
 
 def _mistral(config: Any) -> dict[str, Any]:
     window, layers = config.sliding_window, config.num_hidden_layers
     if window is None:
         return {}
-    return {"layer_types": ["sliding_attention"] * layers, "sliding_window": window}
+    return {"sliding_layers": [1] * layers, "sliding_window": window}
 
 
 def _smollm3(config: Any) -> dict[str, Any]:
