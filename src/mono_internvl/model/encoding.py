@@ -10,7 +10,13 @@ from typing import Any
 import torch
 
 from mono_internvl.errors import ConfigError, PromptError
-from mono_internvl.model.prompts import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Piece
+from mono_internvl.model.prompts import (
+    GROUNDING_TOKENS,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    Piece,
+)
 from mono_internvl.model.tokenization import MonoInternVLTokenizer
 
 IGNORED_LABEL = -100
@@ -105,6 +111,38 @@ def pad_left(rows: Sequence[list[int]], pad_token_id: int | None) -> dict[str, t
 def count_images(images: Any) -> int:
     """Images in any nesting of lists."""
     return sum(map(count_images, images)) if isinstance(images, (list, tuple)) else 1
+
+
+def check_placeholders(texts: Sequence[str], images: Any) -> None:
+    """Hold the `<IMG_CONTEXT>` of rendered prompts against their images.
+
+    Raises:
+        PromptError: With both numbers.
+    """
+    wanted = sum(text.count(IMAGE_CONTEXT) for text in texts)
+    given = 0 if images is None else count_images(images)
+    if wanted != given:
+        raise PromptError(
+            f"{wanted} {IMAGE_CONTEXT} placeholders but {given} images; "
+            "write one placeholder for each image"
+        )
+
+
+def decode_answer(
+    tokenizer: MonoInternVLTokenizer, ids: Any, turn_end_id: int, keep_grounding: bool
+) -> str:
+    """The text of a generated answer up to its end; see `MonoInternVLProcessor.decode_answer`."""
+    values = [int(index) for index in (ids.tolist() if hasattr(ids, "tolist") else ids)]
+    if turn_end_id in values:
+        values = values[: values.index(turn_end_id)]
+    if keep_grounding:
+        dropped = {
+            index
+            for token, index in tokenizer.control_tokens.items()
+            if token not in GROUNDING_TOKENS
+        }
+        values = [index for index in values if index not in dropped]
+    return str(tokenizer.decode(values, skip_special_tokens=not keep_grounding)).strip()
 
 
 class TileLimits:

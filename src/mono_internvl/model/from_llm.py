@@ -151,8 +151,8 @@ def export_llama(
     if text.qk_norm or text.qkv_bias != text.o_bias or text.sliding_layers or text.no_rope_layers:
         raise ConfigError(
             f"qk_norm={text.qk_norm}, qkv_bias={text.qkv_bias}, o_bias={text.o_bias}, "
-            f"sliding_layers={text.sliding_layers}, no_rope_layers={text.no_rope_layers}: Llama has "
-            "no query and key norms, one attention_bias for all four projections, equal layers"
+            f"sliding_layers={text.sliding_layers}, no_rope_layers={text.no_rope_layers}: Llama "
+            "has no query and key norms, one attention_bias for all four projections, equal layers"
         )
     llama = LlamaConfig(
         vocab_size=text.vocab_size,

@@ -12,31 +12,29 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from mono_internvl.errors import CheckpointError, ConfigError, PromptError
+from mono_internvl.model.chat_templates import JINJA_FORM, RELEASED_FORM
+from mono_internvl.model.chat_templates import prompt_form as make_prompt_form
 from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.encoding import (
     IGNORED_LABEL,
     Encoded,
     TileLimits,
-    count_images,
+    check_placeholders,
+    decode_answer,
     encode_pieces,
     pad_left,
 )
 from mono_internvl.model.image_processing import MonoInternVLImageProcessor, share_tiles
 from mono_internvl.model.prompts import (
     DEFAULT_SYSTEM_PROMPT,
-    GROUNDING_TOKENS,
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
     SUPPORTED_TEMPLATES,
-    TURN_END,
-    TURN_START,
     OnControl,
     Piece,
     Turn,
     check_no_control,
-    render,
-    render_turn,
     texts_of,
     to_turns,
 )
@@ -54,7 +52,6 @@ VISUAL_TOKEN_SIZE = 28
 
 PROCESSOR_CONFIG = "processor_config.json"
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 CONFIG = "config.json"
 _IMAGE_OVERRIDES = ("min_tiles", "max_tiles", "use_thumbnail")
 _IMAGE_SETTINGS = (*_IMAGE_OVERRIDES, "image_size", "image_mean", "image_std", "pad2square")
@@ -70,12 +67,14 @@ class MonoInternVLProcessor(ProcessorMixin):
         image_processor: Cuts images into tiles.
         tokenizer: Has the control tokens of chat and vision.
         chat_template: Jinja template of `apply_chat_template`; made from `default_system_prompt`
-            unless given. The `encode_*` functions render by the same rule in Python.
+            unless given.
         default_system_prompt: System message of conversations without one; empty: no block.
         visual_token_size: Side of the square that one visual token sees, px.
+        prompt_form: How the `encode_*` functions render: "internlm2-chat", or "chat_template.jinja"
+            for a language model's own template.
 
     Raises:
-        ConfigError: If tiles cannot be cut into visual tokens.
+        ConfigError: If tiles cannot be cut into visual tokens, or the template is of no use.
         CheckpointError: If the tokenizer lacks a control token.
     """
 
@@ -86,6 +85,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         chat_template: str | None = None,
         default_system_prompt: str = DEFAULT_SYSTEM_PROMPT,
         visual_token_size: int = VISUAL_TOKEN_SIZE,
+        prompt_form: str = RELEASED_FORM,
     ) -> None:
         if image_processor is None or tokenizer is None:
             raise ConfigError("a processor needs an image_processor and a tokenizer; give both")
@@ -98,8 +98,10 @@ class MonoInternVLProcessor(ProcessorMixin):
         self.visual_token_size = visual_token_size
         self.image_token = IMAGE_CONTEXT
         self.image_token_id = tokenizer.control_id(IMAGE_CONTEXT)
-        for token in (IMAGE_START, IMAGE_END, TURN_START, TURN_END):
+        for token in (IMAGE_START, IMAGE_END):
             tokenizer.control_id(token)
+        self.prompt_form = prompt_form
+        self._form = make_prompt_form(prompt_form, chat_template, tokenizer)
         super().__init__(
             image_processor,
             tokenizer,
@@ -113,13 +115,20 @@ class MonoInternVLProcessor(ProcessorMixin):
         tokenizer: MonoInternVLTokenizer,
         *,
         default_system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+        chat_template: str | None = None,
     ) -> "MonoInternVLProcessor":
         """A processor whose image settings are those of a model.
+
+        Args:
+            config: Of the model.
+            tokenizer: Of the model.
+            default_system_prompt: System message of conversations without one.
+            chat_template: Of a language model whose prompts are not in the released form.
 
         Raises:
             ConfigError: If the config names a chat template of another form.
         """
-        if config.template not in SUPPORTED_TEMPLATES:
+        if config.template not in (*SUPPORTED_TEMPLATES, JINJA_FORM):
             raise ConfigError(
                 f"template={config.template!r} is not supported; expected one of "
                 f"{', '.join(str(name) for name in SUPPORTED_TEMPLATES)}"
@@ -136,8 +145,10 @@ class MonoInternVLProcessor(ProcessorMixin):
         return cls(
             image_processor,
             tokenizer,
+            chat_template=chat_template,
             default_system_prompt=default_system_prompt,
             visual_token_size=round(vision.patch_size / config.downsample_ratio),
+            prompt_form=JINJA_FORM if config.template == JINJA_FORM else RELEASED_FORM,
         )
 
     @classmethod
@@ -181,15 +192,18 @@ class MonoInternVLProcessor(ProcessorMixin):
             fields = {key: getattr(like.image_processor, key) for key in _IMAGE_SETTINGS}
             token_size = like.visual_token_size
         system, template_file = kwargs.get("default_system_prompt"), None
+        form = stored.get("prompt_form", RELEASED_FORM)
+        if stored and (system is None or form == JINJA_FORM):
+            template_file = find_file(path, JINJA_FORM, hub)
         if system is None:
             system = stored.get("default_system_prompt", DEFAULT_SYSTEM_PROMPT)
-            template_file = find_file(path, CHAT_TEMPLATE, hub) if stored else None
         return cls(
             MonoInternVLImageProcessor(**{**fields, **overrides}),
             tokenizer,
             chat_template=template_file.read_text("utf-8") if template_file else None,
             default_system_prompt=system,
             visual_token_size=token_size,
+            prompt_form=form,
         )
 
     @property
@@ -199,13 +213,18 @@ class MonoInternVLProcessor(ProcessorMixin):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Ids that end an answer: `</s>`, `<|im_end|>`, `<|im_start|>`.
+        """Ids that end an answer: `</s>`, `<|im_end|>`, `<|im_start|>`; EOS and the turn's end.
 
         Source: stop ids of the released template. Differs: the released chat stops on
             `<|im_end|>` only.
         """
-        named = [self.tokenizer.control_id(token) for token in (TURN_END, TURN_START)]
+        named = [self.tokenizer.control_id(token) for token in self._form.stop_tokens]
         return sorted({*named, self.tokenizer.eos_token_id} - {None})
+
+    @property
+    def turn_end_id(self) -> int:
+        """Id of the control token that closes an answer."""
+        return self.tokenizer.control_id(self._form.turn_end)
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -270,14 +289,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         if videos is not None or audio is not None:
             raise PromptError("videos, audio: not understood; give the frames of a video as images")
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            wanted = sum(one.count(IMAGE_CONTEXT) for one in texts)
-            given = 0 if images is None else count_images(images)
-            if wanted != given:
-                raise PromptError(
-                    f"{wanted} {IMAGE_CONTEXT} placeholders but {given} images; "
-                    "write one placeholder for each image"
-                )
+            check_placeholders([text] if isinstance(text, str) else list(text), images)
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
@@ -344,7 +356,7 @@ class MonoInternVLProcessor(ProcessorMixin):
             own = limits.take(len(shown))
             images += shown
             image_limits += [share_tiles(most, len(shown)) for most in own] if share_budget else own
-            pieces = render(
+            pieces = self._form.render(
                 turns, default_system_prompt=self.default_system_prompt, add_generation_prompt=True
             )
             rendered.append((pieces, len(shown)))
@@ -370,7 +382,7 @@ class MonoInternVLProcessor(ProcessorMixin):
 
         Args:
             message: The user's message.
-            close_previous: Whether the cached answer still lacks its `<|im_end|>`.
+            close_previous: Whether the cached answer still lacks its end.
             max_tiles: As in `encode_prompt`.
             on_control: As in `encode_prompt`.
 
@@ -380,9 +392,8 @@ class MonoInternVLProcessor(ProcessorMixin):
         if message.get("role") != "user":
             raise PromptError(f"message.role={message.get('role')!r}; a new turn is the user's")
         turns = to_turns([message])
-        pieces = [Piece("control", TURN_END)] if close_previous else []
-        pieces += render_turn(self._checked(turns, on_control)[0])
-        pieces += [Piece("control", TURN_START), Piece("text", "assistant\n")]
+        checked = self._checked(turns, on_control)
+        pieces = self._form.render_next(checked[0], close_previous=close_previous)
         images = list(turns[0].images)
         limits = TileLimits(max_tiles, self.image_processor.max_tiles)
         own = limits.take(len(images))
@@ -425,7 +436,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         while len(messages) > first and messages[first].get("role") == "assistant":
             del messages[first]
         turns = to_turns(messages, images=images, strip=True)
-        pieces = render(
+        pieces = self._form.render(
             self._checked(turns, on_control),
             default_system_prompt=self.default_system_prompt,
             add_generation_prompt=False,
@@ -455,6 +466,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         self, pieces: Sequence[Piece], num_tiles: Sequence[int], *, add_bos: bool = True
     ) -> tuple[list[int], list[int]]:
         counts = [count * self.tokens_per_tile for count in num_tiles]
+        add_bos = add_bos and self._form.adds_bos
         return encode_pieces(self.tokenizer, pieces, counts, add_bos=add_bos)
 
     def _cut(
@@ -482,17 +494,6 @@ class MonoInternVLProcessor(ProcessorMixin):
             keep_grounding: Whether `<ref>`, `<box>` and their like stay in the text.
 
         Returns:
-            The text up to the first `<|im_end|>`, without control tokens and outer whitespace.
+            The text up to the first turn's end, without control tokens and outer whitespace.
         """
-        values = [int(index) for index in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-        turn_end = self.tokenizer.control_id(TURN_END)
-        if turn_end in values:
-            values = values[: values.index(turn_end)]
-        if keep_grounding:
-            dropped = {
-                index
-                for token, index in self.tokenizer.control_tokens.items()
-                if token not in GROUNDING_TOKENS
-            }
-            values = [index for index in values if index not in dropped]
-        return str(self.tokenizer.decode(values, skip_special_tokens=not keep_grounding)).strip()
+        return decode_answer(self.tokenizer, ids, self.turn_end_id, keep_grounding)

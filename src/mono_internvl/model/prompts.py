@@ -237,6 +237,11 @@ def chat_template(default_system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
     )
 
 
+def image_macros() -> str:
+    """The Jinja macros that put images in their places: `question(content)`, `text_of(content)`."""
+    return _TEMPLATE.partition("{%- set system =")[0]
+
+
 def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:
     """Boxes (x1, y1, x2, y2) in a text, in units of 1/1000 of the image's width and height.
 

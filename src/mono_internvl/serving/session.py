@@ -26,7 +26,7 @@ from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.prompts import TURN_END, parse_boxes
+from mono_internvl.model.prompts import parse_boxes
 from mono_internvl.model.shared_prefix import digest
 from mono_internvl.serving.sampling import GREEDY, Sampling
 
@@ -141,7 +141,7 @@ class ChatSession:
         self.max_tiles = max_tiles
         self.sampling = sampling
         self._busy = threading.Lock()
-        self._turn_end: int = processor.tokenizer.control_id(TURN_END)
+        self._turn_end = processor.turn_end_id
         self._image_token: int = processor.image_token_id
         self._stops = frozenset(processor.stop_token_ids)
         self._clear()
@@ -151,7 +151,7 @@ class ChatSession:
         self._ids: list[int] = []
         self._first: FirstQuestion | None = None  # of this conversation
         self._past: FirstQuestion | None = None  # of the one before, with its cache
-        self._cache = DynamicCache(config=self.model.config.get_text_config())
+        self._cache = DynamicCache()  # whole in sliding layers too: it is cropped
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -372,7 +372,7 @@ class ChatSession:
         """Back to the first `length` tokens, also after a pass that broke off between layers."""
         self._ids = self._ids[:length]
         if not length:
-            self._cache = DynamicCache(config=self.model.config.get_text_config())
+            self._cache = DynamicCache()
             return
         for layer in self._cache.layers:
             layer.keys = layer.keys[..., :length, :]

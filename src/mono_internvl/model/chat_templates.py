@@ -1,0 +1,266 @@
+"""How a conversation becomes pieces: the released prompt form, or a language model's own template.
+
+A Jinja template renders one string, in which what somebody typed could pass for a control token.
+So each message is rendered as a mark that no template knows, and only what the template itself
+wrote around the marks is searched for control tokens; the message takes the mark's place as text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.model.prompts import (
+    GROUNDING_TOKENS,
+    TURN_END,
+    TURN_START,
+    ImagePart,
+    Piece,
+    Turn,
+    image_macros,
+    render,
+    render_turn,
+)
+from mono_internvl.model.tokenization import MonoInternVLTokenizer
+
+RELEASED_FORM = "internlm2-chat"
+"""The form of the released checkpoints, written in `prompts`."""
+
+JINJA_FORM = "chat_template.jinja"
+"""The form that the file of this name says; the value of `template` in config.json."""
+
+_MARK = re.compile("\ue000(\\d+)\ue001")
+_HAS_SPANS = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+class PromptForm(Protocol):
+    """A way to write conversations.
+
+    Attributes:
+        adds_bos: Whether BOS is put in front of what is rendered.
+        turn_end: Control token that closes an answer.
+        stop_tokens: Control tokens that end generation, besides the tokenizer's EOS.
+    """
+
+    adds_bos: bool
+    turn_end: str
+    stop_tokens: tuple[str, ...]
+
+    def render(
+        self, turns: Sequence[Turn], *, default_system_prompt: str, add_generation_prompt: bool
+    ) -> list[Piece]:
+        """A conversation as pieces; answers and what closes them are marked as learned."""
+
+    def render_next(self, turn: Turn, *, close_previous: bool) -> list[Piece]:
+        """What a user's turn adds to a conversation that ends with an answer, up to the next one.
+
+        Args:
+            turn: The user's.
+            close_previous: Whether the answer before it still lacks its end.
+        """
+
+
+class ReleasedForm:
+    """The prompt form of the released checkpoints."""
+
+    adds_bos = True
+    turn_end = TURN_END
+    stop_tokens: tuple[str, ...] = (TURN_END, TURN_START)
+
+    def __init__(self, tokenizer: MonoInternVLTokenizer) -> None:
+        for token in self.stop_tokens:
+            tokenizer.control_id(token)
+
+    def render(
+        self, turns: Sequence[Turn], *, default_system_prompt: str, add_generation_prompt: bool
+    ) -> list[Piece]:
+        return render(
+            turns,
+            default_system_prompt=default_system_prompt,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def render_next(self, turn: Turn, *, close_previous: bool) -> list[Piece]:
+        pieces = [Piece("control", TURN_END)] if close_previous else []
+        pieces += render_turn(turn)
+        return [*pieces, Piece("control", TURN_START), Piece("text", "assistant\n")]
+
+
+class JinjaForm:
+    """The prompt form of a language model's own chat template.
+
+    What is learned: what the template marks with `{% generation %}`; where it has no such marks, an
+    answer and the first control token after it.
+
+    Args:
+        source: The template.
+        tokenizer: Of the model; says what control tokens are.
+
+    Raises:
+        ConfigError: The template cannot be read, leaves messages out, or closes answers with no
+            control token.
+    """
+
+    adds_bos = False
+
+    def __init__(self, source: str, tokenizer: MonoInternVLTokenizer) -> None:
+        self._source = source
+        names = sorted(tokenizer.control_tokens, key=len, reverse=True)
+        self._control = re.compile("(" + "|".join(map(re.escape, names)) + ")")
+        self._names = {
+            name: getattr(tokenizer, name) or ""
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
+        self._has_spans = bool(_HAS_SPANS.search(source))
+        exchange = (Turn("user", ("Q",)), Turn("assistant", ("A",)))
+        try:
+            pieces = self.render(exchange, default_system_prompt="", add_generation_prompt=False)
+        except PromptError as error:
+            raise ConfigError(f"chat template: {error}; give another one") from error
+        learned = [piece for piece in pieces if piece.is_learned]
+        ends = [piece.text for piece in learned if piece.kind == "control"]
+        if not ends:
+            raise ConfigError(
+                "chat template: no control token closes an answer, so a model could not learn to "
+                "stop; expected one of the tokenizer's special tokens after it, give another "
+                "template"
+            )
+        self.turn_end = ends[-1]
+        self.stop_tokens = (self.turn_end,)
+
+    def render(
+        self, turns: Sequence[Turn], *, default_system_prompt: str, add_generation_prompt: bool
+    ) -> list[Piece]:
+        turns = list(turns)
+        if default_system_prompt and turns and turns[0].role != "system":
+            turns.insert(0, Turn("system", (default_system_prompt,)))
+        if turns and turns[-1].role == "assistant" and not turns[-1].parts:
+            turns.pop()  # an answer still to be given
+            add_generation_prompt = True
+        return list(self._pieces(turns, add_generation_prompt))
+
+    def render_next(self, turn: Turn, *, close_previous: bool) -> list[Piece]:
+        before = [Turn("user", ("Q",)), Turn("assistant", ("A",))]
+        pieces = list(self._pieces([*before, turn], add_generation_prompt=True))
+        answer = next(i for i, piece in enumerate(pieces) if piece.is_learned and piece.text == "A")
+        end = next(
+            i
+            for i, piece in enumerate(pieces[answer:], start=answer)
+            if piece.kind == "control" and piece.text == self.turn_end
+        )
+        return pieces[answer + 1 :] if close_previous else pieces[end + 1 :]
+
+    def _pieces(self, turns: Sequence[Turn], add_generation_prompt: bool) -> Iterator[Piece]:
+        """The template's own text cut at control tokens, with the messages in their places."""
+        rendered, spans = self._render(turns, add_generation_prompt)
+        position, shown, open_answer = 0, [], False
+        for mark in [*_MARK.finditer(rendered), None]:
+            stop = mark.start() if mark else len(rendered)
+            for start, end, is_spanned in _cut(position, stop, spans):
+                for text in filter(None, self._control.split(rendered[start:end])):
+                    is_control = bool(self._control.fullmatch(text))
+                    is_learned = is_spanned if self._has_spans else open_answer
+                    yield Piece("control" if is_control else "text", text, is_learned)
+                    open_answer = open_answer and not is_control
+            if mark is None:
+                break
+            turn, position = turns[int(mark[1])], mark.end()
+            shown.append(int(mark[1]))
+            open_answer = turn.role == "assistant"
+            is_learned = open_answer
+            if self._has_spans:
+                is_learned = any(first <= stop < last for first, last in spans)
+            yield from _message(turn, is_learned)
+        expected = [i for i, turn in enumerate(turns) if turn.role != "system"]
+        if [i for i in shown if turns[i].role != "system"] != expected:
+            raise PromptError(
+                f"the chat template shows messages {shown} of {len(turns)}; expected each of them "
+                "once and in order"
+            )
+
+    def _render(
+        self, turns: Sequence[Turn], add_generation_prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        messages = []
+        for number, turn in enumerate(turns):
+            content = f"\ue000{number}\ue001"
+            if turn.role == "system" and not self._control.search(turn.text):
+                content = turn.text  # templates look for switches in it
+            messages.append({"role": turn.role, "content": content})
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=self._source,
+                return_assistant_tokens_mask=self._has_spans,
+                add_generation_prompt=add_generation_prompt,
+                **self._names,
+            )
+        except TemplateError as error:
+            roles = ", ".join(turn.role for turn in turns)
+            raise PromptError(f"messages: the chat template refuses {roles}: {error}") from error
+        return texts[0], [(int(first), int(last)) for first, last in (spans or [[]])[0]]
+
+
+def _cut(
+    start: int, stop: int, spans: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, bool]]:
+    """The stretches of (start, stop) inside and outside of the spans, in order."""
+    edges = sorted({start, stop, *(x for span in spans for x in span if start < x < stop)})
+    for first, last in itertools.pairwise(edges):
+        yield first, last, any(a <= first and last <= b for a, b in spans)
+
+
+def _message(turn: Turn, is_learned: bool) -> Iterator[Piece]:
+    grounding = re.compile("(" + "|".join(map(re.escape, GROUNDING_TOKENS)) + ")")
+    for part in turn.parts:
+        if isinstance(part, ImagePart):
+            yield Piece("image")
+            continue
+        for text in filter(None, grounding.split(part)):
+            yield Piece("control" if text in GROUNDING_TOKENS else "text", text, is_learned)
+
+
+def adapt_template(template: str) -> str:
+    """A language model's template for messages with images, as hosts hand them over in parts.
+
+    Images become `<IMG_CONTEXT>`, placed as `prompts.to_turns` places them; what the template gets
+    to see is plain text. Reasoning models are told to answer at once unless asked otherwise.
+    """
+    return image_macros() + _PLAIN_MESSAGES + template
+
+
+# Jinja ignores the line breaks and indentation here: every tag strips the whitespace around it.
+_PLAIN_MESSAGES = """
+{%- if enable_thinking is not defined -%}{%- set enable_thinking = false -%}{%- endif -%}
+{%- set plain = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set text = question(message.content) if message.role == 'user' else none -%}
+  {%- if message.role != 'user' -%}{%- set text = text_of(message.content) -%}{%- endif -%}
+  {%- set plain.messages = plain.messages + [dict(message, content=text)] -%}
+{%- endfor -%}
+{%- set messages = plain.messages -%}
+"""
+
+
+def prompt_form(
+    name: str, template: str | None, tokenizer: MonoInternVLTokenizer
+) -> ReleasedForm | JinjaForm:
+    """The form by its name in processor_config.json and, as `template`, in config.json.
+
+    Raises:
+        ConfigError: There is none of that name, or its template is missing or of no use.
+    """
+    if name == RELEASED_FORM:
+        return ReleasedForm(tokenizer)
+    if name != JINJA_FORM or template is None:
+        raise ConfigError(
+            f"prompt_form={name!r} with {'a' if template else 'no'} chat template; expected "
+            f"{RELEASED_FORM!r}, or {JINJA_FORM!r} with the template"
+        )
+    return JinjaForm(template, tokenizer)
