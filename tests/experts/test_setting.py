@@ -19,7 +19,8 @@ from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 IMAGE_TOKEN = 121
 
 
-def _model(visual_experts: tuple[str, ...]) -> MonoInternVLForConditionalGeneration:
+def small_model(visual_experts: tuple[str, ...]) -> MonoInternVLForConditionalGeneration:
+    """A model of two layers with random weights."""
     torch.manual_seed(0)
     text = MonoInternVLTextConfig(
         vocab_size=128,
@@ -36,11 +37,15 @@ def _model(visual_experts: tuple[str, ...]) -> MonoInternVLForConditionalGenerat
     return MonoInternVLForConditionalGeneration(config).eval()
 
 
-def _logits(model: MonoInternVLForConditionalGeneration) -> Tensor:
+def logits_inputs() -> tuple[Tensor, Tensor]:
+    """Ids of two prompts with an image each, and the two tiles."""
     ids = torch.tensor([[5, 6, *[IMAGE_TOKEN] * 4, 7, 8, 9], [*[IMAGE_TOKEN] * 4, *range(3, 8)]])
-    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    return ids, torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+
+
+def _logits(model: MonoInternVLForConditionalGeneration) -> Tensor:
     with torch.no_grad():
-        return model(ids, pixels).logits
+        return model(*logits_inputs()).logits
 
 
 @pytest.mark.parametrize("path", ["grouped", "dense", "auto"])
@@ -50,7 +55,7 @@ def _logits(model: MonoInternVLForConditionalGeneration) -> Tensor:
 def test_set_expert_path_changes_the_way_not_the_numbers(
     path: str, visual_experts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = _model(visual_experts)
+    model = small_model(visual_experts)
     model.set_expert_path("eager")
     expected = _logits(model)
     calls = []
@@ -82,4 +87,4 @@ def test_unknown_path_is_refused_before_any_weight_is_read(tmp_path: Path) -> No
     with pytest.raises(ExpertPathUnavailable, match="'fast'"):
         MonoInternVLForConditionalGeneration.from_pretrained(start, expert_path="fast")
     with pytest.raises(ExpertPathUnavailable, match="'fast'"):
-        _model(("ffn",)).set_expert_path("fast")
+        small_model(("ffn",)).set_expert_path("fast")

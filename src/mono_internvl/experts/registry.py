@@ -9,26 +9,20 @@ Legend: N rows, D width, I feed-forward width.
 from __future__ import annotations
 
 import importlib
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
 from mono_internvl.errors import ExpertPathUnavailable
+from mono_internvl.experts import dense, grouped
 from mono_internvl.experts.crossovers import fastest_path
 from mono_internvl.experts.pairs import LinearPair, SwiGLUPair, expert_pair
 from mono_internvl.experts.routing import Routing
 
 EAGER, AUTO = "eager", "auto"
-# Name -> the module that holds it: a path's own dependencies are imported when it is asked for.
-_MODULES = {
-    "grouped": "mono_internvl.experts.grouped",
-    "triton": "mono_internvl.experts.triton_path",
-    "dense": "mono_internvl.experts.dense",
-}
-EXPERT_PATHS = (AUTO, EAGER, *_MODULES)
+EXPERT_PATHS = (AUTO, EAGER, "grouped", "triton", "dense")
 
 
-@runtime_checkable
 class ExpertPath(Protocol):
     """What a module behind a name has to offer: two functions and a reason not to run.
 
@@ -49,6 +43,13 @@ class ExpertPath(Protocol):
         ...
 
 
+# Looked up while `torch.compile` traces, where nothing can be imported; Triton joins on demand.
+_PATHS: dict[str, ExpertPath] = {
+    "grouped": cast(ExpertPath, grouped),
+    "dense": cast(ExpertPath, dense),
+}
+
+
 def check_expert_path(name: str) -> None:
     """Refuse a name that is not known, or whose package is not installed.
 
@@ -63,7 +64,7 @@ def check_expert_path(name: str) -> None:
             f"expert_path={name!r}: there is no such path; expected one of "
             f"{', '.join(EXPERT_PATHS)}"
         )
-    if name in _MODULES:
+    if name not in (AUTO, EAGER):
         expert_path(name)
 
 
@@ -73,15 +74,16 @@ def expert_path(name: str) -> ExpertPath:
     Raises:
         ExpertPathUnavailable: A package that it needs is not installed.
     """
-    try:
-        path = importlib.import_module(_MODULES[name])
-    except ModuleNotFoundError as error:
-        raise ExpertPathUnavailable(
-            f"expert_path={name!r} needs the package {error.name!r}, which is not installed; "
-            "pip install 'mono-internvl[gpu]', or take expert_path='auto'"
-        ) from error
-    assert isinstance(path, ExpertPath)
-    return path
+    if name not in _PATHS:
+        try:
+            module = importlib.import_module("mono_internvl.experts.triton_path")
+        except ModuleNotFoundError as error:
+            raise ExpertPathUnavailable(
+                f"expert_path={name!r} needs the package {error.name!r}, which is not installed; "
+                "pip install 'mono-internvl[gpu]', or take expert_path='auto'"
+            ) from error
+        _PATHS[name] = cast(ExpertPath, module)
+    return _PATHS[name]
 
 
 def run_fast_path(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module) -> Tensor | None:

@@ -82,7 +82,8 @@ class Routing:
         if self.row_order is None:
             num_rows = rows.numel()
             return Routing(0, num_rows) if self.num_visual else Routing(num_rows, 0)
-        return Routing.from_mask(self.row_order.index_select(0, rows) >= self.num_text)
+        kept = Routing.from_mask(self.row_order.index_select(0, rows) >= self.num_text)
+        return kept.by(self.path)
 
     def to(self, device: torch.device) -> Routing:
         """The same routing with its index tensors on `device`."""

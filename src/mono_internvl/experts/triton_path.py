@@ -128,6 +128,7 @@ def _linear(
         out_sorted: Whether the result is to be.
         is_transposed: See `weights`.
     """
+    weights = [w.contiguous() for w in weights]
     text, visual = weights[:2]
     num_out = text.shape[1 if is_transposed else 0]
     num_rows, num_in = x.shape

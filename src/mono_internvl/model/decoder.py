@@ -440,6 +440,10 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # Given integers that start anew mark packed segments; fractions mark nothing. What is counted
+        # here needs no look, for which the host would wait.
+        is_marking = position_ids is not None and not position_ids.is_floating_point()
+        segments = position_ids if is_marking else None
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=x.device) + seen).expand(batch, -1)
         seen_by = {
@@ -447,8 +451,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             "inputs_embeds": x,
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
-            # Integers that start anew mark packed segments; fractions mark nothing.
-            "position_ids": None if position_ids.is_floating_point() else position_ids,
+            "position_ids": segments,
             "block_sequence_ids": layout.image_numbers,
         }
         windows = [slides(self.config, i) for i in range(len(self.layers))]

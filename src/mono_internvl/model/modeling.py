@@ -124,6 +124,33 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         x = x.masked_scatter(visual_token_mask[:, :, None], image_features.to(x.dtype))
         return x, visual_token_mask
 
+    def place_routed_features(
+        self, input_ids: Tensor, image_features: Tensor, routing: Routing
+    ) -> Tensor:
+        """As `place_features`, where the routing is known: nothing waits for the device.
+
+        Args:
+            input_ids: (B, T).
+            image_features: (rows, D), in flattened batch order, tile after tile.
+            routing: Made of the same mask, on the host, and moved to the device.
+
+        Returns:
+            Embeddings (B, T, D).
+
+        Raises:
+            PromptError: The number of visual rows differs from the number of features.
+        """
+        if routing.num_visual != image_features.shape[0]:
+            raise PromptError(
+                f"routing has {routing.num_visual} visual rows but the images give "
+                f"{image_features.shape[0]} features; make it of the mask of these input_ids"
+            )
+        x = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        if routing.visual_rows is None:
+            return image_features.to(x.dtype).view_as(x) if routing.num_visual else x
+        rows = x.flatten(0, 1).index_copy(0, routing.visual_rows, image_features.to(x.dtype))
+        return rows.view_as(x)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -131,19 +158,22 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         image_features: Tensor | None = None,
         visual_token_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        routing: Routing | None = None,
         **kwargs: Any,
     ) -> MonoInternVLOutput:
         """Pixels and words to hidden states; see `MonoInternVLForConditionalGeneration.forward`."""
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values).flatten(0, 1)  # (rows, D)
-        routing = None
-        if image_features is not None:
+        if routing is not None:
+            if image_features is not None and input_ids is not None:
+                inputs_embeds = self.place_routed_features(input_ids, image_features, routing)
+        elif image_features is not None:
             if input_ids is None:
                 raise PromptError("images need input_ids: they say where the features go")
             inputs_embeds, visual_token_mask = self.place_features(
                 input_ids, image_features, visual_token_mask
             )
-        if inputs_embeds is not None and visual_token_mask is not None:
+        if routing is None and inputs_embeds is not None and visual_token_mask is not None:
             routing = Routing.from_mask(visual_token_mask)
         if has_image_layout(self.config):
             x = input_ids if inputs_embeds is None else inputs_embeds
@@ -246,6 +276,8 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             image_features: (rows, D) precomputed features instead of pixels (chunked prefill).
             visual_token_mask: (B, T) bool, where features go; the context tokens unless given.
             logits_to_keep: 0 all rows, n the last n, a tensor those rows, None no logits at all.
+            **kwargs: As the decoder's; and `routing`, made on the host of the mask of visual
+                tokens (`Routing.from_mask(mask).to(device)`), so that nothing waits for the device.
         """
         labelled = None if labels is None else labelled_rows(labels)
         x = input_ids if inputs_embeds is None else inputs_embeds
