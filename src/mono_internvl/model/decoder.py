@@ -440,8 +440,8 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # Given integers that start anew mark packed segments; fractions mark nothing. What is counted
-        # here needs no look, for which the host would wait.
+        # Given integers that start anew mark packed segments; fractions mark nothing. Positions
+        # that are counted here need no look, for which the host would wait.
         is_marking = position_ids is not None and not position_ids.is_floating_point()
         segments = position_ids if is_marking else None
         if position_ids is None:
