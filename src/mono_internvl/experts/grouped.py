@@ -50,7 +50,7 @@ def _products(
     )
     for part, weight, bias in parts:
         if onto is not None:
-            y[part].addmm_(x[part], weight)
+            torch.addmm(y[part], x[part], weight, out=y[part])
         elif bias is None:
             torch.mm(x[part], weight, out=y[part])
         else:

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from mono_internvl.bench.decode import bench_decode, bench_prefix
+from mono_internvl.bench.experts import bench_experts, bench_gpu
 from mono_internvl.bench.images import bench_images
 from mono_internvl.bench.models import Size, size_of
 from mono_internvl.bench.prefill import bench_modular, bench_prefill
@@ -86,6 +87,8 @@ COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
     "serve": _plain(bench_serve),
     "images": _images,
     "targets": _targets,
+    "experts": _plain(bench_experts),
+    "gpu": _plain(bench_gpu),
 }
 """Name -> what runs it."""
 
