@@ -125,6 +125,30 @@ def test_reader_processes_change_nothing(start: Path, data: Path, tmp_path: Path
     _assert_same_run(here, train_stage(reading, start, data, tmp_path / "there"))
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_nothing(start: Path, data: Path, tmp_path: Path, recompute: str) -> None:
+    stage = tiny_runs.tiny_stage(steps=3)
+    plain = train_stage(stage, start, data, tmp_path / "plain")
+    again = dataclasses.replace(stage, recompute=recompute)
+    _assert_same_run(plain, train_stage(again, start, data, tmp_path / "again"))
+
+
+def test_state_without_a_later_field_is_resumed(start: Path, data: Path, tmp_path: Path) -> None:
+    stage = tiny_runs.tiny_stage(steps=2)
+    done = train_stage(stage, start, data, tmp_path / "run")
+    edited = 0
+    for file in done.checkpoint.rglob("*.json"):
+        text = file.read_text()
+        if '"recompute"' in text:
+            state = json.loads(text)
+            holder = state if "recompute" in state else state["stage"]
+            del holder["recompute"]
+            file.write_text(json.dumps(state))
+            edited += 1
+    assert edited
+    assert train_stage(stage, start, data, tmp_path / "run").resumed_at == 2
+
+
 def _text_logits(checkpoint: Path, attention: str) -> Tensor:
     model = load_model(checkpoint, dtype=torch.float32, attn_implementation=attention).eval()
     processor = MonoInternVLProcessor.from_pretrained(checkpoint)

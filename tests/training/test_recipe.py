@@ -63,6 +63,7 @@ def test_resolved_turns_epochs_and_shares_into_steps() -> None:
         ({"warmup_share": -0.1}, "warmup_share=-0.1"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"checkpoint_every": -1}, "checkpoint_every=-1"),
+        ({"recompute": "some"}, "recompute='some'"),
         ({"loader_workers": -1}, "loader_workers=-1"),
         ({"clip_norm": 0.0}, "clip_norm=0"),
         ({"batch_size": 6, "accumulation": 4}, "not a multiple of accumulation=4"),

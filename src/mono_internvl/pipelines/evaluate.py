@@ -16,6 +16,7 @@ from mono_internvl.evaluation.run import (
     read_questions,
     write_predictions,
 )
+from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.checkpoint import resolve_checkpoint
 from mono_internvl.model.devices import choose_device
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
@@ -77,7 +78,7 @@ def evaluate(
     questions = read_questions(data, per_kind=per_kind)
     processor = MonoInternVLProcessor.from_pretrained(folder)
     # In bf16 a CPU is slow with sdpa.
-    attention = "eager" if place.type == "cpu" else None
+    attention = BLOCKED if place.type == "cpu" else None
     loaded = MonoInternVLForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention
     )

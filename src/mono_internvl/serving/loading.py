@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.checkpoint import resolve_checkpoint
 from mono_internvl.model.devices import choose_device
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
@@ -58,6 +59,8 @@ def load(
     loaded = MonoInternVLForConditionalGeneration.from_pretrained(
         folder, dtype=DTYPES.get(kind, "auto"), expert_path=experts
     )
+    if place.type == "cpu" and loaded.dtype == torch.bfloat16:
+        loaded.set_attn_implementation(BLOCKED)  # sdpa is slow there
     return ChatSession(
         loaded.to(place), processor, system=system, max_tiles=max_tiles, sampling=sampling
     )

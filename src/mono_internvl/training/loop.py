@@ -33,6 +33,7 @@ from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.training.distributed import all_sum, barrier, own_device, rank, world_size
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
+from mono_internvl.training.recompute import checkpointing_options
 from mono_internvl.training.rules import apply_rules
 from mono_internvl.training.state import (
     SavedState,
@@ -49,6 +50,9 @@ from mono_internvl.training.state import (
 )
 
 logger = logging.getLogger(__name__)
+
+_DEFAULTS = {"recompute": "none"}
+"""Fields of a stage that were added later, with what held before."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +135,19 @@ class _Loop:
                 folder, dtype=torch.float32, attn_implementation=attention
             )
         ).to(device)
+        if stage.recompute != "none":
+            self.model.gradient_checkpointing_enable(checkpointing_options(stage.recompute))
         self.processor: MonoInternVLProcessor = MonoInternVLProcessor.from_pretrained(folder)
 
     def _resumable(self) -> SavedState | None:
         state = read_state(self.final) if self.final.exists() else latest_state(self.run)
-        if state is not None and state.stage != self.fields:
-            names = set(state.stage) | set(self.fields)
-            name = next(n for n in sorted(names) if state.stage.get(n) != self.fields.get(n))
+        # A field that is younger than the state had its default.
+        begun = {**_DEFAULTS, **state.stage} if state is not None else self.fields
+        if begun != self.fields:
+            names = set(begun) | set(self.fields)
+            name = next(n for n in sorted(names) if begun.get(n) != self.fields.get(n))
             raise TrainingStateError(
-                f"{self.run}: holds a run with {name}={state.stage.get(name)!r}, this stage has "
+                f"{self.run}: holds a run with {name}={begun.get(name)!r}, this stage has "
                 f"{self.fields.get(name)!r}; choose another output folder or delete this one"
             )
         for name, digest in self.inputs.items():

@@ -17,12 +17,14 @@ from typing import Any, Literal, get_args
 
 from mono_internvl.data.batches import LossWeighting, OnBadSample
 from mono_internvl.errors import RecipeError
+from mono_internvl.training.recompute import Recompute
 
 _CHOICES = {
     "schedule": ("constant", "cosine"),
     "precision": ("bf16", "fp32"),
     "loss_weighting": get_args(LossWeighting),
     "on_bad_sample": get_args(OnBadSample),
+    "recompute": get_args(Recompute),
 }
 _COUNTS = {
     "batch_size": 1,
@@ -90,6 +92,8 @@ class Stage:
         checkpoint_every: Steps between saved states; 0 saves at the end only.
         on_bad_sample: "raise" or "skip".
         loader_workers: Reader processes per training process; 0 reads in the loop.
+        recompute: What the backward pass computes again to save memory: "none", "selective" (norms,
+            rotations, SwiGLU, softmax) or "full" (whole layers).
     """
 
     name: str
@@ -116,6 +120,7 @@ class Stage:
     checkpoint_every: int = 0
     on_bad_sample: OnBadSample = "raise"
     loader_workers: int = 0
+    recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
         _check_folder_name("stage", self.name)
