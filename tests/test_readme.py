@@ -52,6 +52,8 @@ DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quic
 NOT_EXECUTED = {
     "make quickstart": MINUTES,
     "make test": "is what runs this",
+    "make bench": MINUTES,
+    "mono-internvl bench prefill --size 2b --rounds 3 --out results": MINUTES,
     "make setup": NETWORK,
     "python3 -m venv .venv": "is what `make setup` does",
     ".venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": NETWORK,

@@ -290,19 +290,20 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs of every subject.")] = 5,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Add the rows to this file.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Add the rows to its bench.jsonl; write targets.jsonl."),
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure speed: compared subjects interleaved in one run."""
-    from mono_internvl.bench.rows import BenchRow, append_lines
+    from mono_internvl.bench.rows import BenchRow, keep
     from mono_internvl.pipelines.bench import bench as run_bench
 
     _quieten()
     rows = run_bench(what, size=size, layers=layers, dtype=dtype, device=device, rounds=rounds)
     if out is not None:
-        append_lines(out, rows)
+        keep(out, rows)
     for row in rows:
         if as_json:
             typer.echo(row.to_json())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mono_internvl.bench.rows import BenchRow, Target, append_lines, read_rows
+from mono_internvl.bench.rows import BenchRow, Target, keep, read_rows
 from mono_internvl.bench.timing import Subject, interleaved, measure, percentile
 from mono_internvl.bench.train import peak_bytes
 from mono_internvl.cli import app
@@ -90,11 +90,13 @@ def test_rows_go_round(tmp_path: Path) -> None:
         layers=0,
         dtype=torch.float32,
     )
-    append_lines(tmp_path / "rows.jsonl", rows)
-    assert read_rows(tmp_path / "rows.jsonl") == rows
-    (tmp_path / "rows.jsonl").write_text('{"what": 1}\n')
-    with pytest.raises(ConfigError, match=r"rows.jsonl:1"):
-        read_rows(tmp_path / "rows.jsonl")
+    file = tmp_path / "bench.jsonl"
+    keep(tmp_path, rows)
+    keep(tmp_path, rows)
+    assert read_rows(file) == rows * 2
+    file.write_text('{"what": 1}\n')
+    with pytest.raises(ConfigError, match=r"bench.jsonl:1"):
+        read_rows(file)
 
 
 @pytest.mark.parametrize("what", [name for name in COMPARISONS if name not in SLOWER])
@@ -114,8 +116,10 @@ def test_bench_targets_are_all_judged(tmp_path: Path) -> None:
     assert len(targets) == len({target.name for target in targets}) == 16
     assert [t.name for t in targets if t.value is None] == [t.name for t in targets[-2:]]
     assert all((t.met is None) == (t.value is None) for t in targets)
-    append_lines(tmp_path / "rows.jsonl", [row for row in found if isinstance(row, BenchRow)])
-    assert read_rows(tmp_path / "rows.jsonl")
+    keep(tmp_path, found)
+    keep(tmp_path, found)
+    assert len(read_rows(tmp_path / "bench.jsonl")) == 2 * (len(found) - 16)
+    assert len((tmp_path / "targets.jsonl").read_text().splitlines()) == 16
 
 
 def test_peak_bytes_sees_what_a_run_allocates() -> None:

@@ -17,6 +17,7 @@ import torch
 
 from mono_internvl.errors import ConfigError
 
+BENCH_ROWS, TARGETS = "bench.jsonl", "targets.jsonl"
 VERSIONS_OF = ("torch", "transformers")
 
 
@@ -145,11 +146,16 @@ def read_rows(file: Path) -> list[BenchRow]:
     return rows
 
 
-def append_lines(file: Path, rows: Iterable[BenchRow | Target]) -> None:
-    """Add rows to a JSON lines file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out:
-        out.writelines(row.to_json() + "\n" for row in rows)
+def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> None:
+    """Add rows to the folder's `bench.jsonl`; targets, if any, replace its `targets.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = list(rows)
+    measured = [row.to_json() + "\n" for row in rows if isinstance(row, BenchRow)]
+    targets = [row.to_json() + "\n" for row in rows if isinstance(row, Target)]
+    with (folder / BENCH_ROWS).open("a", encoding="utf-8") as out:
+        out.writelines(measured)
+    if targets:
+        (folder / TARGETS).write_text("".join(targets), encoding="utf-8")
 
 
 def _processor() -> str:

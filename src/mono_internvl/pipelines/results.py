@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.pipelines.bench_pages import TABLES, comparison_block, targets_block
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +231,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quickstart-output": _output("quickstart"),
     "test-output": _output("test"),
     **{name: _group(name) for name in GROUPS},
+    "bench-targets": targets_block,
+    **{f"bench-{what}": comparison_block(what) for what in TABLES},
 }
 """Name of a block -> what writes it from the folder of measured files."""
 

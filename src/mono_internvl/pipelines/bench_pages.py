@@ -1,0 +1,103 @@
+"""The tables of docs/performance.md, from the rows of `mono-internvl bench --out results`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read_rows
+from mono_internvl.errors import ConfigError
+
+NOTHING = "*No measured row is committed for this block yet; nothing is claimed here.*\n"
+TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "images")
+"""Comparisons that have a block `bench-NAME`."""
+
+_HEAD = ("subject", "p50", "p20 to p80", "n", "ratio", "GFLOP, its ratio", "settings")
+
+
+def comparison_block(what: str) -> Callable[[Path], str]:
+    """What writes the tables of one comparison, one for each run of it."""
+
+    def block(results: Path) -> str:
+        runs: dict[tuple[Any, ...], list[BenchRow]] = {}
+        for row in read_rows(results / BENCH_ROWS):
+            if row.what.partition(":")[0] == what:
+                shape = tuple(sorted(row.shapes.items()))
+                runs.setdefault((row.what, shape, row.layers, row.dtype, row.date), []).append(row)
+        return "\n".join(_table_of(rows) for rows in runs.values()) or NOTHING
+
+    return block
+
+
+def targets_block(results: Path) -> str:
+    """The targets with what was measured."""
+    file = results / TARGETS
+    if not file.is_file():
+        return NOTHING
+    try:
+        targets = [Target(**json.loads(line)) for line in file.read_text("utf-8").splitlines()]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: {error}; expected lines of `bench targets --json`") from error
+    said = {True: "yes", False: "**no**", None: ""}
+    return _table(
+        ("claim", "target", "measured", "met", "conditions"),
+        (
+            (
+                target.name,
+                target.target.replace("<=", "≤").replace(">=", "≥"),
+                "not measured" if target.value is None else f"{target.value:.2f}",
+                said[target.met],
+                target.note,
+            )
+            for target in targets
+        ),
+    )
+
+
+def _table_of(rows: list[BenchRow]) -> str:
+    first = rows[0]
+    base = next((row for row in rows if row.subject == row.baseline), first)
+    shapes = ", ".join(f"{name.replace('_', ' ')} {size:,}" for name, size in first.shapes.items())
+    layers = f"{first.layers} layers, " if first.layers else ""
+    head = f"**{first.what}, {first.dtype}** ({layers}{shapes})\n\n"
+    body = _table(
+        _HEAD,
+        (
+            (
+                row.subject,
+                f"{row.p50:.4g} {row.unit}",
+                f"{row.p20:.4g} to {row.p80:.4g}",
+                str(row.n),
+                "" if row.ratio is None else f"{row.ratio:.2f}",
+                _operations(row, base),
+                ", ".join(f"{k.replace('_', ' ')} {_note(v)}" for k, v in row.notes.items()),
+            )
+            for row in rows
+        ),
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
+    clock = "CPU seconds" if first.clock == "cpu" else "wall seconds"
+    return (
+        f'{head}{body}\n{clock}, ratio to "{first.baseline}"; `{first.command}`, {first.device}, '
+        f"{versions}, commit {first.commit}, {first.date}.\n"
+    )
+
+
+def _operations(row: BenchRow, base: BenchRow) -> str:
+    if not row.gflop:
+        return ""
+    return f"{row.gflop:,.1f}" + (f", {row.gflop / base.gflop:.2f}" if base.gflop else "")
+
+
+def _note(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

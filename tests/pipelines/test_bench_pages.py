@@ -1,0 +1,49 @@
+"""The tables of docs/performance.md say what the rows say."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mono_internvl.bench.rows import Target, keep
+from mono_internvl.bench.timing import Subject, measure
+from mono_internvl.errors import ConfigError
+from mono_internvl.pipelines.bench_pages import NOTHING, comparison_block, targets_block
+
+
+def test_tables_show_the_rows(tmp_path: Path) -> None:
+    a = torch.ones(64, 64)
+    rows = measure(
+        "prefill",
+        [Subject("one", lambda: a @ a, {"skip": True}), Subject("two", lambda: (a @ a) @ a)],
+        baseline="one",
+        rounds=1,
+        device=torch.device("cpu"),
+        command="mono-internvl bench prefill",
+        shapes={"visual_tokens": 768},
+        layers=8,
+        dtype=torch.float32,
+    )
+    keep(tmp_path, rows)
+    text = comparison_block("prefill")(tmp_path)
+    assert "(8 layers, visual tokens 768)" in text and "skip yes" in text
+    assert f"{rows[1].p50:.4g} s" in text and f"| {rows[1].ratio:.2f} |" in text
+    assert ", 2.00 |" in text  # twice the multiplications
+    assert rows[0].commit in text and rows[0].date in text
+    assert comparison_block("decode")(tmp_path) == NOTHING
+
+
+def test_targets_show_misses(tmp_path: Path) -> None:
+    assert targets_block(tmp_path) == NOTHING
+    file = tmp_path / "targets.jsonl"
+    keep(
+        tmp_path,
+        [Target.judge("a", "<=", 1.0, 2.0), Target.judge("b", ">=", 1.0, None, "needs a GPU")],
+    )
+    text = targets_block(tmp_path)
+    assert "| a | ≤ 1 | 2.00 | **no** |" in text
+    assert "| b | ≥ 1 | not measured |  | needs a GPU |" in text
+    file.write_text(json.dumps({"name": "a"}))
+    with pytest.raises(ConfigError, match=r"targets\.jsonl"):
+        targets_block(tmp_path)
