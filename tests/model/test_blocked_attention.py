@@ -126,3 +126,22 @@ def test_blocked_under_autocast_stays_near_fp32() -> None:
         rough = model(**batch).loss
     rough.backward()
     torch.testing.assert_close(rough, exact, atol=0.05, rtol=0)
+
+
+@torch.no_grad()
+def test_blocked_under_autocast_with_cache_and_padding() -> None:
+    model = tiny_model(attention="blocked")
+    ids = torch.cat((image_ids(1), text_ids(9, 2)), dim=1).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[0, 6:8] = 0  # between two turns
+    exact = model(ids, pixel_values=tile_pixels(2), attention_mask=mask).logits
+    cache = DynamicCache(config=model.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(
+            ids[:, :9],
+            pixel_values=tile_pixels(2),
+            attention_mask=mask[:, :9],
+            past_key_values=cache,
+        )
+        rough = model(ids[:, 9:], attention_mask=mask, past_key_values=cache).logits
+    assert (rough[:, -1] - exact[:, -1]).abs().mean() < 0.05 * exact.std()

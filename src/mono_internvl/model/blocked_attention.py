@@ -57,8 +57,11 @@ def blocked_attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_cut = attention_mask is None and is_causal  # at the diagonal
-    # Autocast leaves rotated queries and keys in fp32; its own products would cast every block.
-    query, key = query.to(value.dtype), key.to(value.dtype)
+    # Autocast leaves rotated queries and keys, and what a cache holds, in fp32; casting them here
+    # saves casting them for every block.
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     keys = key.reshape(batch * kv_heads, kv_tokens, width).transpose(1, 2)  # (B*K, d, T_kv)
     values = value.reshape(batch * kv_heads, kv_tokens, width)
     grouped = query.unflatten(1, (kv_heads, groups))  # (B, K, G, T, d)
