@@ -45,7 +45,7 @@ class Setting:
 Rows = Sequence[BenchRow | Target]
 
 
-def _plain(run: Callable[..., list[BenchRow]]) -> Callable[[Setting], Rows]:
+def _plain(run: Callable[..., Rows]) -> Callable[[Setting], Rows]:
     def with_setting(setting: Setting) -> Rows:
         return run(
             setting.size,
