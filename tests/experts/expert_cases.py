@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mono_internvl.experts import Routing
 from mono_internvl.model.configuration import MonoInternVLTextConfig
-from mono_internvl.model.decoder import FeedForward, route
+from mono_internvl.model.layers import FeedForward, route
 
 # Largest difference, relative to the largest entry of the reference, over all cases below.
 # Measured on a CPU: 8e-7 in fp32, 8e-3 in bf16 (one rounding, in another place); the planted faults

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mono_internvl.errors import ExpertPathUnavailable
 from mono_internvl.experts import EXPERT_PATHS, Routing, check_expert_path, crossovers, grouped
-from mono_internvl.model.decoder import FeedForward, route
+from mono_internvl.model.layers import FeedForward, route
 
 CPU_PATHS = ("grouped", "dense")
 CASES = (*SMALL_CASES, *LARGE_CASES)

@@ -25,7 +25,7 @@ from expert_cases import (
 
 from mono_internvl.errors import ExpertPathUnavailable
 from mono_internvl.experts import Routing, check_expert_path
-from mono_internvl.model.decoder import route
+from mono_internvl.model.layers import route
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (extra `gpu`)")

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from mono_internvl.model import blocked_attention
 from mono_internvl.model.blocked_attention import blocked_attention_forward, blocked_mask
-from mono_internvl.model.decoder import eager_attention_forward
+from mono_internvl.model.layers import eager_attention_forward
 
 
 @pytest.fixture(autouse=True)

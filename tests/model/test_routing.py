@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mono_internvl.experts import Routing
-from mono_internvl.model.decoder import route
+from mono_internvl.model.layers import route
 
 masks = st.lists(st.booleans(), min_size=1, max_size=40).map(torch.tensor)
 

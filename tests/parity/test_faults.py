@@ -21,7 +21,7 @@ from parity_checks import (
 from torch import Tensor, nn
 
 from mono_internvl.experts import Routing
-from mono_internvl.model import checkpoint, decoder, modeling, vision_tower
+from mono_internvl.model import checkpoint, decoder, layers, modeling, vision_tower
 from mono_internvl.model.configuration import MonoInternVLTextConfig, MonoInternVLVisionConfig
 from mono_internvl.model.vision_tower import VisionAttention, VisionTower
 
@@ -45,14 +45,14 @@ class Fault:
 
 
 def _swap_experts(patch: pytest.MonkeyPatch) -> None:
-    right = decoder.route
+    right = layers.route
 
     def wrong(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module | None) -> Tensor:
         return (
             right(x, routing, text, visual) if visual is None else right(x, routing, visual, text)
         )
 
-    patch.setattr(decoder, "route", wrong)
+    patch.setattr(layers, "route", wrong)
 
 
 def _patch_from_mask(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
@@ -120,12 +120,12 @@ def _interleaved_rope(patch: pytest.MonkeyPatch) -> None:
         even, odd = x[..., 0::2], x[..., 1::2]
         return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
-    patch.setattr(decoder, "rotate", wrong)
+    patch.setattr(layers, "rotate", wrong)
 
 
 def _backwards_rope(patch: pytest.MonkeyPatch) -> None:
-    right = decoder.rotate
-    patch.setattr(decoder, "rotate", lambda x, cos, sin: right(x, cos, -sin))
+    right = layers.rotate
+    patch.setattr(layers, "rotate", lambda x, cos, sin: right(x, cos, -sin))
 
 
 def _transposed_pixel_shuffle(patch: pytest.MonkeyPatch) -> None:
@@ -207,16 +207,16 @@ def _no_vision_query_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def _vision_query_norm_per_head(patch: pytest.MonkeyPatch) -> None:
-    right = decoder.RMSNorm.forward
+    right = layers.RMSNorm.forward
 
-    def wrong(self: decoder.RMSNorm, x: Tensor) -> Tensor:
+    def wrong(self: layers.RMSNorm, x: Tensor) -> Tensor:
         if x.shape[1] != 17:  # 4 x 4 patches and a class token
             return right(self, x)
         heads = x.unflatten(-1, (2, -1))
         heads = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * heads.flatten(-2)
 
-    patch.setattr(decoder.RMSNorm, "forward", wrong)
+    patch.setattr(layers.RMSNorm, "forward", wrong)
 
 
 def _always_drop_path(patch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from mono_internvl.errors import ExpertPathUnavailable
 from mono_internvl.experts import Routing
 from mono_internvl.experts.registry import expert_path
 from mono_internvl.model.configuration import MonoInternVLTextConfig
-from mono_internvl.model.decoder import FeedForward, route
+from mono_internvl.model.layers import FeedForward, route
 
 ONE = "one FFN, all rows"
 TWO = "two FFNs, rows split before"

@@ -21,11 +21,8 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mono_internvl.model.decoder import (
-    MonoInternVLPreTrainedModel,
-    RMSNorm,
-    eager_attention_forward,
-)
+from mono_internvl.model.decoder import MonoInternVLPreTrainedModel
+from mono_internvl.model.layers import RMSNorm, eager_attention_forward
 from mono_internvl.model.vision_configuration import MonoInternVLVisionConfig
 
 
