@@ -25,8 +25,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.model.configuration import MonoInternVLConfig
-from mono_internvl.model.layers import eager_attention_forward
 from mono_internvl.model.image_layout import has_image_layout, lay_out_images, position_lag
+from mono_internvl.model.layers import eager_attention_forward
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa"])
