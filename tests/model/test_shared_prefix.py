@@ -85,3 +85,12 @@ def test_prompts_beyond_dynamic_scaling_are_not_shared() -> None:
     batch = _batch()
     expected = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
     assert torch.equal(generate_sharing_prefixes(model, **batch, **GREEDY), expected)
+
+
+def test_images_with_options_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model(), _batch()
+    tiles: list[int] = []
+    model.model.vision_embedder.register_forward_hook(lambda m, args, o: tiles.append(len(args[0])))
+    monkeypatch.setattr(model.config, "visual_position_step", 0.5)
+    generate_sharing_prefixes(model, **batch, **GREEDY)
+    assert tiles == [6]

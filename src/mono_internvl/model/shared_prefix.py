@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 
@@ -112,8 +113,7 @@ def generate_sharing_prefixes(
     """
     text, length = model.config.text_config, input_ids.shape[1]
     shared = None
-    # Beyond the trained length, dynamic scaling turns every key by an angle of the whole prompt.
-    if text.rope_parameters["rope_type"] != "dynamic" or length <= text.max_position_embeddings:
+    if _depends_on_the_beginning_alone(model.config, length):
         shared = share_prefixes(
             input_ids,
             attention_mask,
@@ -141,6 +141,21 @@ def generate_sharing_prefixes(
         **options,
     )
     return ids[:, shared.input_ids.shape[1] :]  # type: ignore[no-any-return]
+
+
+def _depends_on_the_beginning_alone(config: MonoInternVLConfig, num_tokens: int) -> bool:
+    """Whether the beginning of a prompt has the same keys and values whatever follows.
+
+    Not beyond the trained length with dynamic scaling, which turns every key by an angle of the
+    whole prompt. Where a cache remembers more of its images than keys and values, rows are not
+    copied either.
+    """
+    text = config.text_config
+    is_scaled = (
+        text.rope_parameters["rope_type"] == "dynamic" and num_tokens > text.max_position_embeddings
+    )
+    is_plain = config.image_attention == "causal" and config.visual_position_step == 1
+    return is_plain and not is_scaled
 
 
 def digest(x: Tensor) -> bytes:
