@@ -36,7 +36,7 @@ class Crossover:
 
 
 # Empty by measurement on a CPU (`mono-internvl bench experts --size middle`, bf16, one thread, 256
-# and 1,024 rows, a quarter and three quarters visual): grouped takes 0.98 to 1.02 of eager's time
+# and 1,024 rows, a quarter and three quarters visual): grouped takes 0.98 to 1.03 of eager's time
 # forward and 1.00 to 1.29 with the backward pass, so that eager is never behind by more than noise.
 # Empty on CUDA because nothing has been measured there.
 CROSSOVERS: tuple[Crossover, ...] = ()
