@@ -177,6 +177,54 @@ def convert(
 
 
 @app.command()
+def init(
+    llm: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="Language model that gets eyes.")],
+    out: Annotated[Path, typer.Option(help="New folder of the monolithic model.")],
+    preset: Annotated[str, typer.Option(help="v1, or v1_5: our reconstruction of 1.5.")] = "v1",
+    visual_experts: Annotated[
+        str | None, typer.Option(metavar="PARTS", help="Instead: ffn, attention, norms; none.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Jinja, or internlm2-chat; the model's own.")
+    ] = None,
+    tile_px: Annotated[int, typer.Option(help="Side of a tile.")] = 448,
+    patch_width: Annotated[int, typer.Option(min=1, help="Of the patch embedding.")] = 1024,
+    max_tiles: Annotated[int, typer.Option(min=1, help="Most tiles of an image.")] = 12,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of patch embedding and projector.")] = 0,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Make a monolithic model of a language model: the start of pre-training."""
+    from mono_internvl.model.visual_options import EXPERT_PRESETS, parse_visual_experts
+    from mono_internvl.pipelines.init import init as make_model
+    from mono_internvl.pipelines.init import summary
+
+    if preset not in EXPERT_PRESETS:
+        raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
+    _quieten()
+    experts = parse_visual_experts(visual_experts) if visual_experts else EXPERT_PRESETS[preset]
+    made = make_model(
+        llm,
+        out,
+        visual_experts=experts,
+        chat_template=chat_template,
+        tile_px=tile_px,
+        patch_width=patch_width,
+        max_tiles=max_tiles,
+        dtype=dtype,
+        seed=seed,
+        revision=revision,
+    )
+    if as_json:
+        print_json({"out": str(made), **summary(made)})
+        return
+    for name, value in summary(made).items():
+        typer.echo(f"{name.replace('_', ' '):<15} {_in_words(value)}")
+    typer.echo(f"checkpoint: {made}")
+
+
+@app.command()
 def train(
     recipe: Annotated[str | None, typer.Argument(help="Name, or a Python file.")] = None,
     model: Annotated[

@@ -15,7 +15,8 @@ EVIP = Recipe(
     source="arXiv 2410.08202, tables 1, 7, 8",
     notes=(
         "batch 2,048 of 256 accelerators; with fewer, raise accumulation, not the rate",
-        "start from a monolithic model made of InternLM2-1.8B",
+        "start from a monolithic model made of InternLM2-1.8B (mono-internvl init)",
+        "rows of the nine visual tokens are frozen with the embedding and the head until s2",
     ),
     stages=(
         Stage(

@@ -386,6 +386,9 @@ class ChatSession:
             return sys.maxsize
         stretch = rope.get("factor", 1.0) if rope["rope_type"] == "linear" else 1.0
         limit = int(text.max_position_embeddings * stretch)
+        if rope["rope_type"] == "yarn":
+            trained = rope.get("original_max_position_embeddings", text.max_position_embeddings)
+            limit = max(limit, int(trained * rope["factor"]))
         if num_prompt + 2 > limit:
             raise PromptError(
                 f"the conversation has {num_prompt} tokens with this question, but the model reads "
