@@ -21,7 +21,11 @@ from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import Piece, to_turns
 from mono_internvl.model.tokenization import load_tokenizer
 from mono_internvl.pipelines.init import init
+from mono_internvl.recipes.evip import EVIP
+from mono_internvl.recipes.miniature import MINIATURE
 from mono_internvl.serving.loading import load
+from mono_internvl.training.recipe import Recipe
+from mono_internvl.training.rules import apply_rules
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
 from tiny_llms import TINY_LLMS, tiny_tokenizer
@@ -233,6 +237,19 @@ def test_init_takes_a_template_file(tmp_path: Path) -> None:
         init(str(tmp_path / "llm"), tmp_path / "other", chat_template="missing.jinja", **TINY)
     with pytest.raises(CheckpointError, match="is there already"):
         init(str(tmp_path / "llm"), tmp_path / "made", **TINY)
+
+
+@pytest.mark.parametrize("recipe", [EVIP, MINIATURE], ids=lambda recipe: recipe.name)
+def test_init_stages_freeze_the_new_rows_until_s2(recipe: Recipe, tmp_path: Path) -> None:
+    _write_llm(tmp_path / "llm", "qwen3")  # q and k norms, tied head
+    made = init(str(tmp_path / "llm"), tmp_path / "made", **TINY)
+    model = AutoModelForImageTextToText.from_pretrained(made)
+    for stage in recipe.stages:
+        groups = apply_rules(model, model.config, stage)
+        learned = {name for group in groups for name in group.names}
+        assert any(".mlp_visual." in name for name in learned)
+        rows = "model.language_model.embed_tokens.weight" in learned
+        assert rows == (stage is recipe.stages[-1]), stage.name
 
 
 def test_init_loads_through_the_auto_classes(tmp_path: Path) -> None:
