@@ -276,7 +276,7 @@ def quickstart(
     quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Training processes.")] = None,
     device: Device = "cpu",
-    llm: Annotated[str, typer.Option(help="shipped, scratch, or a Llama folder.")] = "shipped",
+    llm: Annotated[str, typer.Option(help="shipped, scratch, or a folder.")] = "shipped",
     seed: Annotated[int, typer.Option(help="Of the rendered world.")] = 0,
     ask: Annotated[bool, typer.Option(help="End with three questions.")] = True,
 ) -> None:
