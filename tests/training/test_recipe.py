@@ -15,6 +15,7 @@ import tiny_runs
 from mono_internvl.errors import RecipeError
 from mono_internvl.pipelines.train import override, train
 from mono_internvl.recipes import RECIPES
+from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Rule, Stage, load_recipe
 
 
@@ -213,3 +214,14 @@ def test_train_says_what_is_missing(tmp_path: Path) -> None:
         train("sft", data=tmp_path, run=tmp_path)
     with pytest.raises(RecipeError, match=r"one meta file for the 4 stages.*s11\.json, s12\.json"):
         train("miniature", start="x", data=tmp_path / "meta.json", run=tmp_path)
+
+
+def test_described_recipe_names_every_stage_and_rule() -> None:
+    for recipe in RECIPES.values():
+        text = describe_recipe(recipe)
+        for stage in recipe.stages:
+            assert f"{stage.name}  {stage.title}" in text
+            assert all(rule.pattern in text for rule in stage.rules)
+    assert text.count("frozen") == sum(
+        rule.learning_rate is None for stage in recipe.stages for rule in stage.rules
+    )

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from mono_internvl.errors import RecipeError
 from mono_internvl.model.checkpoint import resolve_checkpoint
 from mono_internvl.model.devices import choose_device
 from mono_internvl.recipes import RECIPES
 from mono_internvl.training.distributed import rank, run_processes
 from mono_internvl.training.loop import train_stage
+from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Stage, load_recipe
 
 logger = logging.getLogger(__name__)
@@ -72,6 +75,9 @@ def train(
 
 
 def train_stages(recipe: Recipe, start: Path, data: Path, run: Path, device: str) -> None:
+    """In every process: the recipe is printed, then its stages are trained in order."""
+    if rank() == 0:
+        Console(highlight=False).print(describe_recipe(recipe), markup=False, soft_wrap=True)
     for stage in recipe.stages:
         result = train_stage(stage, start, data, run / stage.name, device=device)
         start = result.checkpoint

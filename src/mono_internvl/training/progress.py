@@ -9,9 +9,24 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mono_internvl.training.recipe import Stage
+from mono_internvl.training.recipe import Recipe, Stage
 
 _SMOOTHING = 0.95
+
+
+def describe_recipe(recipe: Recipe) -> str:
+    """The recipe as a person reads it before a run: every stage, and what learns in it."""
+    lines = [f"recipe {recipe.name} ({recipe.source})"]
+    for stage in recipe.stages:
+        length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        lines.append(
+            f"  {stage.name}  {stage.title}: {length} of {stage.batch_size} samples from "
+            f"{stage.data}, {stage.schedule} rate, {stage.precision}"
+        )
+        for rule in stage.rules:
+            rate = "frozen" if rule.learning_rate is None else f"{rule.learning_rate:g}"
+            lines.append(f"      {rate:>8}  {rule.pattern}")
+    return "\n".join(lines)
 
 
 class StageProgress:
