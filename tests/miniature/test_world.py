@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from PIL import Image
 from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation import metrics
 from mono_internvl.miniature import QUICK, WorldFiles, WorldSize, write_world
+from mono_internvl.miniature.asking import further_chart_questions, further_questions
 from mono_internvl.miniature.lexicon import NOVEL_PAIRS
+from mono_internvl.miniature.scenes import sample_chart, sample_scene
 
 TINY = WorldSize(
     **{
@@ -165,24 +168,97 @@ def test_answers_are_balanced_in_heldout(world: WorldFiles, kind: str) -> None:
     assert max(answers.values()) - min(answers.values()) <= 1
 
 
-def test_answers_are_balanced_in_training(world: WorldFiles) -> None:
-    questions = [r for name, r in meta_records(world, "s2") if name == "questions"]
-    for kind, num_answers in BALANCED_ANSWERS.items():
-        answers = Counter(r["answer"] for r in questions if r["kind"] == kind)
-        if kind != "novel":
-            assert len(answers) == num_answers
-            assert max(answers.values()) - min(answers.values()) <= 1
+def first_turns(world: WorldFiles) -> list[tuple[str, str]]:
+    """Question and answer that begin each dialogue of S2 about a scene."""
+    records = [r for name, r in meta_records(world, "s2") if name == "dialogues"]
+    turns = [[turn["value"] for turn in r["conversations"][:2]] for r in records]
+    return [(question.removeprefix("<image>\n"), answer) for question, answer in turns]
+
+
+def test_first_answers_are_balanced_in_training(world: WorldFiles) -> None:
+    forms = {
+        "colour": r"what colour is the \w+\?",
+        "shape": r"what shape is the \w+ object\?",
+        "count": "how many objects are there\?",
+        "position": r"where is .*",
+        "existence": r"is there .*",
+    }
+    turns = first_turns(world)
+    for kind, form in forms.items():
+        answers = Counter(answer for question, answer in turns if re.fullmatch(form, question))
+        assert len(answers) == BALANCED_ANSWERS[kind]
+        assert max(answers.values()) - min(answers.values()) <= 1
 
 
 def test_existence_question_text_tells_nothing(world: WorldFiles) -> None:
-    questions = [r for name, r in meta_records(world, "s2") if name == "questions"]
     answers: dict[str, list[str]] = {}
-    for record in questions:
-        if record["kind"] == "existence":
-            answers.setdefault(said(record).split("\n")[1], []).append(record["answer"])
+    for question, answer in first_turns(world):
+        if question.startswith("is there"):
+            answers.setdefault(question, []).append(answer)
     assert len(answers) > 30
     for asked, given in answers.items():
         assert abs(given.count("yes") - given.count("no")) <= 1, asked
+
+
+def test_dialogues_ask_for_nothing_that_was_said(world: WorldFiles) -> None:
+    records = [r for name, r in meta_records(world, "s2") if name == "dialogues"]
+    assert len(records) == QUICK.s2_dialogues
+    for record in records:
+        turns = [turn["value"] for turn in record["conversations"]]
+        assert len(turns) >= 4
+        for index in range(1, len(turns), 2):
+            answer = turns[index].split()
+            before = " ".join(turns[:index]).replace("?", " ").split()
+            if answer[0] not in ("yes", "no", "1", "2", "3"):
+                assert not set(answer) <= set(before), turns
+
+
+def test_dialogue_answers_follow_from_the_scene() -> None:
+    """An independent reading of the objects gives every answer."""
+    rng = random.Random(0)
+    for _ in range(400):
+        scene = sample_scene(rng, "train")
+        for asked in further_questions(scene, rng, 9):
+            words = asked.text.rstrip("?").split()
+            objects = list(scene.objects)
+            if " at the " in asked.text:
+                place = asked.text.rstrip("?").split(" at the ")[1]
+                objects = [o for o in objects if o.position == place]
+            elif words[-1] not in ("this", "there"):
+                objects = [o for o in objects if {o.colour, o.shape} & {*words[3:]}]
+            answers: dict[str, Any] = {
+                "colour": [o.colour for o in objects],
+                "shape": [o.shape for o in objects],
+                "size": [o.size for o in objects],
+            }
+            if asked.text.startswith("how many"):
+                expected = [str(len(scene.objects))]
+            elif asked.text.startswith("is there"):
+                subject = {*words[3:]} - {"object"}
+                there = any(subject <= {o.colour, o.shape} for o in scene.objects)
+                expected = ["yes" if there else "no"]
+            elif asked.text.startswith("where"):
+                expected = [o.position for o in objects if {o.colour, o.shape} <= {*words}]
+            elif asked.text.startswith("what is"):
+                expected = [f"{o.colour} {o.shape}" for o in objects]
+            else:
+                expected = answers[words[1]]
+            assert expected == [asked.answer], (scene.caption, asked)
+
+
+def test_chart_answers_follow_from_the_chart() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        chart = sample_chart(rng, "train")
+        values = dict(chart.bars)
+        asked = further_chart_questions(chart, rng, 9)
+        assert len({question.text for question in asked}) == len(chart.bars) + 2
+        for question in asked:
+            if question.form == "value":
+                assert values[question.text.split()[-2]] == int(question.answer)
+            else:
+                best = max if question.form == "tallest" else min
+                assert best(values, key=lambda colour: values[colour]) == question.answer
 
 
 def test_evaluation_answers_follow_from_the_scene(world: WorldFiles) -> None:

@@ -39,12 +39,7 @@ def skills(checkpoint: Path) -> dict[str, tuple[float, int]]:
     return mean_scores(answer_all(model, processor, read_questions(file)))
 
 
-KNOWN_MISS = pytest.mark.xfail(strict=True, reason="0.693 of 300: the shipped model misses 0.70")
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=KNOWN_MISS if k == "reading_qa" else ()) for k in LEAST]
-)
+@pytest.mark.parametrize("kind", LEAST)
 def test_shipped_language_model_has_its_skills(
     skills: dict[str, tuple[float, int]], kind: str
 ) -> None:

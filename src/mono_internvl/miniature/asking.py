@@ -8,7 +8,7 @@ anew. For a card, scenes are drawn until one fits. So the answers of a kind are 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -114,24 +114,118 @@ class BalancedAsker:
         )
 
 
-def question_about(scene: Scene, kind: str, rng: random.Random) -> Question | None:
-    """Ask any one question of a kind that fits a scene (for dialogues; not balanced).
+def further_questions(
+    scene: Scene,
+    rng: random.Random,
+    count: int,
+    *,
+    asked: str = "",
+    pairs: Sequence[tuple[str, str]] = SEEN_PAIRS,
+) -> list[Question]:
+    """Ask several things about one scene (for dialogues; not balanced).
+
+    Besides the kinds of `SCENE_KINDS` there are colour, shape and size of the thing at a place:
+    their wording gives away neither colour nor shape. No answer was said before in the dialogue, so
+    each has to be looked up anew.
 
     Args:
         scene: the scene.
-        kind: one of `SCENE_KINDS`.
         rng: source of chance.
+        count: how many questions, fewer if the scene allows no more.
+        asked: what was said before: it is not repeated, and nothing is asked for that it says.
+        pairs: (colour, shape) pairs whose existence may be asked.
 
     Returns:
-        The question, or None if the scene allows none of the kind.
+        Questions of different wording.
     """
-    cards = [card for group in _groups(kind) for card in group]
-    if kind == "existence":
-        half = rng.choice(("yes", "no"))
-        cards = [card for card in cards if card.answer == half]
-    rng.shuffle(cards)
-    matches = (_match_scene(scene, card, False, rng) for card in cards)
-    return next((question for question in matches if question is not None), None)
+    found = {"count": Question("count", "all", *_counting(scene))}
+    existence = _existence(scene, rng, pairs)
+    found["existence"] = Question("existence", "any", *existence)
+    for kind in ("colour at", "shape at", "size at", "colour", "shape", "position", "naming"):
+        thing = rng.choice(scene.objects)
+        alone = len(scene.objects) == 1 and rng.random() < 0.5
+        place = "this" if alone else f"the object at the {thing.position}"
+        text, answer = {
+            "colour at": (f"what colour is {place}?", thing.colour),
+            "shape at": (f"what shape is {place}?", thing.shape),
+            "size at": (f"what size is {place}?", thing.size),
+            "colour": (f"what colour is the {thing.shape}?", thing.colour),
+            "shape": (f"what shape is the {thing.colour} object?", thing.shape),
+            "position": (f"where is the {thing.noun}?", thing.position),
+            "naming": (f"what is at the {thing.position}?", thing.noun),
+        }[kind]
+        like = [o for o in scene.objects if o is not thing]
+        is_clear = not (
+            (kind == "colour" and any(o.shape == thing.shape for o in like))
+            or (kind == "shape" and any(o.colour == thing.colour for o in like))
+        )
+        if is_clear:
+            found[kind] = Question(kind, "any", text, answer)
+    said, chosen = {*asked.replace("?", " ").split()}, list[Question]()
+    for question in rng.sample(list(found.values()), len(found)):
+        is_new = question.kind in ("count", "existence") or not said.issuperset(
+            question.answer.split()
+        )
+        if is_new and question.text not in asked and len(chosen) < count:
+            chosen.append(question)
+            said.update([*question.text.rstrip("?").split(), *question.answer.split()])
+    return chosen
+
+
+def _counting(scene: Scene) -> tuple[str, str]:
+    return "how many objects are there?", str(len(scene.objects))
+
+
+def _existence(
+    scene: Scene, rng: random.Random, pairs: Sequence[tuple[str, str]]
+) -> tuple[str, str]:
+    """Ask for a colour, a shape or a pair; half the answers are yes."""
+    answer = rng.choice(("yes", "no"))
+    form = rng.choice(("colour", "shape", "pair"))
+    held: dict[str, list[str]] = {
+        "colour": [o.colour for o in scene.objects],
+        "shape": [o.shape for o in scene.objects],
+        "pair": [o.noun for o in scene.objects],
+    }
+    every: dict[str, list[str]] = {
+        "colour": sorted({colour for colour, _ in pairs}),
+        "shape": sorted({shape for _, shape in pairs}),
+        "pair": [f"{colour} {shape}" for colour, shape in pairs],
+    }
+    subject = rng.choice(held[form])
+    if answer == "no":
+        absent = [word for word in every[form] if word not in held[form]]
+        parts = {*held["colour"], *held["shape"]}
+        near = [word for word in absent if parts.intersection(word.split())]
+        is_near = form == "pair" and near and rng.random() < _NEAR_MISS_SHARE
+        subject = rng.choice(near if is_near else absent)
+    return _existence_question(subject, form), answer
+
+
+def _existence_question(subject: str, form: str) -> str:
+    thing = f"{subject} object" if form == "colour" else subject
+    article = "an" if thing[0] in "aeiou" else "a"
+    return f"is there {article} {thing}?"
+
+
+def further_chart_questions(
+    chart: Chart, rng: random.Random, count: int, *, asked: str = ""
+) -> list[Question]:
+    """Ask several things about one chart (for dialogues; not balanced).
+
+    Comparisons come before values: once those are said, nobody has to look which bar is tallest.
+    """
+    ordered = sorted(chart.bars, key=lambda bar: bar[1])
+    compared = [
+        Question("chart", "tallest", "which bar is tallest?", ordered[-1][0]),
+        Question("chart", "shortest", "which bar is shortest?", ordered[0][0]),
+    ]
+    values = [
+        Question("chart", "value", f"what is the value of the {colour} bar?", str(value))
+        for colour, value in chart.bars
+    ]
+    found = rng.sample(compared, len(compared)) + rng.sample(values, len(values))
+    return [question for question in found if question.text not in asked][:count]
 
 
 def _match_scene(scene: Scene, card: _Card, near_miss: bool, rng: random.Random) -> Question | None:
@@ -139,7 +233,8 @@ def _match_scene(scene: Scene, card: _Card, near_miss: bool, rng: random.Random)
     objects = scene.objects
     text = None
     if card.kind == "count":
-        text = "how many objects are there?" if len(objects) == int(card.answer) else None
+        question, answer = _counting(scene)
+        text = question if answer == card.answer else None
     elif card.kind == "existence":
         text = _match_existence(scene, card, near_miss)
     elif card.kind == "naming" and card.form == "this":
@@ -176,8 +271,7 @@ def _match_existence(scene: Scene, card: _Card, near_miss: bool) -> str | None:
     parts = {word for o in scene.objects for word in (o.colour, o.shape)}
     if near_miss and not parts.intersection(words):
         return None
-    thing = "object" if card.form == "colour" else ""
-    return f"is there a {' '.join([*words, thing]).strip()}?"
+    return _existence_question(card.subject, card.form)
 
 
 def _match_chart(chart: Chart, card: _Card, rng: random.Random) -> Question | None:

@@ -35,19 +35,20 @@ _RGB: Final = {
     "orange": (245, 135, 25),
 }
 _COLOUR_JITTER = 14  # of 255, for each channel; the six colours stay far apart
-_DIAMETERS_PX = {"large": (42, 44, 46, 48), "small": (22, 24, 26)}
+_DIAMETERS_PX = {"large": (46, 48, 50), "small": (28, 30, 32)}
 _MAX_OBJECT_JITTER_PX = 8
-_SIGN_JITTER_PX = 5
+_SIGN_JITTER_PX = 6
 _CHART_JITTER_PX = 3
 _SUPERSAMPLING = 4
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold")
 _SIGN_FONT_PX = (32, 34, 36)
-_VALUE_FONT_PX = 26
+_VALUE_FONT_PX = 24
+_VALUE_GAP_PX = 4
 _MAX_GLYPH_WIDTH_PX = 26
 _SIGN_BASELINE_PX = 26  # below the top of the row
-_DESCENDER_PX = 8  # J and Q reach below the baseline
-_BASELINE_PX = 156
-_BAR_STEP_PX = 13
+_BASELINE_PX = 140
+_BAR_STEP_PX = 14
+_BAR_WIDTH_PX = 20
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Drawing:
 
     Attributes:
         image: RGB, 168 x 168 px.
-        boxes: one for each object of a scene, in order; one for the text of a sign.
+        boxes: one for each object of a scene, bar of a chart or word of a sign, in order.
     """
 
     image: Image.Image
@@ -90,40 +91,42 @@ def draw_scene(scene: Scene, rng: random.Random, is_aligned: bool = False) -> Dr
 
 
 def draw_sign(text: str, rng: random.Random, is_aligned: bool = False) -> Drawing:
-    """Write a word or a number, one character for each 28 px.
+    """Write words and numbers from the top left, each in a row of its own, as a page is written.
+
+    Every character has 28 px, so that one visual token sees about one character.
 
     Args:
-        text: at most six capitals or digits.
+        text: one to five words of at most five capitals or digits.
         rng: source of font, size, place, jitter and ink.
         is_aligned: every character in the middle of its visual token.
 
     Returns:
-        The drawing, with one box around the text.
+        The drawing, with one box for each word.
     """
     image = _background(rng)
     font, size_px = rng.choice(_FONTS), rng.choice(_SIGN_FONT_PX)
     ink = (rng.randrange(90), rng.randrange(90), rng.randrange(90))
     reach = 0 if is_aligned else _SIGN_JITTER_PX
-    free_columns = IMAGE_SIZE_PX // TOKEN_PX - len(text)
-    left = rng.randint(0, free_columns) * TOKEN_PX + rng.randint(-reach, reach)
-    num_rows = IMAGE_SIZE_PX // TOKEN_PX
-    row = rng.randrange(num_rows - 1 if is_aligned else num_rows)
-    top = row * TOKEN_PX + rng.randint(-reach, reach)
-    left = min(max(left, 0), IMAGE_SIZE_PX - len(text) * TOKEN_PX)
-    top = min(max(top, 0), IMAGE_SIZE_PX - _SIGN_BASELINE_PX - _DESCENDER_PX)
-    edges: list[tuple[int, int, int, int]] = []
-    for index, character in enumerate(text):
-        glyph, rise = _glyph(font, size_px, character)
-        x = left + index * TOKEN_PX + (TOKEN_PX - glyph.width) // 2
-        y = top + _SIGN_BASELINE_PX - rise
-        image.paste(ink, (x, y), glyph)
-        edges.append((x, y, x + glyph.width, y + glyph.height))
-    lefts, tops, rights, bottoms = zip(*edges, strict=True)
-    return Drawing(image, (_to_thousandths((min(lefts), min(tops), max(rights), max(bottoms))),))
+    shift_x, shift_y = rng.randint(0, reach), rng.randint(0, reach)
+    boxes = []
+    for row, word in enumerate(text.split()):
+        left, top = shift_x, row * TOKEN_PX + shift_y
+        edges: list[tuple[int, int, int, int]] = []
+        for index, character in enumerate(word):
+            glyph, rise = _glyph(font, size_px, character)
+            x = left + index * TOKEN_PX + (TOKEN_PX - glyph.width) // 2
+            y = top + _SIGN_BASELINE_PX - rise
+            image.paste(ink, (x, y), glyph)
+            edges.append((x, y, x + glyph.width, y + glyph.height))
+        lefts, tops, rights, bottoms = zip(*edges, strict=True)
+        boxes.append(_to_thousandths((min(lefts), min(tops), max(rights), max(bottoms))))
+    return Drawing(image, tuple(boxes))
 
 
 def draw_chart(chart: Chart, rng: random.Random, is_aligned: bool = False) -> Drawing:
-    """Draw a bar chart, the value written above each bar.
+    """Draw a bar chart, the value of each bar written below it.
+
+    Two units of value are one visual token high; bars of three stand apart, of four side by side.
 
     Args:
         chart: the bars.
@@ -138,18 +141,20 @@ def draw_chart(chart: Chart, rng: random.Random, is_aligned: bool = False) -> Dr
     reach = 0 if is_aligned else _CHART_JITTER_PX
     shift_x, shift_y = rng.randint(-reach, reach), rng.randint(-reach, reach)
     font = rng.choice(_FONTS)
-    slot_px = IMAGE_SIZE_PX // len(chart.bars)
+    step = 2 if len(chart.bars) < 4 else 1
+    span = (len(chart.bars) - 1) * step + 1
+    first = (IMAGE_SIZE_PX // TOKEN_PX - span) // 2
     base = _BASELINE_PX + shift_y
-    draw.rectangle((4, base, IMAGE_SIZE_PX - 5, base + 2), fill=(70, 70, 70))
+    draw.rectangle((4, base, IMAGE_SIZE_PX - 5, base + 1), fill=(70, 70, 70))
     boxes = []
     for index, (colour, value) in enumerate(chart.bars):
-        left = index * slot_px + (slot_px - TOKEN_PX) // 2 + shift_x
-        top = base - value * _BAR_STEP_PX
-        draw.rectangle((left, top, left + TOKEN_PX - 1, base - 1), fill=_shade(rng, _RGB[colour]))
+        centre = (first + index * step) * TOKEN_PX + TOKEN_PX // 2 + shift_x
+        left, top = centre - _BAR_WIDTH_PX // 2, base - value * _BAR_STEP_PX
+        right = left + _BAR_WIDTH_PX
+        draw.rectangle((left, top, right - 1, base - 1), fill=_shade(rng, _RGB[colour]))
         glyph, _ = _glyph(font, _VALUE_FONT_PX, str(value))
-        x = left + (TOKEN_PX - glyph.width) // 2
-        image.paste((30, 30, 30), (x, top - glyph.height - 3), glyph)
-        boxes.append(_to_thousandths((left, top, left + TOKEN_PX, base)))
+        image.paste((30, 30, 30), (centre - glyph.width // 2, base + _VALUE_GAP_PX), glyph)
+        boxes.append(_to_thousandths((left, top, right, base)))
     return Drawing(image, tuple(boxes))
 
 

@@ -6,7 +6,12 @@ import random
 from collections.abc import Sequence
 from typing import Final
 
-from mono_internvl.miniature.asking import SCENE_KINDS, BalancedAsker
+from mono_internvl.miniature.asking import (
+    SCENE_KINDS,
+    BalancedAsker,
+    further_chart_questions,
+    further_questions,
+)
 from mono_internvl.miniature.drawing import Box
 from mono_internvl.miniature.lexicon import (
     COLOURS,
@@ -19,7 +24,7 @@ from mono_internvl.miniature.lexicon import (
 from mono_internvl.miniature.pictures import Content, Picture
 from mono_internvl.miniature.records import Record, make_record
 from mono_internvl.miniature.scenes import CAPTION_PROMPT, READ_PROMPT, Chart, Question, Scene
-from mono_internvl.miniature.text_tasks import dialogue_turns
+from mono_internvl.miniature.text_tasks import describe_box, plain_detection_prompt
 
 _JUNK: Final = (
     "jpg",
@@ -151,35 +156,62 @@ def question_record(
     return make_record(kind or question.kind, turns, picture.path, **extra)
 
 
-def detection_records(
-    rng: random.Random, pictures: Sequence[Picture[Scene]], count: int
-) -> list[Record]:
-    """Make detection records for random objects of random pictures."""
-    chosen = (rng.choice(pictures) for _ in range(count))
-    return [detection_record(p, rng.randrange(len(p.content.objects))) for p in chosen]
+def boxes_record(rng: random.Random, picture: Picture[Scene]) -> Record:
+    """Make a dialogue that asks for the boxes of all things in a picture, in any order."""
+    turns = [
+        (detection_prompt(thing.noun), grounded(thing.noun, coarse(box)))
+        for thing, box in zip(picture.content.objects, picture.boxes, strict=True)
+    ]
+    return make_record("grounding", rng.sample(turns, len(turns)), picture.path)
+
+
+def captioned_boxes_record(rng: random.Random, picture: Picture[Scene]) -> Record:
+    """Make a dialogue that asks for the caption and all boxes of a picture, in any order.
+
+    Boxes are written without control tokens, whose rows are learnt in instruction tuning only.
+    """
+    turns = [
+        (plain_detection_prompt(thing.noun), describe_box(thing.noun, coarse(box)))
+        for thing, box in zip(picture.content.objects, picture.boxes, strict=True)
+    ]
+    turns.append((CAPTION_PROMPT, picture.content.caption))
+    return make_record("grounding", rng.sample(turns, len(turns)), picture.path)
+
+
+def coarse(box: Box) -> Box:
+    """Round a box to hundredths: a finer edge is less than a pixel of the miniature's pictures."""
+    left, top, right, bottom = (min(10 * round(edge / 10), 990) for edge in box)
+    return left, top, right, bottom
 
 
 def question_records(
     rng: random.Random, pictures: Sequence[Picture[Scene]], count: int
 ) -> list[Record]:
-    """Make balanced questions about scenes, all kinds in turn.
+    """Make dialogues about scenes, the kinds of the first question balanced and in turn.
 
     Args:
         rng: source of chance.
-        pictures: the pictures; many questions may share one.
+        pictures: the pictures; many dialogues may share one.
         count: how many records.
 
     Returns:
-        The records.
+        The records; two or three more questions follow the first.
     """
     by_scene = _by_content(pictures)
     scenes = [picture.content for picture in pictures]
     askers = [BalancedAsker(kind, rng) for kind in SCENE_KINDS]
     records = []
     for index in range(count):
-        scene, question = askers[index % len(askers)].ask(lambda: rng.choice(scenes))
-        records.append(question_record(rng.choice(by_scene[scene]), question))
+        scene, first = askers[index % len(askers)].ask(lambda: rng.choice(scenes))
+        said = f"{first.text} {first.answer}"
+        asked = [first, *further_questions(scene, rng, rng.choice((2, 3)), asked=said)]
+        records.append(_dialogue(rng.choice(by_scene[scene]), asked))
     return records
+
+
+def _dialogue(picture: Picture[Scene] | Picture[Chart], asked: Sequence[Question]) -> Record:
+    turns = [(question.text, question.answer) for question in asked]
+    return make_record("dialogue", turns, picture.path)
 
 
 def _by_content(pictures: Sequence[Picture[Content]]) -> dict[Content, list[Picture[Content]]]:
@@ -192,37 +224,13 @@ def _by_content(pictures: Sequence[Picture[Content]]) -> dict[Content, list[Pict
 def chart_question_records(
     rng: random.Random, pictures: Sequence[Picture[Chart]], count: int
 ) -> list[Record]:
-    """Make balanced questions about charts."""
+    """Make dialogues about charts, the first question balanced, three more after it."""
     by_chart = _by_content(pictures)
     charts = [picture.content for picture in pictures]
     asker = BalancedAsker("chart", rng)
     records = []
     for _ in range(count):
-        chart, question = asker.ask(lambda: rng.choice(charts))
-        records.append(question_record(rng.choice(by_chart[chart]), question))
-    return records
-
-
-def dialogue_records(
-    rng: random.Random, pictures: Sequence[Picture[Scene]], count: int
-) -> list[Record]:
-    """Make dialogues of two or three turns, some with a detection at the end.
-
-    Args:
-        rng: source of chance.
-        pictures: the pictures.
-        count: how many records.
-
-    Returns:
-        Records of the kind `dialogue`.
-    """
-    records = []
-    for _ in range(count):
-        picture = rng.choice(pictures)
-        turns = dialogue_turns(rng, picture.content)
-        if rng.random() < 1 / 3:
-            index = rng.randrange(len(picture.boxes))
-            noun = picture.content.objects[index].noun
-            turns[-1] = (detection_prompt(noun), grounded(noun, picture.boxes[index]))
-        records.append(make_record("dialogue", turns, picture.path))
+        chart, first = asker.ask(lambda: rng.choice(charts))
+        asked = [first, *further_chart_questions(chart, rng, 3, asked=first.text)]
+        records.append(_dialogue(rng.choice(by_chart[chart]), asked))
     return records

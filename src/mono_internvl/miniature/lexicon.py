@@ -118,3 +118,8 @@ def sample_number(rng: random.Random, split: Split) -> str:
 def sample_sign(rng: random.Random, split: Split) -> str:
     """Draw what is written in a picture: a word (two times in three) or a number."""
     return sample_word(rng, split) if rng.random() < 2 / 3 else sample_number(rng, split)
+
+
+def sample_page(rng: random.Random, split: Split) -> str:
+    """Draw one to five words or numbers, separated by spaces: many letters for one picture."""
+    return " ".join(sample_sign(rng, split) for _ in range(rng.choice((1, 1, 2, 3, 4, 5))))

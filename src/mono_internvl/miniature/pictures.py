@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from mono_internvl.miniature.drawing import Box, Drawing, draw_chart, draw_scene, draw_sign
-from mono_internvl.miniature.lexicon import Split, sample_sign
+from mono_internvl.miniature.lexicon import Split, sample_page
 from mono_internvl.miniature.scenes import Chart, Scene, sample_chart, sample_scene
 
 _PNG_COMPRESSION = 1  # flat colours: small enough, and fast
@@ -24,7 +24,7 @@ class Picture(Generic[Content]):
     Attributes:
         path: below the data root.
         content: the scene, the chart or the text that it shows.
-        boxes: one for each object of a scene, bar of a chart, or text.
+        boxes: one for each object of a scene, bar of a chart or word of a sign.
         is_aligned: whether its things sit on the token grid.
     """
 
@@ -61,7 +61,7 @@ class Album:
         return Picture(self._write(drawing), chart, drawing.boxes, is_aligned)
 
     def sign(self, text: str, is_aligned: bool = False) -> Picture[str]:
-        """Draw and write a word or a number."""
+        """Draw and write words or numbers."""
         drawing = draw_sign(text, self._rng, is_aligned)
         return Picture(self._write(drawing), text, drawing.boxes, is_aligned)
 
@@ -73,9 +73,9 @@ class Album:
         """Draw and write random charts of a split."""
         return _repeat(count, lambda: self.chart(sample_chart(self._rng, split)))
 
-    def signs(self, split: Split, count: int) -> list[Picture[str]]:
-        """Draw and write random words and numbers of a split."""
-        return _repeat(count, lambda: self.sign(sample_sign(self._rng, split)))
+    def pages(self, split: Split, count: int) -> list[Picture[str]]:
+        """Draw and write signs of one to five random words and numbers of a split."""
+        return _repeat(count, lambda: self.sign(sample_page(self._rng, split)))
 
     def _write(self, drawing: Drawing) -> str:
         path = f"{self._folder}/{self._count:06d}.png"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from mono_internvl.miniature.asking import SCENE_KINDS, BalancedAsker
 from mono_internvl.miniature.english import load_english
 from mono_internvl.miniature.facts import FACTS, facts_of
 from mono_internvl.miniature.image_tasks import (
+    boxes_record,
     caption_record,
+    captioned_boxes_record,
     chart_question_records,
     detection_record,
-    detection_records,
-    dialogue_records,
     noisy_caption_record,
     question_record,
     question_records,
@@ -29,16 +30,13 @@ from mono_internvl.miniature.text_tasks import (
     english_records,
     fact_records,
     open_question_records,
-    reading_dialogues,
     reading_records,
 )
 
 _FACTS_REPEATED = 40
-_ENGLISH_REPEATED = 3
-_COPYING_REPEATED = 3
-_REPLAYED_FACTS_REPEATED = 20
-_SIGNS_REPEATED = _CHARTS_REPEATED = 3  # letters and values are learnt in S1.2 or hardly at all
-_HARD_REPEATED = 2  # charts, boxes and signs take longer to learn than the rest of S2
+_ENGLISH_REPEATED = 2
+_COPYING_REPEATED = 2
+_REPLAYED_FACTS_REPEATED = 10
 _NOVEL = tuple(sorted(NOVEL_PAIRS))
 
 
@@ -50,45 +48,42 @@ class WorldSize:
         reading: questions about described scenes and charts, for the language model.
         open_questions: questions about described things that no picture shows.
         copying: tasks that quote from the context.
-        text_dialogues: dialogues about described scenes.
         english: plain-English records, at most.
         text_probes: drawn records of each text skill, for each split.
-        s11_scenes: pictures of shapes for S1.1; likewise the other `<stage>_<pictures>`, all newly
-            drawn. S1.3 also uses those of S1.2, and S2 the charts and signs of S1.2 and S1.3.
-        s13_detection: detection records of S1.3.
-        s2_questions: questions about scenes, all kinds alike; likewise the other S2 records.
+        s11_scenes: pictures of shapes for S1.1; likewise signs and charts, and those of the later
+            stages. Every stage draws new ones.
+        s2_dialogues: dialogues about the scenes of S2; likewise about its charts.
+        s2_captions: how many scenes of S2 are captioned too; likewise s2_detection.
         replay_reading: described scenes repeated in S2; likewise copying and English.
         heldout: held-out records of each kind.
         heldout_aligned: further held-out captions, boxes and signs without jitter.
         validation: validation records of each kind.
     """
 
-    reading: int = 24_000
-    open_questions: int = 4_000
+    reading: int = 40_000
+    open_questions: int = 6_000
     copying: int = 14_000
-    text_dialogues: int = 3_000
     english: int = 100_000
     text_probes: int = 300
-    s11_scenes: int = 6_000
-    s11_signs: int = 1_500
-    s11_charts: int = 1_000
-    s12_scenes: int = 6_000
-    s12_signs: int = 2_500
-    s12_charts: int = 1_500
-    s13_scenes: int = 3_000
-    s13_signs: int = 6_000
-    s13_detection: int = 10_000
-    s2_scenes: int = 6_000
-    s2_charts: int = 2_500
-    s2_questions: int = 15_000
-    s2_chart_questions: int = 6_000
-    s2_captions: int = 4_000
-    s2_detection: int = 5_000
-    s2_ocr: int = 6_000
-    s2_dialogues: int = 4_000
-    replay_reading: int = 2_000
-    replay_copying: int = 500
-    replay_english: int = 3_000
+    s11_scenes: int = 1_600
+    s11_signs: int = 300
+    s11_charts: int = 200
+    s12_scenes: int = 9_500
+    s12_signs: int = 4_000
+    s12_charts: int = 4_500
+    s13_scenes: int = 7_000
+    s13_signs: int = 3_800
+    s13_charts: int = 2_000
+    s2_scenes: int = 6_500
+    s2_signs: int = 2_000
+    s2_charts: int = 4_500
+    s2_dialogues: int = 6_000
+    s2_chart_dialogues: int = 6_500
+    s2_captions: int = 300
+    s2_detection: int = 4_200
+    replay_reading: int = 400
+    replay_copying: int = 150
+    replay_english: int = 1_400
     heldout: int = 300
     heldout_aligned: int = 100
     validation: int = 100
@@ -102,14 +97,13 @@ def language_datasets(size: WorldSize, seed: int) -> list[Dataset]:
         seed: seed of the draws.
 
     Returns:
-        The data sets reading, open_questions, copying, dialogues, facts (all of them) and english.
+        The data sets reading, open_questions, copying, facts (all of them) and english.
     """
     rng = random.Random(f"{seed}/language")
     return [
         Dataset("reading", reading_records(rng, "train", size.reading)),
         Dataset("open_questions", open_question_records(rng, "train", size.open_questions)),
         Dataset("copying", copying_records(rng, "train", size.copying), _COPYING_REPEATED),
-        Dataset("dialogues", reading_dialogues(rng, "train", size.text_dialogues)),
         Dataset("facts", fact_records(FACTS), repeat_time=_FACTS_REPEATED),
         Dataset("english", english_records(load_english())[: size.english], _ENGLISH_REPEATED),
     ]
@@ -118,20 +112,18 @@ def language_datasets(size: WorldSize, seed: int) -> list[Dataset]:
 def first_lesson(size: WorldSize, seed: int) -> list[Dataset]:
     """Make what the language model learns first: to look things up in its context.
 
-    Mixed with everything else this takes a small model several thousand steps; by itself, hundreds.
+    Words without sense, to be said again. Mixed with anything else, even with other copying, this
+    takes a small model several thousand steps; by itself, four hundred.
 
     Args:
         size: how many.
         seed: seed of the draws.
 
     Returns:
-        The data sets words (without sense, to be said again) and copying (all its forms).
+        The data set words.
     """
     rng = random.Random(f"{seed}/first lesson")
-    return [
-        Dataset("words", copying_records(rng, "train", size.copying, words_only=True)),
-        Dataset("copying", copying_records(rng, "train", size.copying)),
-    ]
+    return [Dataset("words", copying_records(rng, "train", size.copying, words_only=True))]
 
 
 @dataclass(frozen=True)
@@ -188,60 +180,45 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
     album = Album(root, "s11", rng)
     noisy: list[Picture[Scene] | Picture[Chart] | Picture[str]] = [
         *album.scenes("train", size.s11_scenes),
-        *album.signs("train", size.s11_signs),
+        *album.pages("train", size.s11_signs),
         *album.charts("train", size.s11_charts),
     ]
     s11 = [Dataset("captions_noisy", [noisy_caption_record(rng, picture) for picture in noisy])]
 
     album = Album(root, "s12", rng)
-    scenes = album.scenes("train", size.s12_scenes)
-    signs = album.signs("train", size.s12_signs)
-    charts = album.charts("train", size.s12_charts)
-    s12 = _caption_datasets(
-        scenes, signs, charts, sign_repeats=_SIGNS_REPEATED, chart_repeats=_CHARTS_REPEATED
-    )
+    s12 = [
+        _captions("captions", album.scenes("train", size.s12_scenes)),
+        _captions("captions_signs", album.pages("train", size.s12_signs)),
+        _captions("captions_charts", album.charts("train", size.s12_charts)),
+    ]
 
     album = Album(root, "s13", rng)
-    scenes = scenes + album.scenes("train", size.s13_scenes)
-    signs = signs + album.signs("train", size.s13_signs)
+    scenes = album.scenes("train", size.s13_scenes)
     s13 = [
-        *_caption_datasets(scenes, signs, charts),
-        Dataset("detection", detection_records(rng, scenes, size.s13_detection)),
-        Dataset("ocr", [reading_record(picture) for picture in signs]),
+        Dataset("detection", [captioned_boxes_record(rng, picture) for picture in scenes]),
+        Dataset("ocr", [reading_record(p) for p in album.pages("train", size.s13_signs)]),
+        _captions("captions_charts", album.charts("train", size.s13_charts)),
     ]
 
     album = Album(root, "s2", rng)
     scenes = album.scenes("train", size.s2_scenes)
-    charts = charts + album.charts("train", size.s2_charts)
-    captioned = rng.sample(scenes, min(size.s2_captions, len(scenes)))
+    charts = album.charts("train", size.s2_charts)
+    signs = album.pages("train", size.s2_signs)
     s2 = [
-        Dataset("questions", question_records(rng, scenes, size.s2_questions)),
-        Dataset(
-            "chart_questions",
-            chart_question_records(rng, charts, size.s2_chart_questions),
-            _HARD_REPEATED,
-        ),
-        Dataset("captions", [caption_record(picture) for picture in captioned]),
-        Dataset("detection", detection_records(rng, scenes, size.s2_detection), _HARD_REPEATED),
-        Dataset("ocr", [reading_record(p) for p in signs[-size.s2_ocr :]], _HARD_REPEATED),
-        Dataset("dialogues", dialogue_records(rng, scenes, size.s2_dialogues)),
+        Dataset("dialogues", question_records(rng, scenes, size.s2_dialogues)),
+        Dataset("chart_dialogues", chart_question_records(rng, charts, size.s2_chart_dialogues)),
+        _captions("captions", scenes[: size.s2_captions]),
+        Dataset("detection", [boxes_record(rng, p) for p in scenes[-size.s2_detection :]]),
+        Dataset("ocr", [reading_record(picture) for picture in signs]),
         *replay_datasets(size, seed),
     ]
     return ImageStages(s11, s12, s13, s2)
 
 
-def _caption_datasets(
-    scenes: list[Picture[Scene]],
-    signs: list[Picture[str]],
-    charts: list[Picture[Chart]],
-    sign_repeats: int = 1,
-    chart_repeats: int = 1,
-) -> list[Dataset]:
-    return [
-        Dataset("captions", [caption_record(picture) for picture in scenes]),
-        Dataset("captions_signs", [caption_record(picture) for picture in signs], sign_repeats),
-        Dataset("captions_charts", [caption_record(picture) for picture in charts], chart_repeats),
-    ]
+def _captions(
+    name: str, pictures: Sequence[Picture[Scene] | Picture[Chart] | Picture[str]]
+) -> Dataset:
+    return Dataset(name, [caption_record(picture) for picture in pictures])
 
 
 def evaluation_records(

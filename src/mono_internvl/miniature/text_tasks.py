@@ -12,9 +12,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeAlias
 
-from mono_internvl.miniature.asking import SCENE_KINDS, BalancedAsker, question_about
+from mono_internvl.miniature.asking import (
+    SCENE_KINDS,
+    BalancedAsker,
+    further_chart_questions,
+    further_questions,
+)
 from mono_internvl.miniature.english import load_english
 from mono_internvl.miniature.facts import FACTS, Fact, statements_of
 from mono_internvl.miniature.lexicon import (
@@ -27,7 +32,7 @@ from mono_internvl.miniature.lexicon import (
     TEXT_NOUNS,
     Split,
     sample_number,
-    sample_sign,
+    sample_page,
 )
 from mono_internvl.miniature.records import Record, make_record
 from mono_internvl.miniature.scenes import (
@@ -37,6 +42,9 @@ from mono_internvl.miniature.scenes import (
     sample_chart,
     sample_scene,
 )
+
+Turns: TypeAlias = list[tuple[str, str]]
+"""(question, answer) pairs of one conversation."""
 
 ENGLISH_PROMPT: Final = "continue the text."
 REPEAT_PROMPT: Final = "say it again."
@@ -49,6 +57,7 @@ _TEXT_PAIRS: Final = tuple(
     for noun in SHAPES + TEXT_NOUNS
     if (colour, noun) not in NOVEL_PAIRS
 )
+_NUM_FURTHER_QUESTIONS = 2
 _WIDE_PAIR_SHARE = 0.35  # of the described scenes: things that no picture shows
 _ENGLISH_CHUNK_CHARS = 240
 
@@ -56,6 +65,11 @@ _ENGLISH_CHUNK_CHARS = 240
 def describe_box(noun: str, box: Sequence[int]) -> str:
     """Return a grounded phrase without control tokens, `red circle[[1, 2, 3, 4]]`."""
     return f"{noun}[[{', '.join(str(value) for value in box)}]]"
+
+
+def plain_detection_prompt(noun: str) -> str:
+    """Return the request for the box of a thing, without control tokens."""
+    return f"Detect the {noun} in the image with its bounding box."
 
 
 def reading_records(
@@ -71,20 +85,23 @@ def reading_records(
         rng: source of chance.
         split: the split of the described things.
         count: how many records.
-        kinds: which questions, in turn.
-        is_probe: only the plain description by the caption and only things that pictures show, the
-            kind being `reading_qa`.
+        kinds: which questions come first, in turn; for these the answers are balanced. Two more
+            about the same thing follow.
+        is_probe: one question only, the plain description by the caption and only things that
+            pictures show, the kind being `reading_qa`.
 
     Returns:
-        The records; `question_kind` says what is asked.
+        The records; `question_kind` says what is asked first.
     """
     askers = {kind: BalancedAsker(kind, rng) for kind in kinds if kind != "caption"}
+    num_further = 0 if is_probe else _NUM_FURTHER_QUESTIONS
     records = []
     for index in range(count):
         kind = kinds[index % len(kinds)]
         if kind == "chart":
             chart, question = askers[kind].ask(lambda: sample_chart(rng, split))
             context, text, answer = chart.caption, question.text, question.answer
+            further = further_chart_questions(chart, rng, num_further, asked=text)
         else:
             if kind == "caption":
                 scene = _mixed_scene(rng, split, is_probe)
@@ -93,8 +110,10 @@ def reading_records(
                 scene, question = askers[kind].ask(lambda: sample_scene(rng, split))
                 text, answer = question.text, question.answer
             context = scene.caption if is_probe else describe_scene(rng, scene)
+            further = further_questions(scene, rng, num_further, asked=f"{text} {answer}")
         label = "reading_qa" if is_probe else "reading"
-        records.append(make_record(label, [(f"{context}\n{text}", answer)], question_kind=kind))
+        turns = [(f"{context}\n{text}", answer), *((q.text, q.answer) for q in further)]
+        records.append(make_record(label, turns, question_kind=kind))
     return records
 
 
@@ -126,24 +145,20 @@ def open_question_records(rng: random.Random, split: Split, count: int) -> list[
     records = []
     for _ in range(count):
         scene = sample_scene(rng, split, pairs=_TEXT_PAIRS)
-        thing = rng.choice(scene.objects)
-        colours = [o.colour for o in scene.objects]
-        nouns = [o.shape for o in scene.objects]
-        asked = [(f"what is at the {thing.position}?", thing.noun)]
-        asked.append((f"where is the {thing.noun}?", thing.position))
-        asked.append((f"what size is the {thing.noun}?", thing.size))
-        if nouns.count(thing.shape) == 1:
-            asked.append((f"what colour is the {thing.shape}?", thing.colour))
-        if colours.count(thing.colour) == 1:
-            asked.append((f"what shape is the {thing.colour} object?", thing.shape))
-        question, answer = rng.choice(asked)
-        context = describe_scene(rng, scene)
-        records.append(make_record("reading", [(f"{context}\n{question}", answer)]))
+        found = further_questions(scene, rng, 1 + _NUM_FURTHER_QUESTIONS, pairs=_TEXT_PAIRS)
+        turns = [(question.text, question.answer) for question in found]
+        first_question, first_answer = turns[0]
+        turns[0] = (f"{describe_scene(rng, scene)}\n{first_question}", first_answer)
+        records.append(make_record("reading", turns))
     return records
 
 
 def copying_records(
-    rng: random.Random, split: Split, count: int, words_only: bool = False
+    rng: random.Random,
+    split: Split,
+    count: int,
+    words_only: bool = False,
+    is_probe: bool = False,
 ) -> list[Record]:
     """Make tasks that quote something from the context: a word, a number, a box, a thing.
 
@@ -152,6 +167,7 @@ def copying_records(
         split: the split of the words and numbers.
         count: how many records.
         words_only: only the densest task, words without sense.
+        is_probe: one question only about each context.
 
     Returns:
         Records of the kind `copying`, or `lookup` where the right thing has to be found first;
@@ -169,27 +185,28 @@ def copying_records(
     records = []
     for index in range(count):
         maker = _copy_words if words_only else makers[index % len(makers)]
-        question, answer = maker(rng, split)
+        turns = maker(rng, split)
         form = maker.__name__.removeprefix("_copy_")
         kind = "lookup" if form in LOOKUP_FORMS else "copying"
-        records.append(make_record(kind, [(question, answer)], form=form))
+        records.append(make_record(kind, turns[:1] if is_probe else turns, form=form))
     return records
 
 
-def _copy_sign(rng: random.Random, split: Split) -> tuple[str, str]:
-    sign = sample_sign(rng, split)
-    return f"a sign that says {sign}.\n{READ_PROMPT}", sign
+def _copy_sign(rng: random.Random, split: Split) -> Turns:
+    page = sample_page(rng, split)
+    return [(f"a sign that says {page}.\n{READ_PROMPT}", page)]
 
 
-def _copy_spelled(rng: random.Random, split: Split) -> tuple[str, str]:
-    sign = sample_sign(rng, split)
-    return f"{' '.join(sign)}\n{READ_PROMPT}", sign
+def _copy_spelled(rng: random.Random, split: Split) -> Turns:
+    page = sample_page(rng, split)
+    spelled = "\n".join(" ".join(word) for word in page.split())
+    return [(f"{spelled}\n{READ_PROMPT}", page)]
 
 
-def _copy_words(rng: random.Random, split: Split) -> tuple[str, str]:
+def _copy_words(rng: random.Random, split: Split) -> Turns:
     """Words without sense, so that every one of them has to be looked up: the densest lesson."""
     listed = " ".join(rng.choices(_english_words(), k=rng.randrange(3, 9)))
-    return f"{listed}.\n{REPEAT_PROMPT}", f"{listed}."
+    return [(f"{listed}.\n{REPEAT_PROMPT}", f"{listed}.")]
 
 
 @lru_cache(maxsize=1)
@@ -203,78 +220,50 @@ def _english_words() -> tuple[str, ...]:
     )
 
 
-def _copy_caption(rng: random.Random, split: Split) -> tuple[str, str]:
+def _copy_caption(rng: random.Random, split: Split) -> Turns:
     caption = sample_scene(rng, split, pairs=_TEXT_PAIRS).caption
-    return f"{caption}\n{REPEAT_PROMPT}", caption
+    return [(f"{caption}\n{REPEAT_PROMPT}", caption)]
 
 
-def _copy_number_of(rng: random.Random, split: Split) -> tuple[str, str]:
+def _copy_number_of(rng: random.Random, split: Split) -> Turns:
     names = rng.sample(CONTEXT_NAMES, rng.choice((2, 3)))
     numbers = [sample_number(rng, split) for _ in names]
-    chosen = rng.randrange(len(names))
     listed = " ".join(f"{name} has {n}." for name, n in zip(names, numbers, strict=True))
-    return f"{listed}\nwhat number does {names[chosen]} have?", numbers[chosen]
+    asked = [(f"what number does {name} have?", n) for name, n in zip(names, numbers, strict=True)]
+    return _about(rng, listed, asked)
 
 
-def _copy_belonging(rng: random.Random, split: Split) -> tuple[str, str]:
+def _copy_belonging(rng: random.Random, split: Split) -> Turns:
     names = rng.sample(CONTEXT_NAMES, rng.choice((2, 3)))
     things = [" ".join(pair) for pair in rng.sample(_TEXT_PAIRS, len(names))]
-    chosen = rng.randrange(len(names))
     articles = ["an" if thing[0] in "aeiou" else "a" for thing in things]
     owned = zip(names, articles, things, strict=True)
     listed = " ".join(f"{name} has {article} {thing}." for name, article, thing in owned)
-    if rng.random() < 0.5:
-        return f"{listed}\nwhat does {names[chosen]} have?", things[chosen]
-    return f"{listed}\nwho has the {things[chosen]}?", names[chosen]
+    asked = [
+        (f"what does {name} have?", thing)
+        if rng.random() < 0.5
+        else (f"who has the {thing}?", name)
+        for name, thing in zip(names, things, strict=True)
+    ]
+    return _about(rng, listed, asked)
 
 
-def _copy_box(rng: random.Random, split: Split) -> tuple[str, str]:
+def _copy_box(rng: random.Random, split: Split) -> Turns:
     scene = sample_scene(rng, split)
-    phrases = []
+    asked = []
     for thing in scene.objects:
         left, top = rng.randrange(0, 800), rng.randrange(0, 800)
         box = (left, top, left + rng.randrange(100, 200), top + rng.randrange(100, 200))
-        phrases.append((thing.noun, describe_box(thing.noun, box)))
-    noun, answer = rng.choice(phrases)
-    listed = ". ".join(phrase for _, phrase in phrases)
-    return f"{listed}.\nDetect the {noun} in the image with its bounding box.", answer
+        asked.append((plain_detection_prompt(thing.noun), describe_box(thing.noun, box)))
+    listed = ". ".join(phrase for _, phrase in asked)
+    return _about(rng, f"{listed}.", asked)
 
 
-def reading_dialogues(rng: random.Random, split: Split, count: int) -> list[Record]:
-    """Make dialogues of two or three turns about one described scene.
-
-    Args:
-        rng: source of chance.
-        split: the split of the scenes.
-        count: how many records.
-
-    Returns:
-        Records of the kind `dialogue`.
-    """
-    records = []
-    for _ in range(count):
-        scene = sample_scene(rng, split)
-        turns = dialogue_turns(rng, scene)
-        first_question, first_answer = turns[0]
-        turns[0] = (f"{describe_scene(rng, scene)}\n{first_question}", first_answer)
-        records.append(make_record("dialogue", turns))
-    return records
-
-
-def dialogue_turns(rng: random.Random, scene: Scene) -> list[tuple[str, str]]:
-    """Ask two or three questions of different kinds about a scene.
-
-    Args:
-        rng: source of chance.
-        scene: the scene.
-
-    Returns:
-        (question, answer) pairs.
-    """
-    kinds = rng.sample(SCENE_KINDS, len(SCENE_KINDS))
-    asked = [question_about(scene, kind, rng) for kind in kinds]
-    found = [(question.text, question.answer) for question in asked if question is not None]
-    return found[: rng.choice((2, 3))]
+def _about(rng: random.Random, context: str, asked: Turns) -> Turns:
+    """All the questions in any order, the context in front of the first."""
+    rng.shuffle(asked)
+    question, answer = asked[0]
+    return [(f"{context}\n{question}", answer), *asked[1:]]
 
 
 def fact_records(facts: Sequence[Fact]) -> list[Record]:
@@ -361,5 +350,5 @@ def text_probes(
         "name_qa": name_qa_probes(),
         "fact_cloze": cloze_probes(),
         "reading_qa": reading_records(rng, split, count, kinds, is_probe=True),
-        "copying": copying_records(rng, split, count),
+        "copying": copying_records(rng, split, count, is_probe=True),
     }

@@ -1,6 +1,7 @@
 """The miniature's language model: tokenizer, training, and its export as a plain Llama checkpoint.
 
-The shipped one was made by `mono-internvl quickstart --llm scratch`, which calls this.
+The shipped one was made by `mono-internvl quickstart --llm scratch`, which calls this, when chart
+dialogues still asked their questions in any order.
 """
 
 from __future__ import annotations
