@@ -59,6 +59,7 @@ NOT_EXECUTED = {
     ".venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": NETWORK,
     "mono-internvl chat --model OpenGVLab/Mono-InternVL-2B --image a.png "
     "'Please describe the image shortly.'": NETWORK,
+    "mono-internvl init --llm Qwen/Qwen3-0.6B --out runs/qwen3-eyes --preset v1_5": NETWORK,
     "mono-internvl train sft --model OpenGVLab/Mono-InternVL-2B --data my-data/meta.json "
     "--out runs/mine-2b --device cuda": "needs the network and a GPU",
     "mono-internvl train miniature-sft --model runs/quickstart/model --data my-data/meta.json "
