@@ -121,4 +121,4 @@ def _quick(recipe: Recipe, steps: dict[str, int]) -> Recipe:
 
 
 QUICK_LANGUAGE = _quick(LANGUAGE, {"copying": 20, "language": 60})
-QUICK_MINIATURE = _quick(MINIATURE, {"s11": 100, "s12": 350, "s13": 150, "s2": 200})
+QUICK_MINIATURE = _quick(MINIATURE, {"s11": 100, "s12": 600, "s13": 250, "s2": 350})
