@@ -32,9 +32,9 @@ from mono_internvl.pipelines.quickstart import (
     SHIPPED_LANGUAGE_MODEL,
     START,
     Plan,
-    _train_and_evaluate,
-    _write_whole,
     collect,
+    train_and_evaluate,
+    write_whole,
 )
 from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
 from mono_internvl.recipes.miniature_plus_plus import plus_plus
@@ -147,8 +147,8 @@ def compare_pretraining(
                     _run_arm(arm, arms[0].name, seed, plan, quick, world, run, processes, device)
                 rows += _rows(arm, seed, folder)
         lines = (json.dumps(dataclasses.asdict(row)) for row in rows)
-        _write_whole(run / ROWS, "\n".join(lines))
-        _write_whole(run / TABLE, table(rows, arms, quick))
+        write_whole(run / ROWS, "\n".join(lines))
+        write_whole(run / TABLE, table(rows, arms, quick))
         return run / TABLE
 
 
@@ -160,7 +160,7 @@ def _hold_to(file: Path, settings: Mapping[str, Any]) -> None:
                 f"{file}: begun with {found}, now {dict(settings)}; choose another --out folder or "
                 "delete this one"
             )
-    _write_whole(file, json.dumps(settings))
+    write_whole(file, json.dumps(settings))
 
 
 def _run_arm(
@@ -181,9 +181,9 @@ def _run_arm(
         give_eyes(SHIPPED_LANGUAGE_MODEL, start, arm.visual_experts, seed=seed, eyes=own_eyes)
     stages = tuple(dataclasses.replace(stage, seed=seed) for stage in arm.recipe.stages)
     own = dataclasses.replace(plan, recipe=dataclasses.replace(arm.recipe, stages=stages))
-    run_processes(_train_and_evaluate, processes, own, world, folder, device)
+    run_processes(train_and_evaluate, processes, own, world, folder, device)
     metrics = collect(folder, own, quick, device, processes, time.perf_counter() - began)
-    _write_whole(folder / METRICS, json.dumps(metrics, indent=2))
+    write_whole(folder / METRICS, json.dumps(metrics, indent=2))
 
 
 def _rows(arm: Arm, seed: int, folder: Path) -> list[MeasuredRow]:

@@ -136,10 +136,10 @@ def quickstart(
         if not (run / START / "checkpoint").exists():
             _make_start(llm, world, run, plan, count, device)
         console.print(f"[bold]3/5[/] four stages in {count} process(es), an evaluation after each")
-        run_processes(_train_and_evaluate, count, plan, world, run, device)
+        run_processes(train_and_evaluate, count, plan, world, run, device)
         console.print("[bold]4/5[/] the report", soft_wrap=True)
         metrics = collect(run, plan, quick, device, count, time.perf_counter() - began)
-        _write_whole(run / "metrics.json", json.dumps(metrics, indent=2))
+        write_whole(run / "metrics.json", json.dumps(metrics, indent=2))
         last = run / plan.recipe.stages[-1].name / "checkpoint"
         shutil.copytree(last, run / "model", dirs_exist_ok=True)
         report = write_report(run)
@@ -165,10 +165,10 @@ def _remember(run: Path, settings: dict[str, Any]) -> None:
                     f"{run}: begun with {name}={before.get(name)!r}, now {value!r}; choose another "
                     "--out folder or delete this one"
                 )
-    _write_whole(file, json.dumps(settings, indent=2))
+    write_whole(file, json.dumps(settings, indent=2))
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text + "\n")
@@ -187,7 +187,7 @@ def _make_start(
     give_eyes(folder, run / START / "checkpoint")
 
 
-def _train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, device: str) -> None:
+def train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, device: str) -> None:
     """In every process: the stages in order, an evaluation before the first and after each."""
     with _Cost(run / START, "set up", from_process_start=True):
         checkpoint = run / START / "checkpoint"
@@ -237,14 +237,14 @@ def _evaluate(
             parts = [run / name / f"predictions.{i}.jsonl" for i in range(world_size())]
             merged = run / "predictions" / f"{name}.jsonl"
             merged.parent.mkdir(exist_ok=True)
-            _write_whole(merged, "".join(part.read_text() for part in parts).rstrip("\n"))
+            write_whole(merged, "".join(part.read_text() for part in parts).rstrip("\n"))
             for part in parts:
                 part.unlink()
             measures = {
                 "perplexity": perplexity(model, processor, _english(world, plan.english_records)),
                 "logits_identical": _same_text_logits(model, processor, run, text, device),
             }
-            _write_whole(done, json.dumps(measures))
+            write_whole(done, json.dumps(measures))
         barrier()
 
 
@@ -297,7 +297,7 @@ class _Cost:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         costs = json.loads(self.file.read_text()) if self.file.exists() else {}
         costs[self.key] = costs.get(self.key, 0.0) + time.process_time() - self.began
-        _write_whole(self.file, json.dumps(costs))
+        write_whole(self.file, json.dumps(costs))
 
 
 def collect(
