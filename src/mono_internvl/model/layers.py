@@ -8,7 +8,6 @@ Legend: B batch, T tokens, N = B * T rows, D width, H heads, K key-value heads, 
 Source: arXiv 2410.08202, section 3.1; numbers as the released code gives them (`tests/parity`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,8 @@ class KeptRows:
     Keys and values it computes for all rows: later tokens will read those.
 
     Attributes:
-        rows: Indices into the N rows, int64; its shape is that of the output, without D.
+        rows: Indices into the N rows, int64; its shape is that of the output, without D. With two
+            dimensions, (B, T'), they are the last T' rows of every sequence.
         first_token: Place in the sequence before which no row is kept.
         routing: Of the kept rows.
     """
@@ -216,25 +216,28 @@ class Attention(nn.Module):
         batch, tokens, _ = x.shape
         rows = x.flatten(0, 1)  # (N, D)
 
-        def heads(name: str, norm: Callable[[Tensor], Tensor]) -> Tensor:
-            y = self.project(name, rows, routing).view(batch, tokens, -1, self.head_dim)
+        def heads(y: Tensor, norm: nn.Module) -> Tensor:
+            y = y.view(batch, y.shape[0] // batch, -1, self.head_dim)
             return norm(y).transpose(1, 2)  # (B, H or K, T, d)
 
         cos, sin = position_embeddings
-        q, k = heads("q_proj", self.q_norm), heads("k_proj", self.k_norm)
+        k = heads(self.project("k_proj", rows, routing), self.k_norm)
         if self.uses_rope:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        v = heads("v_proj", lambda y: y)
+            k = rotate(k, cos, sin)
+        v = self.project("v_proj", rows, routing)
+        v = v.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
-        first = 0 if kept is None else self._first_query(kept, q, k, attention_mask)
-        if first:
-            q = q[:, :, first:]
-            attention_mask = None if attention_mask is None else attention_mask[:, :, first:]
+        first = 0 if kept is None else self._first_query(kept, tokens, k, attention_mask)
+        q = heads(self._query_rows(x, first, routing, kept), self.q_norm)
+        if self.uses_rope:
+            q = rotate(q, cos[:, first:], sin[:, first:])
+        if first and attention_mask is not None:
+            attention_mask = attention_mask[:, :, first:]
         if self.sliding_window is not None:  # flash attention has no mask to see it in
             kwargs["sliding_window"] = self.sliding_window
         y, weights = attend(
@@ -248,18 +251,30 @@ class Attention(nn.Module):
         y = y.reshape(batch * (tokens - first), -1).index_select(0, flat)
         return self.project("o_proj", y, kept.routing), weights
 
+    def _query_rows(self, x: Tensor, first: int, routing: Routing, kept: KeptRows | None) -> Tensor:
+        """Queries of the tokens from `first` on, in rows.
+
+        Where queries have a visual copy, the routing of these rows is at hand only if they are the
+        kept ones; otherwise all rows are projected, and those before `first` dropped.
+        """
+        is_one_kind = not hasattr(self, "q_proj_visual")
+        if first and kept is not None and (is_one_kind or kept.rows.dim() == 2):
+            return self.project("q_proj", x[:, first:].flatten(0, 1), kept.routing)
+        q = self.project("q_proj", x.flatten(0, 1), routing)
+        return q.view(*x.shape[:2], -1)[:, first:].flatten(0, 1)
+
     def _first_query(
-        self, kept: KeptRows, q: Tensor, k: Tensor, attention_mask: Tensor | None
+        self, kept: KeptRows, tokens: int, k: Tensor, attention_mask: Tensor | None
     ) -> int:
         """The first query that attention must see; 0 where it cannot do with a part of them.
 
         Without a mask, sdpa takes several queries for the first ones of the keys, and a single one
         sees every key: right if the keys end with it, wrong in a static cache.
         """
-        name, last = self.config._attn_implementation, q.shape[2] - 1
+        name, last = self.config._attn_implementation, tokens - 1
         if name == BLOCKED or (name in ("eager", "sdpa") and attention_mask is not None):
             return min(kept.first_token, last)
-        is_single = kept.first_token >= last and k.shape[2] == q.shape[2]
+        is_single = kept.first_token >= last and k.shape[2] == tokens
         return last if name == "sdpa" and is_single else 0
 
 
