@@ -173,6 +173,10 @@ def _hook_expert(experts: nn.ModuleList) -> None:
     experts[0].register_forward_hook(lambda module, args, out: 2 * out)
 
 
+def _hook_activation(experts: nn.ModuleList) -> None:
+    experts[0].act_fn.register_forward_hook(lambda module, args, out: 2 * out)
+
+
 def _use_gelu(experts: nn.ModuleList) -> None:
     experts[0].act_fn = experts[1].act_fn = nn.GELU()
 
@@ -182,7 +186,8 @@ def _add_bias(experts: nn.ModuleList) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_wrap_projection, _hook_projection, _hook_expert, _use_gelu, _add_bias]
+    "change",
+    [_wrap_projection, _hook_projection, _hook_expert, _hook_activation, _use_gelu, _add_bias],
 )
 def test_module_that_is_more_than_its_weights_is_refused_by_name(
     change: Callable[[nn.ModuleList], None],

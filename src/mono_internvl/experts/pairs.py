@@ -96,7 +96,8 @@ def expert_pair(text: nn.Module, visual: nn.Module) -> LinearPair | SwiGLUPair |
         return None if hasattr(text, "eps") else _linear_pair(text, visual)
     if not (_is_silu(text.act_fn) and _is_silu(visual.act_fn)):
         return f"the activation is {type(text.act_fn).__name__}, not SiLU"
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in (text, visual)):
+    watched = (m for m in (text, visual, text.act_fn, visual.act_fn) if isinstance(m, nn.Module))
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in watched):
         return "an expert has hooks"
     pairs = [_linear_pair(getattr(text, name), getattr(visual, name)) for name in names]
     found = [pair for pair in pairs if isinstance(pair, LinearPair)]
