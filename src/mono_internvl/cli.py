@@ -331,7 +331,9 @@ def evaluate(
 def bench(
     what: Annotated[
         str,
-        typer.Argument(help="targets, prefill, modular, decode, prefix, train, serve or images."),
+        typer.Argument(
+            help="targets, prefill, modular, decode, prefix, train, serve, images, experts or gpu."
+        ),
     ],
     size: Annotated[str, typer.Option(help="tiny, middle or 2b.")] = "middle",
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the size's.")] = None,
@@ -350,9 +352,7 @@ def bench(
 
     _quieten()
     rows = run_bench(what, size=size, layers=layers, dtype=dtype, device=device, rounds=rounds)
-    if out is not None:
-        keep(out, rows)
-    for row in rows:
+    for row in rows if out is None else keep(out, rows):
         if as_json:
             typer.echo(row.to_json())
         elif isinstance(row, BenchRow):

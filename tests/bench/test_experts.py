@@ -1,4 +1,4 @@
-"""`bench experts` and `bench gpu`: what a cell holds, what is checked, and no made-up value."""
+"""`bench experts`: what a cell holds and what is checked."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mono_internvl.bench import experts as bench
 from mono_internvl.bench.experts import Cell
-from mono_internvl.bench.models import size_of
+from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.experts import grouped
 
 CPU = torch.device("cpu")
@@ -16,9 +16,11 @@ CELL = Cell(40, 24, 16, 24)
 
 
 def _rows(passes: str, cell: Cell = CELL) -> list[bench.BenchRow]:
-    return bench.bench_cell(
-        cell, passes, dtype=torch.float32, device=CPU, rounds=2, command="mono-internvl bench"
-    )
+    return bench.bench_cell(cell, passes, _setting(2))
+
+
+def _setting(rounds: int) -> Setting:
+    return Setting(size_of("tiny"), torch.float32, CPU, rounds, "mono-internvl bench")
 
 
 @pytest.mark.parametrize("passes", [bench.FORWARD, bench.BOTH])
@@ -54,21 +56,11 @@ def test_check_rejects_swapped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert met == {"grouped": False, "dense": True}
 
 
-def test_gpu_targets_are_empty_without_a_gpu() -> None:
-    size = size_of("tiny")
-    found = bench.bench_gpu(size, dtype=torch.bfloat16, device=CPU, rounds=1, command="none")
-    assert len(found) == 4
-    assert all(t.value is None and t.met is None and "CUDA" in t.note for t in found)
-
-
-def test_gpu_targets_take_the_best_path_of_each_cell() -> None:
-    times = {bench.LIMIT: 0.8, bench.TWO: 1.0, "eager": 1.2, "grouped": 1.1, "triton": 1.0}
-    cells = {256: {bench.TWO: 0.5}, 8192: {"dense": 1.9}, 32768: {bench.LIMIT: 0.1}}
-    (row, *_) = _rows(bench.FORWARD)
-    rows = [
-        dataclasses.replace(row, subject=subject, p50=p50, shapes=Cell(n, n // 2, 8, 8).shapes)
-        for n, changed in cells.items()
-        for subject, p50 in {**times, "dense": 2.0, **changed}.items()
-    ]
-    values = [target.value for target in bench.gpu_targets(rows)]
-    assert values == [1.9, 0.5, pytest.approx(0.5 ** (1 / 3), abs=1e-4), 0.8]
+def test_rows_kept_sorted_give_the_same_rows() -> None:
+    experts = bench.Experts.random(CELL, bench.FORWARD, torch.float32, CPU)
+    order = experts.routing.sorted_rows
+    assert order is not None
+    by_rows = dataclasses.replace(experts, x=experts.x[order])
+    with torch.no_grad():
+        assert torch.allclose(by_rows.by_sorted("grouped"), experts.by("eager")[order], atol=1e-5)
+        assert not torch.allclose(experts.by_sorted("grouped"), experts.by("eager"), atol=1e-2)

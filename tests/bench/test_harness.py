@@ -2,14 +2,16 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import BenchRow, Target, keep, read_rows
-from mono_internvl.bench.timing import Subject, interleaved, measure, percentile
+from mono_internvl.bench.timing import Subject, interleaved, measure, percentile, repeats_for
 from mono_internvl.bench.train import peak_bytes
 from mono_internvl.cli import app
 from mono_internvl.errors import ConfigError
@@ -40,13 +42,10 @@ def test_measured_ratio_is_that_of_the_work() -> None:
     rows = measure(
         "burning",
         [Subject("one", lambda: _burn(0.01)), Subject("two", lambda: _burn(0.04), units=2)],
+        Setting(size_of("tiny"), torch.float32, CPU, 3, "none"),
         baseline="one",
-        rounds=3,
-        device=CPU,
-        command="none",
         shapes={"tokens": 1},
         layers=0,
-        dtype=torch.float32,
     )
     one, two = rows
     assert one.ratio == 1.0 and two.ratio == pytest.approx(2.0, rel=0.2)
@@ -83,21 +82,63 @@ def test_rows_go_round(tmp_path: Path) -> None:
     rows = measure(
         "nothing",
         [Subject("none", lambda: None)],
+        Setting(size_of("tiny"), torch.float32, CPU, 1, "none"),
         baseline="none",
-        rounds=1,
-        device=CPU,
-        command="none",
         shapes={},
         layers=0,
-        dtype=torch.float32,
     )
     file = tmp_path / "bench.jsonl"
-    keep(tmp_path, rows)
-    keep(tmp_path, rows)
+    for _ in range(2):
+        assert list(keep(tmp_path, rows)) == rows
     assert read_rows(file) == rows * 2
     file.write_text('{"what": 1}\n')
     with pytest.raises(ConfigError, match=r"bench.jsonl:1"):
         read_rows(file)
+
+
+def test_rows_are_kept_as_they_are_measured(tmp_path: Path) -> None:
+    row = BenchRow(
+        what="a",
+        subject="b",
+        shapes={},
+        layers=0,
+        dtype="float32",
+        device="none",
+        p20=1.0,
+        p50=1.0,
+        p80=1.0,
+        n=1,
+        command="none",
+        commit="none",
+        versions={},
+        date="2026-01-31",
+    )
+    file, targets = tmp_path / "bench.jsonl", tmp_path / "targets.jsonl"
+
+    def measured() -> Iterator[BenchRow | Target]:
+        yield row
+        assert read_rows(file) == [row]  # before the next one is measured
+        yield Target.judge("x", "<=", 1.0, 0.5)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(keep(tmp_path, measured()))
+    assert read_rows(file) == [row] and not targets.exists()
+
+
+def test_targets_replace_those_of_the_same_name(tmp_path: Path) -> None:
+    for value, names in ((0.5, "xy"), (2.0, "yz")):
+        list(keep(tmp_path, [Target.judge(name, "<=", 1.0, value) for name in names]))
+    lines = (tmp_path / "targets.jsonl").read_text().splitlines()
+    found = [Target(**json.loads(line)) for line in lines]
+    assert [(t.name, t.met) for t in found] == [("x", True), ("y", False), ("z", False)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "repeats"), [(1.0, 1), (5e-3, 1), (2e-3, 3), (1e-6, 200), (0.0, 200)]
+)
+def test_short_runs_are_repeated(seconds: float, repeats: int) -> None:
+    assert repeats_for(seconds) == repeats
 
 
 @pytest.mark.parametrize("what", [name for name in COMPARISONS if name not in ELSEWHERE])
@@ -107,18 +148,19 @@ def test_bench_command_prints_rows(what: str) -> None:
     )
     assert found.exit_code == 0, found.output
     rows = [BenchRow(**json.loads(line)) for line in found.output.splitlines() if line[:1] == "{"]
-    assert all(row.what.startswith(what) and row.ratio and row.p50 > 0 for row in rows)
+    assert all(row.what.startswith(what) and row.p50 > 0 for row in rows)
+    assert all((row.ratio or 0) > 0 or row.baseline is None for row in rows)
     assert len({(row.what, row.subject) for row in rows}) == len(rows) >= 2
 
 
 def test_bench_targets_are_all_judged(tmp_path: Path) -> None:
-    found = bench("targets", size="tiny", rounds=1)
+    found = list(bench("targets", size="tiny", rounds=1))
     targets = [row for row in found if isinstance(row, Target)]
     assert len(targets) == len({target.name for target in targets}) == 16
     assert [t.name for t in targets if t.value is None] == [t.name for t in targets[-2:]]
     assert all((t.met is None) == (t.value is None) for t in targets)
-    keep(tmp_path, found)
-    keep(tmp_path, found)
+    for _ in range(2):
+        list(keep(tmp_path, found))
     assert len(read_rows(tmp_path / "bench.jsonl")) == 2 * (len(found) - 16)
     assert len((tmp_path / "targets.jsonl").read_text().splitlines()) == 16
 

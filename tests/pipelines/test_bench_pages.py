@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import Target, keep
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.errors import ConfigError
@@ -17,15 +18,14 @@ def test_tables_show_the_rows(tmp_path: Path) -> None:
     rows = measure(
         "prefill",
         [Subject("one", lambda: a @ a, {"skip": True}), Subject("two", lambda: (a @ a) @ a)],
+        Setting(
+            size_of("tiny"), torch.float32, torch.device("cpu"), 1, "mono-internvl bench prefill"
+        ),
         baseline="one",
-        rounds=1,
-        device=torch.device("cpu"),
-        command="mono-internvl bench prefill",
         shapes={"visual_tokens": 768},
         layers=8,
-        dtype=torch.float32,
     )
-    keep(tmp_path, rows)
+    list(keep(tmp_path, rows))
     text = comparison_block("prefill")(tmp_path)
     assert "(8 layers, visual tokens 768)" in text and "skip yes" in text
     assert f"{rows[1].p50:.4g} s" in text and f"| {rows[1].ratio:.2f} |" in text
@@ -37,10 +37,8 @@ def test_tables_show_the_rows(tmp_path: Path) -> None:
 def test_targets_show_misses(tmp_path: Path) -> None:
     assert targets_block(tmp_path) == NOTHING
     file = tmp_path / "targets.jsonl"
-    keep(
-        tmp_path,
-        [Target.judge("a", "<=", 1.0, 2.0), Target.judge("b", ">=", 1.0, None, "needs a GPU")],
-    )
+    targets = [Target.judge("a", "<=", 1.0, 2.0), Target.judge("b", ">=", 1.0, None, "needs a GPU")]
+    list(keep(tmp_path, targets))
     text = targets_block(tmp_path)
     assert "| a | ≤ 1 | 2.00 | **no** |" in text
     assert "| b | ≥ 1 | not measured |  | needs a GPU |" in text

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from mono_internvl.bench.models import Size, plain_llama, prompt_of, random_model, twin
+from mono_internvl.bench.models import Setting, plain_llama, prompt_of, random_model, twin
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.model.blocked_attention import BLOCKED
@@ -23,17 +23,17 @@ QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS = 3, 24, 8
 LLAMA_DYNAMIC = "Llama of transformers, dynamic cache"
 LLAMA_STATIC = "Llama of transformers, static cache"
 OURS = "ours v1, blocked"
+STATIC, GRAPH = "ours v1, static cache", "ours v1, static cache, CUDA graph"
 WITHOUT, WITH = "image read for each question", "image read once"
 
 
-def bench_decode(
-    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
-) -> list[BenchRow]:
+def bench_decode(setting: Setting) -> list[BenchRow]:
     """Seconds of a token, batch 1, behind a context as long as the size's prompt.
 
     Keys and values of the context are random; filling the cache is not timed. Llama's head gets a
     row in two dimensions, the honest way.
     """
+    size, dtype, device = setting.size, setting.dtype, setting.device
     ours = random_model(size, "v1", dtype, device, "sdpa")
     blocked, llama = twin(ours, BLOCKED), plain_llama(ours)
     text = ours.config.text_config
@@ -83,21 +83,52 @@ def bench_decode(
             subject("ours v1, sdpa", ours, of_ours, False, "sdpa"),
             subject(OURS, blocked, of_ours, False, BLOCKED),
         ],
+        setting,
         baseline=LLAMA_DYNAMIC,
-        rounds=rounds,
-        device=device,
-        command=command,
-        shapes=size.shapes,
-        layers=size.layers,
-        dtype=dtype,
         unit="s/token",
     )
 
 
-def bench_prefix(
-    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
-) -> list[BenchRow]:
+def bench_graph(setting: Setting) -> list[BenchRow]:
+    """Seconds of a token with a static cache: launched operator by operator, or as a CUDA graph.
+
+    A graph holds all steps of a run; on a CPU there is none, and both subjects are the same.
+    """
+    size, dtype, device = setting.size, setting.dtype, setting.device
+    ours = random_model(size, "v1", dtype, device, "sdpa")
+    text = ours.config.text_config
+    context = torch.randn(1, size.kv_heads, size.tokens, text.head_dim, dtype=dtype, device=device)
+    token = torch.full((1, 1), 5, device=device)
+    cache = StaticCache(config=text, max_cache_len=size.tokens + STEPS)
+
+    @torch.inference_mode()
+    def fill() -> None:
+        """Start anew in the same memory, where a graph expects it."""
+        cache.reset()
+        for layer in range(size.layers):
+            cache.update(context, context, layer)
+
+    @torch.inference_mode()
+    def run() -> None:
+        for _ in range(STEPS):
+            ours(token, past_key_values=cache, logits_to_keep=1)
+
+    def subject(name: str, is_captured: bool) -> Subject:
+        notes = {"attention": "sdpa", "context_tokens": size.tokens, "cuda_graph": is_captured}
+        return Subject(name, run, notes, before=fill, units=STEPS, is_captured=is_captured)
+
+    return measure(
+        "decode: static cache",
+        [subject(STATIC, False), subject(GRAPH, device.type == "cuda")],
+        setting,
+        baseline=STATIC,
+        unit="s/token",
+    )
+
+
+def bench_prefix(setting: Setting) -> list[BenchRow]:
     """Three questions on one image, answered in a batch: read with each, or read once."""
+    size, dtype, device = setting.size, setting.dtype, setting.device
     model = random_model(size, "v1", dtype, device, BLOCKED)
     one = prompt_of(size, model.config, dtype, device)
     seen = one.input_ids[:, : size.text_before + size.visual_tokens]
@@ -131,11 +162,6 @@ def bench_prefix(
                 WITH, functools.partial(generate_sharing_prefixes, model, **batch, **options), notes
             ),
         ],
+        setting,
         baseline=WITHOUT,
-        rounds=rounds,
-        device=device,
-        command=command,
-        shapes=size.shapes,
-        layers=size.layers,
-        dtype=dtype,
     )

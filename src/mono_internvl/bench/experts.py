@@ -1,4 +1,4 @@
-"""`bench experts` and `bench gpu`: one expert layer by every path, against the price of one FFN.
+"""`bench experts`: one expert layer by every path, against the price of one FFN.
 
 Legend: N rows, D width, I feed-forward width.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mono_internvl.bench.models import Size
+from mono_internvl.bench.models import Setting, Size
 from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.errors import ExpertPathUnavailable
 from mono_internvl.experts import Routing
+from mono_internvl.experts.pairs import SwiGLUPair, expert_pair
 from mono_internvl.experts.registry import expert_path
 from mono_internvl.model.configuration import MonoInternVLTextConfig
 from mono_internvl.model.layers import FeedForward, route
@@ -26,6 +27,8 @@ ONE = "one FFN, all rows"
 TWO = "two FFNs, rows split before"
 LIMIT = "one matrix product of as many FLOPs"
 PATHS = ("eager", "grouped", "triton", "dense")
+KEPT_SORTED = {"grouped": "grouped, rows kept sorted", "triton": "triton, rows kept sorted"}
+"""Path -> the subject that finds its rows sorted already and leaves them so."""
 FORWARD, BOTH = "forward", "forward and backward"
 # Rows and visual shares of the grid, by device type.
 TOKENS = {"cpu": (256, 1024), "cuda": (256, 1024, 8192, 32768)}
@@ -109,6 +112,13 @@ class Experts:
         """(N, D) by the path of this name."""
         return route(self.x, self.routing.by(path), self.text, self.visual)
 
+    def by_sorted(self, path: str) -> Tensor:
+        """(N, D) by a path of `KEPT_SORTED`, the rows taken as sorted: nothing is put in order."""
+        pair = expert_pair(self.text, self.visual)
+        assert isinstance(pair, SwiGLUPair)
+        routing = Routing(self.routing.num_text, self.routing.num_visual)
+        return expert_path(path).swiglu(self.x, routing, pair)
+
     def of_one(self) -> Tensor:
         """(N, D), every row through the text expert."""
         return self.text(self.x)
@@ -156,29 +166,21 @@ def grid(size: Size, device: torch.device) -> list[Cell]:
     ]
 
 
-def bench_cell(
-    cell: Cell,
-    passes: str,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int,
-    command: str,
-) -> list[BenchRow]:
+def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
     """Every runnable path, two FFNs on split rows, one FFN (the baseline) and the limit.
 
     The limit is a single product of as many FLOPs as one FFN owes: what the machine reaches with
     such sizes in the same run. With the backward pass it runs three times, as the FLOPs do; every
-    weight of both experts gets a gradient there.
+    weight of both experts gets a gradient there. On an accelerator two paths also run as they
+    would if the stream were kept sorted from layer to layer, and forward passes are replayed as
+    graphs, so that the device's time is compared and not the host's.
 
     Args:
         cell: Rows and widths.
         passes: `FORWARD` or `BOTH`.
-        dtype: Of weights and rows.
-        device: Where.
-        rounds: Interleaved runs of each subject.
-        command: For the rows.
+        setting: What to run with; its size is not read.
     """
+    dtype, device = setting.dtype, setting.device
     experts = Experts.random(cell, passes, dtype, device)
     weight = torch.randn(cell.width, 3 * cell.ffn_width, device=device, dtype=dtype)
     rows = experts.x.detach()
@@ -187,44 +189,29 @@ def bench_cell(
         for _ in range(1 if passes == FORWARD else 3):
             rows @ weight
 
+    paths = runnable_paths(rows)
     ways: dict[str, Callable[[], Tensor]] = {ONE: experts.of_one, TWO: experts.of_two}
-    ways |= {path: functools.partial(experts.by, path) for path in runnable_paths(rows)}
+    ways |= {path: functools.partial(experts.by, path) for path in paths}
+    if device.type != "cpu":
+        ways |= {
+            name: functools.partial(experts.by_sorted, path)
+            for path, name in KEPT_SORTED.items()
+            if path in paths
+        }
     notes = {"pass": passes}
-    subjects = [Subject(LIMIT, limit, notes)]
+    is_captured = passes == FORWARD
+    subjects = [Subject(LIMIT, limit, notes, is_captured=is_captured)]
     for name, forward in ways.items():
-        subjects.append(Subject(name, functools.partial(experts.run, forward), notes))
-    return measure(
-        "experts",
-        subjects,
-        baseline=ONE,
-        rounds=rounds,
-        device=device,
-        command=command,
-        shapes=cell.shapes,
-        layers=1,
-        dtype=dtype,
-    )
+        run = functools.partial(experts.run, forward)
+        subjects.append(Subject(name, run, notes, is_captured=is_captured))
+    return measure("experts", subjects, setting, baseline=ONE, shapes=cell.shapes, layers=1)
 
 
-def bench_experts(
-    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
-) -> list[BenchRow]:
-    """The whole grid, forward alone and with the backward pass.
-
-    Args:
-        size: Its widths are taken.
-        dtype: Of weights and rows.
-        device: Where.
-        rounds: Interleaved runs of each subject in each cell.
-        command: For the rows.
-    """
-    settings = {"dtype": dtype, "device": device, "rounds": rounds, "command": command}
-    return [
-        row
-        for cell in grid(size, device)
-        for passes in (FORWARD, BOTH)
-        for row in bench_cell(cell, passes, **settings)  # type: ignore[arg-type]
-    ]
+def bench_experts(setting: Setting) -> Iterator[BenchRow]:
+    """The whole grid at the size's widths, forward alone and with the backward pass."""
+    for cell in grid(setting.size, setting.device):
+        for passes in (FORWARD, BOTH):
+            yield from bench_cell(cell, passes, setting)
 
 
 def largest_gap(path: str, cell: Cell, dtype: torch.dtype, device: torch.device) -> float:
@@ -254,9 +241,10 @@ def check_paths(dtype: torch.dtype, device: torch.device) -> list[Target]:
     cells = [Cell(513, 1, 136, 200), Cell(513, 512, 136, 200), Cell(1025, 768, 256, 520)]
     probe = torch.empty(1, 1, dtype=dtype, device=device)
     name = str(dtype).removeprefix("torch.")
+    where = "" if device.type == "cpu" else "GPU: "
     return [
         Target.judge(
-            f"{path} equals eager, values and gradients, {name}",
+            f"{where}{path} equals eager, values and gradients, {name}",
             "<=",
             GAPS[dtype],
             max(largest_gap(path, cell, dtype, device) for cell in cells),
@@ -265,57 +253,3 @@ def check_paths(dtype: torch.dtype, device: torch.device) -> list[Target]:
         for path in runnable_paths(probe)
         if path != "eager"
     ]
-
-
-def gpu_targets(rows: Sequence[BenchRow]) -> list[Target]:
-    """What one expert layer is held to on a GPU, from the rows of `bench_experts` in bf16.
-
-    Args:
-        rows: Of a CUDA device; without any, every target is left without a value.
-    """
-    dense, split, limits = [], [], []
-    cells: dict[tuple[object, ...], dict[str, float]] = {}
-    for row in rows:
-        key = (*row.shapes.values(), row.notes["pass"])
-        cells.setdefault(key, {})[row.subject] = row.p50
-    for key, times in cells.items():
-        best = min(times[path] for path in PATHS if path in times and path != "dense")
-        dense.append(times["dense"] / best)
-        split.append(times[TWO] / best)
-        if key[0] == 8192 and key[-1] == FORWARD:
-            limits.append(times[LIMIT] / best)
-    note = "" if rows else "not measured: needs a CUDA device"
-    mean = math.exp(sum(map(math.log, split)) / len(split)) if split else None
-    return [
-        Target.judge("GPU: dense / best path", ">=", 1.75, min(dense, default=None), note),
-        Target.judge(
-            "GPU: two FFNs on split rows / best path", ">=", 0.97, min(split, default=None), note
-        ),
-        Target.judge("GPU: the same, geometric mean", ">=", 1.0, mean, note),
-        Target.judge(
-            "GPU: best path's share of one product's rate, 8,192 rows, forward",
-            ">=",
-            0.75,
-            min(limits, default=None),
-            note,
-        ),
-    ]
-
-
-def bench_gpu(
-    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
-) -> list[BenchRow | Target]:
-    """Build, check and time the expert kernels on a GPU; without one, the targets stay empty.
-
-    Args:
-        size: Its widths are taken.
-        dtype: Of the timed weights and rows; fp32 is checked, too.
-        device: Where; on a CPU nothing is measured.
-        rounds: Interleaved runs of each subject in each cell.
-        command: For the rows.
-    """
-    if device.type != "cuda":
-        return list(gpu_targets(()))
-    checks = [check for kind in (torch.float32, dtype) for check in check_paths(kind, device)]
-    rows = bench_experts(size, dtype=dtype, device=device, rounds=rounds, command=command)
-    return [*checks, *rows, *gpu_targets(rows)]

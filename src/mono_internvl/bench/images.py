@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import torch
 from PIL import Image
 
+from mono_internvl.bench.models import Setting
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.model.image_processing import MonoInternVLImageProcessor, load_image
@@ -16,12 +18,11 @@ FILES = 4
 SIDES_PX = ((448, 448), (1280, 960))
 
 
-def bench_images(*, rounds: int, command: str, max_tiles: int = 6) -> list[BenchRow]:
+def bench_images(setting: Setting, *, max_tiles: int = 6) -> list[BenchRow]:
     """Seconds of an image, decoded from JPEG and cut into normalised tiles, by size.
 
     Args:
-        rounds: Interleaved runs of each size.
-        command: For the rows.
+        setting: Rounds and command; images are cut on the CPU, in fp32.
         max_tiles: Most tiles of an image, thumbnail not counted.
     """
     processor = MonoInternVLImageProcessor()
@@ -43,13 +44,10 @@ def bench_images(*, rounds: int, command: str, max_tiles: int = 6) -> list[Bench
     return measure(
         "images",
         subjects,
+        replace(setting, device=torch.device("cpu"), dtype=torch.float32),
         baseline=subjects[0].name,
-        rounds=rounds,
-        device=torch.device("cpu"),
-        command=command,
         shapes={"tile_px": processor.image_size},
         layers=0,
-        dtype=torch.float32,
         unit="s/image",
     )
 

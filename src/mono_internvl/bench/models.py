@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.configuration import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
@@ -87,6 +88,30 @@ class Size:
             "kv_heads": self.kv_heads,
             "vocabulary": self.vocabulary,
         }
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a comparison is run with.
+
+    Attributes:
+        size: Model and prompt.
+        dtype: Of weights and activations.
+        device: Where.
+        rounds: Interleaved runs of every subject.
+        command: What gives the rows again.
+    """
+
+    size: Size
+    dtype: torch.dtype
+    device: torch.device
+    rounds: int
+    command: str
+
+    @property
+    def attention(self) -> str:
+        """The fastest attention that this device has without further packages."""
+        return BLOCKED if self.device.type == "cpu" else "sdpa"
 
 
 SIZES = {

@@ -6,10 +6,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from mono_internvl.bench.models import (
-    Size,
+    Setting,
     all_logits_of_ours,
     last_logits_of_llama,
     last_logits_of_ours,
@@ -35,23 +33,12 @@ OFFICIAL = "dense v1, as the official code runs"
 
 
 def bench_prefill(
-    size: Size,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    rounds: int,
-    command: str,
-    with_variants: bool = True,
-    only: Sequence[str] | None = None,
+    setting: Setting, *, with_variants: bool = True, only: Sequence[str] | None = None
 ) -> list[BenchRow]:
     """Time to the logits of the last row, cache filled.
 
     Args:
-        size: Model and prompt.
-        dtype: Of weights and activations.
-        device: Where.
-        rounds: Interleaved runs of each subject.
-        command: For the rows.
+        setting: What to run with.
         with_variants: Also the 1.5 variant, which needs weights of its own.
         only: Names of the subjects to time; all unless given.
 
@@ -61,26 +48,15 @@ def bench_prefill(
     """
     subjects = [
         subject
-        for subject in prefill_subjects(size, dtype, device, with_variants)
+        for subject in prefill_subjects(setting, with_variants)
         if only is None or subject.name in only
     ]
-    return measure(
-        "prefill",
-        subjects,
-        baseline=LLAMA,
-        rounds=rounds,
-        device=device,
-        command=command,
-        shapes=size.shapes,
-        layers=size.layers,
-        dtype=dtype,
-    )
+    return measure("prefill", subjects, setting, baseline=LLAMA)
 
 
-def prefill_subjects(
-    size: Size, dtype: torch.dtype, device: torch.device, with_variants: bool = True
-) -> list[Subject]:
+def prefill_subjects(setting: Setting, with_variants: bool = True) -> list[Subject]:
     """The subjects of `bench_prefill`; all but the 1.5 variant share their weights."""
+    size, dtype, device = setting.size, setting.dtype, setting.device
     ours = random_model(size, "v1", dtype, device, "sdpa")
     prompt = prompt_of(size, ours.config, dtype, device)
     llama, blocked = plain_llama(ours), twin(ours, BLOCKED)
@@ -113,14 +89,13 @@ def prefill_subjects(
     return subjects
 
 
-def bench_modular(
-    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
-) -> list[BenchRow]:
+def bench_modular(setting: Setting) -> list[BenchRow]:
     """Time to the first token: ours against the modular twin, each at its best.
 
     The twin has a vision tower and no visual experts. Both decoders attend in blocks and skip what
     the last layer need not compute; the tower attends in blocks or by sdpa, a subject each.
     """
+    size, dtype, device = setting.size, setting.dtype, setting.device
     ours = random_model(size, "v1", dtype, device, BLOCKED)
     modular = random_model(size, "modular", dtype, device, BLOCKED)
     with_sdpa = twin(modular, "sdpa")
@@ -140,11 +115,6 @@ def bench_modular(
             subject(MODULAR_SDPA, with_sdpa, "sdpa"),
             subject(BEST, ours, None),
         ],
+        setting,
         baseline=MODULAR,
-        rounds=rounds,
-        device=device,
-        command=command,
-        shapes=size.shapes,
-        layers=size.layers,
-        dtype=dtype,
     )

@@ -7,7 +7,7 @@ import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -146,16 +146,29 @@ def read_rows(file: Path) -> list[BenchRow]:
     return rows
 
 
-def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> None:
-    """Add rows to the folder's `bench.jsonl`; targets, if any, replace its `targets.jsonl`."""
+def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> Iterator[BenchRow | Target]:
+    """Pass rows on, writing each down as soon as it is measured: an end by force loses no row.
+
+    Args:
+        folder: Measured rows are added to its `bench.jsonl`. Targets replace those of the same
+            name in its `targets.jsonl`, others of which stay, when the last row was passed on.
+        rows: May be measured while they are asked for.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = list(rows)
-    measured = [row.to_json() + "\n" for row in rows if isinstance(row, BenchRow)]
-    targets = [row.to_json() + "\n" for row in rows if isinstance(row, Target)]
+    targets: dict[str, str] = {}
     with (folder / BENCH_ROWS).open("a", encoding="utf-8") as out:
-        out.writelines(measured)
+        for row in rows:
+            if isinstance(row, BenchRow):
+                out.write(row.to_json() + "\n")
+                out.flush()
+            else:
+                targets[row.name] = row.to_json()
+            yield row
     if targets:
-        (folder / TARGETS).write_text("".join(targets), encoding="utf-8")
+        file = folder / TARGETS
+        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
+        found = {json.loads(line)["name"]: line for line in lines} | targets
+        file.write_text("".join(f"{line}\n" for line in found.values()), encoding="utf-8")
 
 
 def _processor() -> str:

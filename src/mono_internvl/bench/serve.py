@@ -10,15 +10,15 @@ to say, concurrency 16. On a CPU users and answer are fewer; the row says how ma
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
-from mono_internvl.bench.models import Prompt, Size, prompt_of, random_model
+from mono_internvl.bench.models import Prompt, Setting, prompt_of, random_model
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
-from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 IMAGE_TILES = (3, 7, 15)
@@ -27,49 +27,41 @@ ON_GPU, ON_CPU = (16, 120), (2, 8)
 """Users, and tokens of an answer."""
 
 
-def bench_serve(
-    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
-) -> list[BenchRow]:
+FIRST, REST = "serve: first token", "serve: tokens after it"
+MODULAR, OURS = "modular", "ours v1"
+
+
+def bench_serve(setting: Setting, *, has_answers: bool = True) -> Iterator[BenchRow]:
     """Seconds to the first token of a batch of users, and of a token after it.
 
     On a CPU only the first of Table 6's rows is run.
+
+    Args:
+        setting: What to run with.
+        has_answers: Whether tokens after the first are timed, too.
     """
+    size, dtype, device = setting.size, setting.dtype, setting.device
     users, answer = ON_CPU if device.type == "cpu" else ON_GPU
-    attention = BLOCKED if device.type == "cpu" else "sdpa"
     models = {
-        "modular": random_model(size, "modular", dtype, device, attention),
-        "ours v1": random_model(size, "v1", dtype, device, attention),
+        MODULAR: random_model(size, "modular", dtype, device, setting.attention),
+        OURS: random_model(size, "v1", dtype, device, setting.attention),
     }
     tiles = [size.tiles] if size.name == "tiny" else list(IMAGE_TILES)
-    rows = []
     for count in tiles[:1] if device.type == "cpu" else tiles:
         shape = dataclasses.replace(size, tiles=count)
-        prompt = prompt_of(shape, models["ours v1"].config, dtype, device, batch=users)
+        prompt = prompt_of(shape, models[OURS].config, dtype, device, batch=users)
         first, rest = [], []
-        notes = {"attention": attention, "users": users, "answer_tokens": answer}
+        notes = {"attention": setting.attention, "users": users, "answer_tokens": answer}
         for name, model in models.items():
             turn = _Turn(model, prompt, answer)
             first.append(Subject(name, turn.read, notes))
             rest.append(
                 Subject(name, turn.answer, notes, before=turn.read, units=float(users * answer))
             )
-        for what, subjects, unit in (
-            ("serve: first token", first, "s"),
-            ("serve: tokens after it", rest, "s/token"),
-        ):
-            rows += measure(
-                what,
-                subjects,
-                baseline="modular",
-                rounds=rounds,
-                device=device,
-                command=command,
-                shapes={**shape.shapes, "batch": users},
-                layers=size.layers,
-                dtype=dtype,
-                unit=unit,
-            )
-    return rows
+        shapes = {**shape.shapes, "batch": users}
+        yield from measure(FIRST, first, setting, baseline=MODULAR, shapes=shapes)
+        if has_answers:
+            yield from measure(REST, rest, setting, baseline=MODULAR, shapes=shapes, unit="s/token")
 
 
 class _Turn:

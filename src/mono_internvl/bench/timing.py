@@ -6,6 +6,7 @@ subjects of a round alike, so ratios are taken round by round and their median i
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mono_internvl.bench.models import Setting
 from mono_internvl.bench.rows import BenchRow, device_name, provenance
 
+LEAST_SECONDS = 5e-3
+"""Shorter runs on an accelerator are repeated until they last as long."""
 _WEIGHT_PRODUCTS = ("aten.mm", "aten.addmm", "aten._grouped_mm")
 
 
@@ -29,6 +33,8 @@ class Subject:
         notes: Settings worth a place in the row.
         before: Called before every run, outside the time.
         units: What one run yields (tokens, images); times are divided by it.
+        is_captured: Whether an accelerator replays it as a graph; it must not wait for the device
+            nor make tensors whose contents matter later.
     """
 
     name: str
@@ -36,6 +42,7 @@ class Subject:
     notes: Mapping[str, Any] = field(default_factory=dict)
     before: Callable[[], object] | None = None
     units: float = 1.0
+    is_captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Timing:
 
     Attributes:
         cpu: Of the process, on all its threads.
-        wall: By the clock on the wall, the device waited for.
+        wall: By the clock on the wall; on an accelerator, between two events in its stream.
         gflop: Of all weight matrices in one run.
     """
 
@@ -69,21 +76,24 @@ def interleaved(
         device: Where they run; an accelerator is waited for before and after each run.
         warmup: Uncounted runs of each, the first of which counts the multiplications.
     """
-    gflop = {}
+    gflop, runs = {}, {}
     for subject in subjects:
         with FlopCounterMode(display=False) as counter:
-            _once(subject, device)
+            _once(subject, subject.run, 1, device)
         counts = counter.get_flop_counts().get("Global", {})
         gflop[subject.name] = (
             sum(n for op, n in counts.items() if str(op) in _WEIGHT_PRODUCTS) / 1e9
         )
+        runs[subject.name] = (subject.run, 1)
+        if device.type == "cuda":
+            runs[subject.name] = _prepared(subject, device)
         for _ in range(warmup - 1):
-            _once(subject, device)
+            _once(subject, *runs[subject.name], device)
     seconds: dict[str, list[tuple[float, float]]] = {subject.name: [] for subject in subjects}
     for number in range(rounds):
         first = number % len(subjects)
         for subject in (*subjects[first:], *subjects[:first]):
-            seconds[subject.name].append(_once(subject, device))
+            seconds[subject.name].append(_once(subject, *runs[subject.name], device))
     return {
         name: Timing(tuple(c for c, _ in runs), tuple(w for _, w in runs), gflop[name])
         for name, runs in seconds.items()
@@ -93,14 +103,11 @@ def interleaved(
 def measure(
     what: str,
     subjects: Sequence[Subject],
+    setting: Setting,
     *,
     baseline: str,
-    rounds: int,
-    device: torch.device,
-    command: str,
-    shapes: Mapping[str, int],
-    layers: int,
-    dtype: torch.dtype,
+    shapes: Mapping[str, int] | None = None,
+    layers: int | None = None,
     unit: str = "s",
 ) -> list[BenchRow]:
     """Time subjects against each other and make their rows.
@@ -108,16 +115,14 @@ def measure(
     Args:
         what: Name of the comparison.
         subjects: What to time; their times are divided by their `units`.
+        setting: Device and rounds; size, dtype and command for the rows.
         baseline: Name of the subject that the others are compared with.
-        rounds: Runs of each.
-        device: Where they run.
-        command: For the rows.
-        shapes: For the rows.
-        layers: For the rows.
-        dtype: For the rows.
+        shapes: For the rows, where they are not the size's.
+        layers: For the rows, where they are not the size's.
         unit: Of the percentiles; "s" or what a subject's `units` make of it.
     """
-    timings = interleaved(subjects, rounds, device)
+    device, command = setting.device, setting.command
+    timings = interleaved(subjects, setting.rounds, device)
     clock = "cpu" if device.type == "cpu" else "wall"
     origin, name = provenance(command), device_name(device)
     per_unit = {
@@ -132,9 +137,9 @@ def measure(
             BenchRow(
                 what=what,
                 subject=subject.name,
-                shapes=dict(shapes),
-                layers=layers,
-                dtype=str(dtype).removeprefix("torch."),
+                shapes=dict(setting.size.shapes if shapes is None else shapes),
+                layers=setting.size.layers if layers is None else layers,
+                dtype=str(setting.dtype).removeprefix("torch."),
                 device=name,
                 unit=unit,
                 p20=percentile(values, 0.2),
@@ -153,17 +158,63 @@ def measure(
     return rows
 
 
-def _once(subject: Subject, device: torch.device) -> tuple[float, float]:
-    """One run: CPU seconds and wall seconds."""
+def repeats_for(seconds: float) -> int:
+    """Runs in a row that last long enough for the clock of a device, at most 200."""
+    return max(1, min(200, math.ceil(LEAST_SECONDS / max(seconds, 1e-9))))
+
+
+def captured(run: Callable[[], object]) -> Callable[[], None]:
+    """`run` as a CUDA graph: replaying it costs the host one launch, whatever is in it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # as torch asks for before a capture
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _prepared(subject: Subject, device: torch.device) -> tuple[Callable[[], object], int]:
+    """What to time on an accelerator, and how often in a row."""
+    run = subject.run
+    if subject.is_captured:
+        if subject.before is not None:
+            subject.before()
+        run = captured(run)
+    if subject.before is not None:
+        return run, 1
+    _, seconds = _once(subject, run, 1, device)
+    return run, repeats_for(seconds)
+
+
+def _once(
+    subject: Subject, run: Callable[[], object], repeats: int, device: torch.device
+) -> tuple[float, float]:
+    """CPU seconds and wall seconds of one run, the mean of `repeats` in a row."""
     if subject.before is not None:
         subject.before()
-    _wait(device)
-    wall, cpu = time.perf_counter(), time.process_time()
-    subject.run()
-    _wait(device)
-    return time.process_time() - cpu, time.perf_counter() - wall
-
-
-def _wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        return _on_device(run, repeats, device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        run()
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return cpu / repeats, wall / repeats
+
+
+def _on_device(
+    run: Callable[[], object], repeats: int, device: torch.device
+) -> tuple[float, float]:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    cpu = time.process_time()
+    first.record()
+    for _ in range(repeats):
+        run()
+    last.record()
+    torch.cuda.synchronize(device)
+    cpu = time.process_time() - cpu
+    return cpu / repeats, first.elapsed_time(last) / 1e3 / repeats

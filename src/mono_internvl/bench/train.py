@@ -1,4 +1,4 @@
-"""`bench train`: one step of pre-training, experts and eyes learning, the language model frozen."""
+"""`bench train`: a step of S1.1 against the official way, and a step of every stage of a recipe."""
 
 from __future__ import annotations
 
@@ -6,19 +6,32 @@ import dataclasses
 import functools
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mono_internvl.bench.models import Prompt, Size, make_dense, prompt_of, random_model, twin
+from mono_internvl.bench.models import (
+    Prompt,
+    Setting,
+    Size,
+    make_dense,
+    prompt_of,
+    random_model,
+    twin,
+)
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.model.blocked_attention import BLOCKED
+from mono_internvl.model.encoding import IGNORED_LABEL
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.training_costs import SampleShape, step_flops
+from mono_internvl.training.loop import optimizer_of
+from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import checkpointing_options
+from mono_internvl.training.rules import apply_rules
 
 OFFICIAL = "dense, eager attention, all logits, as the official code runs"
 TEXT_LOGITS = "dense, eager attention, logits of labels only"
@@ -26,25 +39,38 @@ OURS = "ours v1, blocked, skip"
 RECOMPUTE = "ours v1, blocked, skip, selective recompute"
 GEMM = "one matrix product"
 BATCH = 2
+TILE_PX, TILES, TEXT = 224, 6, 64
+"""Two samples of 512 tokens, 384 of them visual."""
+TOKENS_OF_STEP = {"cpu": 1024, "cuda": 8 * 1425}
+"""By device type; 8 samples of S1.1 are what one of the paper's 256 accelerators has of a step."""
+PEAK_TFLOPS = {"H200": 989.0, "A100": 312.0}
+"""Dense bf16 by data sheet; part of a device's name -> 1e12 operations per second."""
 
 
-def bench_train(
-    size: Size, *, dtype: torch.dtype, device: torch.device, rounds: int, command: str
-) -> list[BenchRow]:
+def training_size(size: Size) -> Size:
+    """A size with the samples that a step is compared on: 512 tokens, 384 of them visual."""
+    if size.name == "tiny":
+        return size
+    return dataclasses.replace(
+        size, tile_px=TILE_PX, tiles=TILES, text_before=TEXT, text_after=TEXT
+    )
+
+
+def bench_train(setting: Setting, stages: Sequence[Stage]) -> Iterator[BenchRow]:
+    """`bench_step` at the size's samples, then `bench_stages`."""
+    yield from bench_step(dataclasses.replace(setting, size=training_size(setting.size)))
+    yield from bench_stages(setting, stages)
+
+
+def bench_step(setting: Setting) -> list[BenchRow]:
     """Forward and backward of S1.1 on two samples: seconds, tokens, peak memory.
 
     What learns is what S1.1 lets learn: patch embedding, projector and visual experts. Labels stand
     on the text after the image. Rows tell peak memory (`peak_bytes`: of the device, or the largest
     resident set of a forked process, weights included) and the share of the rate of a single large
-    product that the products of the step reach (`share_of_gemm_rate`, what MFU is to a GPU).
-
-    Args:
-        size: Model and prompt.
-        dtype: Of weights and activations.
-        device: Where.
-        rounds: Interleaved runs of each subject.
-        command: For the rows.
+    product that the products of the step reach (`share_of_gemm_rate`).
     """
+    size, dtype, device = setting.size, setting.dtype, setting.device
     ours = random_model(size, "v1", dtype, device, BLOCKED).train()
     dense = make_dense(ours, "eager").train()
     recomputing = twin(ours, BLOCKED).train()
@@ -67,22 +93,10 @@ def bench_train(
         Subject(name, run, {"peak_bytes": peak_bytes(run, device)})
         for name, (run, _) in steps.items()
     ]
-    a = torch.randn(1024, size.width, dtype=dtype, device=device)
-    b = torch.randn(size.width, size.ffn_width, dtype=dtype, device=device)
-    subjects.append(Subject(GEMM, functools.partial(torch.mm, a, b)))
-    rows = measure(
-        "train",
-        subjects,
-        baseline=OFFICIAL,
-        rounds=rounds,
-        device=device,
-        command=command,
-        shapes={**size.shapes, "batch": BATCH},
-        layers=size.layers,
-        dtype=dtype,
-    )
-    roof = next(row for row in rows if row.subject == GEMM)
-    rate = (roof.gflop or 0.0) / roof.p50
+    subjects.append(_one_product(setting))
+    shapes = {**size.shapes, "batch": BATCH}
+    rows = measure("train", subjects, setting, baseline=OFFICIAL, shapes=shapes)
+    rate = _rate_of_one_product(rows)
     tokens = BATCH * size.tokens
     return [
         dataclasses.replace(
@@ -96,6 +110,124 @@ def bench_train(
         for row in rows
         if row.subject != GEMM
     ]
+
+
+def stage_size(size: Size, stage: Stage) -> Size:
+    """A size with samples as long as a stage lets them be, the thumbnail among the tiles.
+
+    Where a tile has fewer than 256 visual tokens, the text shrinks alike.
+    """
+    tile_px = TILE_PX if size.name == "middle" else size.tile_px
+    per_tile = (tile_px // 28) ** 2
+    tiles = stage.max_tiles + 1
+    text = max(8, stage.max_tokens * per_tile // 256 - tiles * per_tile)
+    return dataclasses.replace(
+        size, tile_px=tile_px, tiles=tiles, text_before=text // 4, text_after=text - text // 4
+    )
+
+
+def bench_stages(setting: Setting, stages: Sequence[Stage]) -> Iterator[BenchRow]:
+    """A whole optimizer step of each stage as the training loop makes it, one micro-batch each.
+
+    Weights and optimizer are fp32; bf16 is autocast. Samples are as long as the stage allows, and
+    as many as fit into `TOKENS_OF_STEP`, at least one. A row tells tokens per second, peak memory,
+    the operations that the step owes (`owed_gflop`, see `model.training_costs`), and their rate as
+    a share of one large product's in the same run (`share_of_gemm_rate`) and, where the device is
+    known, of its peak by data sheet (`mfu`).
+
+    Args:
+        setting: Size, dtype of the products, device and rounds.
+        stages: What to run; rules, sample length, rates and recomputation are read.
+    """
+    for stage in stages:
+        size = stage_size(setting.size, stage)
+        step = _StageStep(dataclasses.replace(setting, size=size), stage)
+        peak = peak_bytes(step.run, setting.device)
+        subject = Subject(f"{stage.name}: {stage.title}", step.run)
+        gemm = _one_product(setting)
+        model_sizes = {
+            name: value
+            for name, value in size.shapes.items()
+            if name not in ("batch", "tokens", "visual_tokens")
+        }
+        row, roof = measure(
+            "train: stages", [subject, gemm], setting, baseline=subject.name, shapes=model_sizes
+        )
+        rate = step.owed_gflop / row.p50
+        notes = {
+            "samples": step.batch,
+            "tokens": size.tokens,
+            "visual_tokens": size.visual_tokens,
+            "attention": setting.attention,
+            "recompute": stage.recompute,
+            "weights": "float32",
+            "tokens_per_second": round(step.batch * size.tokens / row.p50, 1),
+            "peak_bytes": peak,
+            "owed_gflop": round(step.owed_gflop, 3),
+            "share_of_gemm_rate": round(rate / _rate_of_one_product([roof]), 3),
+        }
+        peak_rate = _peak_gflops(row.device) if setting.dtype == torch.bfloat16 else None
+        if peak_rate is not None:
+            notes |= {"mfu": round(rate / peak_rate, 4), "peak_tflops": peak_rate / 1e3}
+        yield dataclasses.replace(row, notes=notes, baseline=None, ratio=None)
+
+
+class _StageStep:
+    """A model, an optimizer and a micro-batch of a stage."""
+
+    def __init__(self, setting: Setting, stage: Stage) -> None:
+        size, device = setting.size, setting.device
+        self.batch = max(1, TOKENS_OF_STEP[device.type] // size.tokens)
+        self.model = random_model(size, "v1", torch.float32, device, setting.attention).train()
+        if stage.recompute != "none":
+            self.model.gradient_checkpointing_enable(checkpointing_options(stage.recompute))
+        groups = apply_rules(self.model, self.model.config, stage)
+        self.optimizer = optimizer_of(self.model, groups, stage)
+        self.learned = [p for p in self.model.parameters() if p.requires_grad]
+        self.clip_norm = stage.clip_norm
+        self.prompt = prompt_of(size, self.model.config, torch.float32, device, batch=self.batch)
+        labelled = size.text_after - 2  # what closes the image has no label
+        self.labels = self.prompt.input_ids.clone()
+        self.labels[:, : size.tokens - labelled] = IGNORED_LABEL
+        self.precision = torch.autocast(
+            device.type, torch.bfloat16, enabled=setting.dtype == torch.bfloat16
+        )
+        names = [name for group in groups for name in group.names]
+        text = size.text_before + size.text_after
+        sample = SampleShape(size.visual_tokens, text, labelled)
+        self.owed_gflop = step_flops(self.model.config, names, sample).total * self.batch / 1e9
+
+    def run(self) -> None:
+        with self.precision:
+            loss = self.model(
+                input_ids=self.prompt.input_ids,
+                pixel_values=self.prompt.pixel_values,
+                labels=self.labels,
+                logits_to_keep=None,
+            ).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.learned, self.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def _one_product(setting: Setting) -> Subject:
+    """A product as large as one of an expert's, of many rows."""
+    random = functools.partial(torch.randn, dtype=setting.dtype, device=setting.device)
+    rows = 1024 if setting.device.type == "cpu" else 8192
+    a = random(rows, setting.size.width)
+    b = random(setting.size.width, setting.size.ffn_width)
+    return Subject(GEMM, functools.partial(torch.mm, a, b))
+
+
+def _rate_of_one_product(rows: Sequence[BenchRow]) -> float:
+    """1e9 operations per second."""
+    row = next(row for row in rows if row.subject == GEMM)
+    return (row.gflop or 0.0) / row.p50
+
+
+def _peak_gflops(device: str) -> float | None:
+    return next((1e3 * peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
 
 
 def _step(model: MonoInternVLForConditionalGeneration, prompt: Prompt, labels: Tensor) -> None:

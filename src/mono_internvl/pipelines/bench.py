@@ -2,93 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from mono_internvl.bench.decode import bench_decode, bench_prefix
-from mono_internvl.bench.experts import bench_experts, bench_gpu
+from mono_internvl.bench.experts import bench_experts
+from mono_internvl.bench.gpu import bench_gpu
 from mono_internvl.bench.images import bench_images
-from mono_internvl.bench.models import Size, size_of
+from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.prefill import bench_modular, bench_prefill
 from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.serve import bench_serve
-from mono_internvl.bench.targets import bench_targets, training_size
+from mono_internvl.bench.targets import bench_targets
 from mono_internvl.bench.train import bench_train
 from mono_internvl.errors import ConfigError
 from mono_internvl.model.devices import choose_device
+from mono_internvl.recipes.evip import EVIP
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a comparison is run with.
-
-    Attributes:
-        size: Model and prompt.
-        dtype: Of weights and activations.
-        device: Where.
-        rounds: Interleaved runs of every subject.
-        command: What gives the rows again.
-    """
-
-    size: Size
-    dtype: torch.dtype
-    device: torch.device
-    rounds: int
-    command: str
-
-
-Rows = Sequence[BenchRow | Target]
-
-
-def _plain(run: Callable[..., Rows]) -> Callable[[Setting], Rows]:
-    def with_setting(setting: Setting) -> Rows:
-        return run(
-            setting.size,
-            dtype=setting.dtype,
-            device=setting.device,
-            rounds=setting.rounds,
-            command=setting.command,
-        )
-
-    return with_setting
+Rows = Iterable[BenchRow | Target]
 
 
 def _prefill(setting: Setting) -> Rows:
-    run = partial(bench_prefill, with_variants=setting.size.name != "2b")
-    return _plain(run)(setting)
-
-
-def _train(setting: Setting) -> Rows:
-    return _plain(bench_train)(replace(setting, size=training_size(setting.size)))
-
-
-def _images(setting: Setting) -> Rows:
-    return bench_images(rounds=setting.rounds, command=setting.command)
-
-
-def _targets(setting: Setting) -> Rows:
-    rows, targets = bench_targets(
-        setting.size, device=setting.device, rounds=setting.rounds, command=setting.command
-    )
-    return [*rows, *targets]
+    return bench_prefill(setting, with_variants=setting.size.name != "2b")
 
 
 COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
     "prefill": _prefill,
-    "modular": _plain(bench_modular),
-    "decode": _plain(bench_decode),
-    "prefix": _plain(bench_prefix),
-    "train": _train,
-    "serve": _plain(bench_serve),
-    "images": _images,
-    "targets": _targets,
-    "experts": _plain(bench_experts),
-    "gpu": _plain(bench_gpu),
+    "modular": bench_modular,
+    "decode": bench_decode,
+    "prefix": bench_prefix,
+    "train": partial(bench_train, stages=EVIP.stages),
+    "serve": bench_serve,
+    "images": bench_images,
+    "targets": bench_targets,
+    "experts": bench_experts,
+    "gpu": partial(bench_gpu, stage=EVIP.stages[0]),
 }
 """Name -> what runs it."""
 
@@ -103,6 +57,9 @@ def bench(
     rounds: int = 5,
 ) -> Rows:
     """Run one comparison.
+
+    Returns:
+        Its rows, most of them measured while they are asked for.
 
     Args:
         what: One of `COMPARISONS`.
@@ -129,4 +86,5 @@ def bench(
     place = choose_device(device)
     if place.type != "cpu":
         command += f" --device {device}"
+        torch.cuda.set_device(place)  # events, graphs and kernels go to the current one
     return COMPARISONS[what](Setting(chosen, DTYPES[dtype], place, rounds, command))

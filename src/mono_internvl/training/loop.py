@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from mono_internvl.training.distributed import all_sum, barrier, own_device, ran
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import checkpointing_options
-from mono_internvl.training.rules import apply_rules
+from mono_internvl.training.rules import LearnedGroup, apply_rules
 from mono_internvl.training.state import (
     SavedState,
     digest_of_data,
@@ -167,7 +167,7 @@ class _Loop:
             self._remove_states_but(self.final)
             return result
         groups = apply_rules(self.model, self.model.config, stage)
-        optimizer = self._optimizer(groups)
+        optimizer = optimizer_of(self.model, groups, self.stage)
         if self.resumed:
             load_optimizer(self.resumed.folder, self.model, optimizer)
         if rank() == 0:
@@ -193,23 +193,6 @@ class _Loop:
                     self._save(self.run / f"step_{done:08d}", optimizer, done)
         self._save(self.final, None, stage.steps)
         return result
-
-    def _optimizer(self, groups: Any) -> torch.optim.Optimizer:
-        parameters = dict(self.model.named_parameters())
-        return torch.optim.AdamW(
-            [
-                {
-                    "params": [parameters[name] for name in group.names],
-                    "lr": group.learning_rate,
-                    "peak_rate": group.learning_rate,
-                    "weight_decay": group.weight_decay,
-                }
-                for group in groups
-            ],
-            betas=self.stage.betas,
-            eps=self.stage.eps,
-            fused=True,
-        )
 
     def _data_parallel(self) -> nn.Module:
         learner = _LossOf(self.model)
@@ -323,6 +306,33 @@ class _Loop:
             for folder in self.run.glob("step_*"):
                 if folder != kept:
                     remove_state(folder)
+
+
+def optimizer_of(
+    model: nn.Module, groups: Sequence[LearnedGroup], stage: Stage
+) -> torch.optim.Optimizer:
+    """AdamW over the groups that learn, at their peak rates.
+
+    Args:
+        model: Its parameters are looked up by name.
+        groups: What `apply_rules` gives.
+        stage: Its moments are taken.
+    """
+    parameters = dict(model.named_parameters())
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [parameters[name] for name in group.names],
+                "lr": group.learning_rate,
+                "peak_rate": group.learning_rate,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+        betas=stage.betas,
+        eps=stage.eps,
+        fused=True,
+    )
 
 
 class _LossOf(nn.Module):
