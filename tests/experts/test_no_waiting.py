@@ -41,8 +41,13 @@ def _routed() -> tuple[Tensor, Tensor, Routing]:
     return ids, pixels, Routing.from_mask(ids == IMAGE_TOKEN)
 
 
-def _model(path: str) -> MonoInternVLForConditionalGeneration:
+def _model(path: str, rope: str = "default") -> MonoInternVLForConditionalGeneration:
     model = small_model(EXPERTS)
+    model.config.text_config.rope_parameters = {
+        "rope_type": rope,
+        "rope_theta": 10_000.0,
+        "factor": 2.0,
+    }
     model.set_expert_path(path)
     return model
 
@@ -76,8 +81,9 @@ def test_forward_without_routing_waits_before_the_first_layer_only() -> None:
 
 
 @torch.no_grad()
-def test_decoding_step_never_waits() -> None:
-    model = _model("auto")
+@pytest.mark.parametrize("rope", ["default", "dynamic"])
+def test_decoding_step_never_waits(rope: str) -> None:
+    model = _model("auto", rope)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=16)
     ids, pixels, routing = _routed()
     model(ids, pixels, past_key_values=cache, routing=routing)
@@ -85,6 +91,10 @@ def test_decoding_step_never_waits() -> None:
     with WaitingOperators() as waiting:
         model(ids[:, -1:], past_key_values=cache, position_ids=positions)
     assert waiting.found == []
+    model.config.text_config.max_position_embeddings = 15  # less than the cache has room for
+    with waiting:
+        model(ids[:, -1:], past_key_values=cache, position_ids=positions)
+    assert bool(waiting.found) is (rope == "dynamic")
 
 
 def test_routing_of_another_prompt_is_refused() -> None:
@@ -137,7 +147,7 @@ def test_compiled_training_step_gives_the_gradients() -> None:
 def test_decoding_step_is_captured_as_a_cuda_graph(path: str) -> None:
     if path == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed (extra `gpu`)")
-    model = _model(path).cuda()
+    model = _model(path, "dynamic").cuda()
     ids, pixels, routing = _routed()
     ids, routing = ids.cuda(), routing.to(torch.device("cuda"))
 

@@ -136,26 +136,27 @@ def _linear(
     tiles = tiles_for("linear", x.dtype, max(num_text, num_rows - num_text))
     strides = (text.stride(1), text.stride(0)) if is_transposed else text.stride()
     if num_rows:
-        kernels.linear_kernel[_grid(tiles, num_text, num_rows, num_out)](
-            x.contiguous(),
-            text,
-            visual,
-            x if x2 is None else x2.contiguous(),
-            *(weights[2:] or weights),
-            *(biases or weights[:2]),
-            x if order is None else order,
-            y,
-            num_text,
-            num_rows,
-            num_in,
-            num_out,
-            *strides,
-            IN_SORTED=in_sorted or order is None,
-            OUT_SORTED=out_sorted or order is None,
-            PAIRED=x2 is not None,
-            BIASED=bool(biases),
-            **_launch_settings(tiles, num_in, num_out, x.dtype),
-        )
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            kernels.linear_kernel[_grid(tiles, num_text, num_rows, num_out)](
+                x.contiguous(),
+                text,
+                visual,
+                x if x2 is None else x2.contiguous(),
+                *(weights[2:] or weights),
+                *(biases or weights[:2]),
+                x if order is None else order,
+                y,
+                num_text,
+                num_rows,
+                num_in,
+                num_out,
+                *strides,
+                IN_SORTED=in_sorted or order is None,
+                OUT_SORTED=out_sorted or order is None,
+                PAIRED=x2 is not None,
+                BIASED=bool(biases),
+                **_launch_settings(tiles, num_in, num_out, x.dtype),
+            )
     return y
 
 
@@ -189,18 +190,19 @@ def _hidden(x: Tensor, weights: list[Tensor], order: Tensor | None, num_text: in
     hidden = x.new_empty(num_rows, ffn_width)
     tiles = tiles_for("hidden", x.dtype, max(num_text, num_rows - num_text))
     if num_rows:
-        kernels.hidden_kernel[_grid(tiles, num_text, num_rows, ffn_width)](
-            x.contiguous(),
-            *(w.contiguous() for w in weights),
-            x if order is None else order,
-            hidden,
-            num_text,
-            num_rows,
-            width,
-            ffn_width,
-            SORTED=order is None,
-            **_launch_settings(tiles, width, ffn_width, x.dtype),
-        )
+        with torch.cuda.device_of(x):
+            kernels.hidden_kernel[_grid(tiles, num_text, num_rows, ffn_width)](
+                x.contiguous(),
+                *(w.contiguous() for w in weights),
+                x if order is None else order,
+                hidden,
+                num_text,
+                num_rows,
+                width,
+                ffn_width,
+                SORTED=order is None,
+                **_launch_settings(tiles, width, ffn_width, x.dtype),
+            )
     return hidden
 
 
@@ -234,22 +236,23 @@ def _hidden_backward(
     hidden = x.new_empty(num_rows if keep_hidden else 0, ffn_width)
     tiles = tiles_for("hidden_backward", x.dtype, max(num_text, num_rows - num_text))
     if num_rows:
-        kernels.hidden_backward_kernel[_grid(tiles, num_text, num_rows, ffn_width)](
-            x.contiguous(),
-            dy.contiguous(),
-            *(w.contiguous() for w in weights),
-            x if order is None else order,
-            hidden,
-            d_gate,
-            d_up,
-            num_text,
-            num_rows,
-            width,
-            ffn_width,
-            SORTED=order is None,
-            KEEP_HIDDEN=keep_hidden,
-            **_launch_settings(tiles, width, ffn_width, x.dtype),
-        )
+        with torch.cuda.device_of(x):
+            kernels.hidden_backward_kernel[_grid(tiles, num_text, num_rows, ffn_width)](
+                x.contiguous(),
+                dy.contiguous(),
+                *(w.contiguous() for w in weights),
+                x if order is None else order,
+                hidden,
+                d_gate,
+                d_up,
+                num_text,
+                num_rows,
+                width,
+                ffn_width,
+                SORTED=order is None,
+                KEEP_HIDDEN=keep_hidden,
+                **_launch_settings(tiles, width, ffn_width, x.dtype),
+            )
     return hidden, d_gate, d_up
 
 
@@ -292,19 +295,20 @@ def _weight_gradient(
     dw = x.new_empty(num_out, num_in)
     tiles = tiles_for("weight_gradient", x.dtype, stop - start)
     grid = (triton.cdiv(num_out, tiles.BLOCK_M) * triton.cdiv(num_in, tiles.BLOCK_N),)
-    kernels.weight_gradient_kernel[grid](
-        dy.contiguous(),
-        x.contiguous(),
-        x if order is None else order,
-        dw,
-        start,
-        stop,
-        num_out,
-        num_in,
-        DY_SORTED=dy_sorted or order is None,
-        X_SORTED=x_sorted or order is None,
-        **_common_settings(tiles, x.dtype),
-    )
+    with torch.cuda.device_of(x):
+        kernels.weight_gradient_kernel[grid](
+            dy.contiguous(),
+            x.contiguous(),
+            x if order is None else order,
+            dw,
+            start,
+            stop,
+            num_out,
+            num_in,
+            DY_SORTED=dy_sorted or order is None,
+            X_SORTED=x_sorted or order is None,
+            **_common_settings(tiles, x.dtype),
+        )
     return dw
 
 

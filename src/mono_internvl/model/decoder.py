@@ -181,7 +181,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             near = create_sliding_window_causal_mask(**seen_by) if any(windows) else None
         if "flash" in (self.config._attn_implementation or "") and past_key_values is None:
             kwargs["position_ids"] = position_ids  # it has no mask to see packed segments in
-        positions, length = position_ids, seen + tokens
+        positions, length = position_ids, self._length(seen, tokens, past_key_values)
         if layout.positions is not None:
             positions, length = layout.positions, layout.length(length)
         angles = rotary_embeddings(self.config, positions, length, x.dtype)
@@ -218,6 +218,18 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,  # type: ignore[arg-type]
         )
+
+    def _length(self, seen: int | Tensor, tokens: int, cache: Cache | None) -> int:
+        """Tokens seen, this call included, for dynamic rotary scaling.
+
+        A static cache counts on the device, and reading its count waits. Where it has no room
+        beyond the trained length nothing is ever scaled, and its room says as much.
+        """
+        if isinstance(seen, Tensor) and cache is not None and self.config.sliding_layers is None:
+            room = max(getattr(layer, "max_cache_len", 0) for layer in cache.layers)
+            if tokens <= room <= self.config.max_position_embeddings:
+                return int(room)
+        return seen + tokens  # type: ignore[return-value]  # a tensor is read where it is needed
 
 
 register_blocked_attention()
