@@ -90,6 +90,7 @@ def test_decoding_step_never_waits(rope: str) -> None:
     positions = torch.full((ids.shape[0], 1), ids.shape[1])
     with WaitingOperators() as waiting:
         model(ids[:, -1:], past_key_values=cache, position_ids=positions)
+        model(ids[:, -1:], past_key_values=cache, logits_to_keep=1)
     assert waiting.found == []
     model.config.text_config.max_position_embeddings = 15  # less than the cache has room for
     with waiting:

@@ -191,7 +191,9 @@ def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
 
     paths = runnable_paths(rows)
     ways: dict[str, Callable[[], Tensor]] = {ONE: experts.of_one, TWO: experts.of_two}
-    ways |= {path: functools.partial(experts.by, path) for path in paths}
+    for path in paths:  # as in a model, where the routing is made once for all layers
+        routing = experts.routing.by(path)
+        ways[path] = functools.partial(route, experts.x, routing, experts.text, experts.visual)
     if device.type != "cpu":
         ways |= {
             name: functools.partial(experts.by_sorted, path)

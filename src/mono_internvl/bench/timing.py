@@ -163,27 +163,25 @@ def repeats_for(seconds: float) -> int:
     return max(1, min(200, math.ceil(LEAST_SECONDS / max(seconds, 1e-9))))
 
 
-def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """`run` as a CUDA graph: replaying it costs the host one launch, whatever is in it."""
+def captured(subject: Subject) -> Callable[[], None]:
+    """A subject's run as a CUDA graph: replaying it costs the host one launch."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # as torch asks for before a capture
         for _ in range(2):
-            run()
+            if subject.before is not None:
+                subject.before()
+            subject.run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        subject.run()
     return graph.replay
 
 
 def _prepared(subject: Subject, device: torch.device) -> tuple[Callable[[], object], int]:
     """What to time on an accelerator, and how often in a row."""
-    run = subject.run
-    if subject.is_captured:
-        if subject.before is not None:
-            subject.before()
-        run = captured(run)
+    run = captured(subject) if subject.is_captured else subject.run
     if subject.before is not None:
         return run, 1
     _, seconds = _once(subject, run, 1, device)

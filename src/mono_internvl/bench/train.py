@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -259,6 +260,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     than one thread a fork is not safe.
     """
     if device.type == "cuda":
+        gc.collect()  # models of earlier comparisons do not count
         run()
         torch.cuda.reset_peak_memory_stats(device)
         run()
