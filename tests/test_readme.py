@@ -73,7 +73,8 @@ NOT_EXECUTED = {
     "mono-internvl quickstart --llm scratch --out runs/scratch": MINUTES,
     "mono-internvl lab modular --against runs/quickstart": MINUTES,
     "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,
-    "mono-internvl lab evip-plus-plus": MINUTES_EVIP,
+    "mono-internvl lab evip-plus-plus --processes 2": MINUTES_EVIP,
+    "mono-internvl lab evip-plus-plus --seeds 1 --against runs/quickstart": MINUTES_EVIP,
     "mono-internvl lab evip-plus-plus --quick --seeds 1 --out runs/plus-quick": MINUTES_EVIP,
     "python -m mono_internvl.miniature.digits runs/digits": DIGITS,
     "mono-internvl train miniature-sft --model runs/quickstart/model "

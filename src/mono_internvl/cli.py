@@ -380,15 +380,8 @@ def lab_modular(
 
     _quieten()
     place = str(choose_device(device))
-    found = modular_twin(
-        out, against=against, quick=quick, processes=processes, device=place, seed=seed
-    )
-    columns = ("modular", "monolithic", "blind")
-    typer.echo(f"{'kind':<22}{'items':>6}{''.join(f'{name:>12}' for name in columns)}")
-    for row in found.kinds:
-        scores = (getattr(row, name) for name in columns)
-        cells = "".join(f"{'-' if x is None else f'{100 * x:.1f} %':>12}" for x in scores)
-        typer.echo(f"{row.kind:<22}{row.items:>6}{cells}")
+    modular_twin(out, against=against, quick=quick, processes=processes, device=place, seed=seed)
+    typer.echo((out / "table.md").read_text(encoding="utf-8"))
     typer.echo(f"comparison: {out / 'comparison.json'}")
 
 
@@ -397,7 +390,13 @@ def lab_evip_plus_plus(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/evip-plus-plus"),
     seeds: Annotated[int, typer.Option(min=1, help="How many; more may follow later.")] = 3,
     quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A finished quickstart: it is EViP's run of seed 0."),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Runs side by side, each in one process.")
+    ] = 1,
     device: Device = "cpu",
 ) -> None:
     """Compare EViP, EViP++ at equal data and EViP++ at 42 % of it, over seeds."""
@@ -406,8 +405,11 @@ def lab_evip_plus_plus(
 
     _quieten()
     place = str(choose_device(device))
-    table = compare_pretraining(out, seeds=seeds, quick=quick, processes=processes, device=place)
+    table = compare_pretraining(
+        out, seeds=seeds, quick=quick, against=against, processes=processes, device=place
+    )
     typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"table: {table}")
 
 
 def _info_values(info: "ModelInfo") -> dict[str, Any]:

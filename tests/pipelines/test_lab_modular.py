@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from mono_internvl import cli
 from mono_internvl.errors import ConfigError
@@ -14,9 +17,11 @@ from mono_internvl.model.accounting import parameter_table
 from mono_internvl.model.checkpoint import read_config
 from mono_internvl.pipelines import lab_modular as module
 from mono_internvl.pipelines.lab_modular import QUICK, Comparison, modular_twin
+from mono_internvl.pipelines.lab_pages import twin_page
 from mono_internvl.pipelines.language import give_eyes
 from mono_internvl.recipes.miniature import MINIATURE, QUICK_MINIATURE
 from mono_internvl.recipes.miniature_modular import MINIATURE_MODULAR, QUICK_MINIATURE_MODULAR
+from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Recipe
 
 SMALLEST = dataclasses.replace(
@@ -50,6 +55,9 @@ def quickstart_run(finished: tuple[Path, Comparison], tmp_path: Path) -> Path:
     (other / "predictions").mkdir()
     world = (run / "data" / "world.json").read_text()
     (other / "data" / "world.json").write_text(world)
+    made = {"command": "mono-internvl quickstart", "processes": 2, "device": "cpu"}
+    made |= {"versions": {"torch": "2.13.0"}, "date": "2026-01-31"}
+    (other / "metrics.json").write_text(json.dumps(made))
     settings = {"quick": True, "seed": 0, "llm": "shipped"}
     (other / "quickstart.json").write_text(json.dumps(settings))
     rows = [json.loads(x) for x in (run / "predictions/heldout.jsonl").read_text().splitlines()]
@@ -116,7 +124,53 @@ def test_run_folder_of_other_settings_is_refused(finished: tuple[Path, Compariso
         modular_twin(finished[0], quick=True, seed=1)
 
 
-def test_program_prints_the_comparison(
+def test_table_says_what_the_comparison_says(
+    finished: tuple[Path, Comparison], quickstart_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, alone = finished
+    monkeypatch.setattr(module, "QUICK", SMALLEST)
+    both = modular_twin(run, against=quickstart_run, quick=True)
+    text = (run / "table.md").read_text()
+    assert text == twin_page(json.loads((run / "comparison.json").read_text())) + "\n"
+    (colour,) = (row for row in both.kinds if row.kind == "colour")
+    assert f"| colour | 2 | {colour.modular:.3f} | 1.000 | {colour.blind:.3f} |" in text
+    assert f"| parameters | {both.modular.parameters:,} |" in text
+    assert "The monolithic model: `mono-internvl quickstart`, 2 processes" in text
+    assert "What it cannot show" in text and "its scores mean nothing" in text
+    assert "monolithic" not in twin_page(dataclasses.asdict(alone)).split("What this shows")[0]
+    assert str(run.parent) not in text + (run / "comparison.json").read_text()
+
+
+def test_interrupted_twin_goes_on_to_the_same_end(
+    finished: tuple[Path, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = finished
+    stages = tuple(
+        dataclasses.replace(stage, checkpoint_every=1) for stage in SMALLEST.recipe.stages
+    )
+    recipe = dataclasses.replace(SMALLEST.recipe, stages=stages)
+    monkeypatch.setattr(module, "QUICK", dataclasses.replace(SMALLEST, recipe=recipe))
+    shutil.copytree(run / "data", tmp_path / "data")
+    show = StageProgress.update
+
+    def stop_in_s13(progress: StageProgress, row: dict[str, Any]) -> None:
+        if progress.stage.name == "s13" and row["step"] == 2:
+            raise KeyboardInterrupt
+        show(progress, row)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StageProgress, "update", stop_in_s13)
+        modular_twin(tmp_path, quick=True)
+    assert [f.name for f in (tmp_path / "s13").glob("step_*")] == ["step_00000001"]
+    resumed = modular_twin(tmp_path, quick=True)
+    assert resumed.kinds == whole.kinds
+    ours, theirs = (
+        load_file(folder / "s2" / "checkpoint" / "model.safetensors") for folder in (run, tmp_path)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_program_prints_the_table(
     finished: tuple[Path, Comparison],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -135,9 +189,7 @@ def test_program_prints_the_comparison(
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert not end.value.code
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["kind", "items", "modular", "monolithic", "blind"]
-    assert len(lines) == 2 + len(comparison.kinds)
+    assert (run / "table.md").read_text() in capsys.readouterr().out
     assert asked["folder"] == run and asked["quick"] and asked["against"] is None
 
 

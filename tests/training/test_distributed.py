@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import socket
 import subprocess
@@ -13,11 +14,11 @@ import loop_processes
 import pytest
 import tiny_runs
 import torch
-from failing_process import fail_in_second
+from failing_process import fail_in_second, note_process
 from safetensors.torch import load_file
 
 from mono_internvl.errors import RecipeError, TrainingStateError
-from mono_internvl.training.distributed import own_device, run_processes
+from mono_internvl.training.distributed import own_device, run_processes, run_side_by_side
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.state import latest_state
 
@@ -111,6 +112,23 @@ def _go_on_as_torchrun_does(run: Path, start: Path, data: Path) -> None:
 def test_error_of_a_process_arrives_as_it_was() -> None:
     with pytest.raises(RecipeError, match=r"^the second process does not like its recipe$"):
         run_processes(fail_in_second, 2)
+
+
+def test_tasks_side_by_side_are_alone_in_their_process(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    run_side_by_side(note_process, [(a, b), (b, a), (c, a)], 2)
+    notes = [json.loads((tmp_path / name).read_text()) for name in "abc"]
+    assert {note["world_size"] for note in notes} == {1}
+    assert {note["threads"] for note in notes} == {1}
+    assert os.getpid() not in {note["pid"] for note in notes}
+    assert len({note["pid"] for note in notes}) == 2
+    with pytest.raises(RecipeError, match=r"^no such task$"):
+        run_side_by_side(note_process, [(tmp_path / "d",), (None,)], 2)
+
+
+def test_tasks_of_one_process_run_here(tmp_path: Path) -> None:
+    run_side_by_side(note_process, [(tmp_path / name,) for name in "ab"], 1)
+    assert {json.loads((tmp_path / n).read_text())["pid"] for n in "ab"} == {os.getpid()}
 
 
 def test_own_device_deals_out_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

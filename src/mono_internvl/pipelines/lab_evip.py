@@ -15,16 +15,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
 
 from mono_internvl import miniature
+from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import WorldFiles
 from mono_internvl.model.visual_options import EXPERT_PRESETS
+from mono_internvl.pipelines.lab_pages import Figure, MeasuredRun, evip_page
 from mono_internvl.pipelines.language import give_eyes
 from mono_internvl.pipelines.quickstart import (
     FULL,
@@ -38,11 +43,14 @@ from mono_internvl.pipelines.quickstart import (
 )
 from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
 from mono_internvl.recipes.miniature_plus_plus import plus_plus
-from mono_internvl.training.distributed import run_processes
+from mono_internvl.training.distributed import run_processes, run_side_by_side
+from mono_internvl.training.progress import lines_of
 from mono_internvl.training.recipe import Recipe
-from mono_internvl.training.state import exclusive, versions
+from mono_internvl.training.state import command, digest_of_data, exclusive, read_state
 
-ROWS, TABLE, METRICS = "rows.jsonl", "table.md", "metrics.json"
+RUNS, TABLE, METRICS = "runs.jsonl", "table.md", "metrics.json"
+WEIGHTS = "model.safetensors"
+_BEGUN = "begun.json"
 
 
 @dataclass(frozen=True)
@@ -62,35 +70,6 @@ class Arm:
     visual_experts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class MeasuredRow:
-    """One figure of one arm and seed.
-
-    Attributes:
-        arm: Name of the arm.
-        seed: Of world, data order and first weights.
-        stage: After which it was measured.
-        measure: What; a kind of held-out question, or of text.
-        value: The figure; of a kind, the mean score.
-        items: Records behind it; None where it is not a mean over records.
-        command: That made it.
-        device: It was made on.
-        versions: Of what made it, commit included.
-        date: Day, as 2026-01-31.
-    """
-
-    arm: str
-    seed: int
-    stage: str
-    measure: str
-    value: float
-    items: int | None
-    command: str
-    device: str
-    versions: Mapping[str, str]
-    date: str
-
-
 def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
     """The three arms that a recipe of EViP's four stages is compared in."""
     v1, v1_5 = EXPERT_PRESETS["v1"], EXPERT_PRESETS["v1_5"]
@@ -107,48 +86,81 @@ def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
     )
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One run: an arm with a seed."""
+
+    arm: Arm
+    seed: int
+    plan: Plan
+    quick: bool
+    world: WorldFiles
+    folder: Path
+    device: str
+
+
 def compare_pretraining(
     run: Path = Path("runs/evip-plus-plus"),
     *,
     seeds: int = 3,
     quick: bool = False,
+    against: Path | None = None,
     processes: int = 1,
     device: str = "cpu",
 ) -> Path:
-    """Train and evaluate every arm with every seed; write rows and a table.
+    """Train and evaluate every arm with every seed; write all figures and a table.
 
     A second call goes on where the first stopped, and may add seeds.
 
     Args:
-        run: Output folder: `ARM/seed<n>/`, `rows.jsonl`, `table.md`.
+        run: Output folder: `ARM/seed<n>/`, `runs.jsonl`, `table.md`.
         seeds: How many, from 0.
         quick: The same path with small numbers; its scores mean nothing.
-        processes: Training processes.
+        against: Folder of a finished quickstart of seed 0 and the same sizes; it is the EViP arm of
+            seed 0, which then is not run again.
+        processes: Runs that are trained side by side, each in one process.
         device: Of training and evaluation.
 
     Returns:
         The table.
 
     Raises:
-        ConfigError: No seed, or `run` was begun with the other sizes.
+        ConfigError: No seed; `run` was begun with other sizes; or `against` is no finished
+            quickstart of what that arm would train.
     """
     if seeds < 1:
         raise ConfigError(f"seeds={seeds}; expected at least 1")
     plan = dataclasses.replace(QUICK if quick else FULL, bounds={})
     arms = arms_of(plan.recipe)
+    if against is not None:
+        _check_quickstart(against, quick)
     with exclusive(run):
         _hold_to(run / "lab.json", {"quick": quick})
-        rows: list[MeasuredRow] = []
-        for seed in range(seeds):
-            world = miniature.write_world(run / "data" / f"seed{seed}", plan.size, seed)
-            for arm in arms:
-                folder = run / arm.name / f"seed{seed}"
-                if not (folder / METRICS).exists():
-                    _run_arm(arm, arms[0].name, seed, plan, quick, world, run, processes, device)
-                rows += _rows(arm, seed, folder)
-        lines = (json.dumps(dataclasses.asdict(row)) for row in rows)
-        write_whole(run / ROWS, "\n".join(lines))
-        write_whole(run / TABLE, table(rows, arms, quick))
+        places = [(run / "data" / f"seed{seed}", plan.size, seed) for seed in range(seeds)]
+        run_side_by_side(miniature.write_world, places, processes)
+        worlds = [miniature.write_world(*place) for place in places]
+        tasks = [
+            _Task(arm, seed, plan, quick, world, run / arm.name / f"seed{seed}", device)
+            for seed, world in enumerate(worlds)
+            for arm in arms
+        ]
+        for task in tasks:
+            _make_start(task, run / arms[0].name / f"seed{task.seed}" / START / "checkpoint")
+        folders = [task.folder for task in tasks]
+        if against is not None:
+            _check_same_run(against, tasks[0])
+            folders[0] = against
+        left = [
+            (task,)
+            for task, folder in zip(tasks, folders, strict=True)
+            if not (folder / METRICS).exists()
+        ]
+        console = Console(stderr=True, highlight=False)
+        console.print(f"{len(tasks)} runs, {len(tasks) - len(left)} of them done", soft_wrap=True)
+        run_side_by_side(_run, left, processes)
+        runs = [_measured(t.arm, t.seed, f) for t, f in zip(tasks, folders, strict=True)]
+        write_whole(run / RUNS, "\n".join(json.dumps(dataclasses.asdict(one)) for one in runs))
+        write_whole(run / TABLE, evip_page(runs))
         return run / TABLE
 
 
@@ -163,108 +175,97 @@ def _hold_to(file: Path, settings: Mapping[str, Any]) -> None:
     write_whole(file, json.dumps(settings))
 
 
-def _run_arm(
-    arm: Arm,
-    first: str,
-    seed: int,
-    plan: Plan,
-    quick: bool,
-    world: WorldFiles,
-    run: Path,
-    processes: int,
-    device: str,
-) -> None:
-    began, folder = time.perf_counter(), run / arm.name / f"seed{seed}"
-    start, eyes = (run / name / f"seed{seed}" / START / "checkpoint" for name in (arm.name, first))
+def _check_quickstart(folder: Path, quick: bool) -> None:
+    wanted = {"quick": quick, "llm": "shipped", "seed": 0}
+    try:
+        found = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))
+        json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{folder}: no finished quickstart ({error}); let it finish or leave --against out"
+        ) from error
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ConfigError(
+                f"{folder}: a quickstart with {name}={found.get(name)!r}; expected {value!r}, as "
+                "the EViP arm of seed 0 has it"
+            )
+
+
+def _check_same_run(folder: Path, task: _Task) -> None:
+    """Hold a quickstart against the arm that it stands for: first weights, stages and data."""
+
+    def refuse(what: str) -> NoReturn:
+        raise ConfigError(
+            f"{folder}: {what}; it cannot stand for the run {task.arm.name}, seed {task.seed}: run "
+            "the quickstart again or leave --against out"
+        )
+
+    ours, theirs = (
+        load_file(place / START / "checkpoint" / WEIGHTS) for place in (task.folder, folder)
+    )
+    if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k]) for k in ours):
+        refuse("started from other weights")
+    for stage in task.arm.recipe.stages:
+        state = read_state(folder / stage.name / "checkpoint")
+        own = json.loads(json.dumps(dataclasses.asdict(stage)))
+        for name in sorted(set(own) & set(state.stage)):
+            if own[name] != state.stage[name]:
+                refuse(f"stage {stage.name} has {name}={state.stage[name]!r}, not {own[name]!r}")
+        meta = task.world.root / stage.data
+        files = [source.path for source in read_meta(meta)]
+        if state.inputs.get("data") != digest_of_data(meta, files):
+            refuse(f"stage {stage.name} was trained on other data")
+
+
+def _make_start(task: _Task, eyes: Path) -> None:
+    """The model that an arm starts from, with the eyes of the seed's first arm."""
+    start = task.folder / START / "checkpoint"
     if not start.exists():
-        own_eyes = eyes if eyes.exists() else None
-        give_eyes(SHIPPED_LANGUAGE_MODEL, start, arm.visual_experts, seed=seed, eyes=own_eyes)
-    stages = tuple(dataclasses.replace(stage, seed=seed) for stage in arm.recipe.stages)
-    own = dataclasses.replace(plan, recipe=dataclasses.replace(arm.recipe, stages=stages))
-    run_processes(train_and_evaluate, processes, own, world, folder, device)
-    metrics = collect(folder, own, quick, device, processes, time.perf_counter() - began)
+        experts, own = task.arm.visual_experts, start == eyes
+        give_eyes(
+            SHIPPED_LANGUAGE_MODEL, start, experts, seed=task.seed, eyes=None if own else eyes
+        )
+
+
+def _run(task: _Task) -> None:
+    """Train and evaluate one arm with one seed."""
+    began, folder = time.perf_counter(), task.folder
+    # What a killed process had used up of its stage is not in the files that count CPU time.
+    was_interrupted = (folder / _BEGUN).exists()
+    write_whole(folder / _BEGUN, json.dumps({"command": command()}))
+    stages = tuple(dataclasses.replace(stage, seed=task.seed) for stage in task.arm.recipe.stages)
+    recipe = dataclasses.replace(task.arm.recipe, stages=stages)
+    plan = dataclasses.replace(task.plan, recipe=recipe)
+    with lines_of(f"{task.arm.name} seed {task.seed}"):
+        run_processes(train_and_evaluate, 1, plan, task.world, folder, task.device)
+    metrics = collect(folder, plan, task.quick, task.device, 1, time.perf_counter() - began)
+    metrics["was_interrupted"] = was_interrupted
     write_whole(folder / METRICS, json.dumps(metrics, indent=2))
 
 
-def _rows(arm: Arm, seed: int, folder: Path) -> list[MeasuredRow]:
+def _measured(arm: Arm, seed: int, folder: Path) -> MeasuredRun:
+    """What a finished run says, whether this pipeline or the quickstart made it."""
     metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    origin = {name: metrics[name] for name in ("command", "device", "versions", "date")}
-    rows = []
+    stages = {}
     for stage in metrics["stages"]:
-        found: dict[str, tuple[float, int | None]] = {
-            kind: (score["score"], score["items"]) for kind, score in stage["scores"].items()
+        figures = {
+            kind: Figure(score["score"], score["items"]) for kind, score in stage["scores"].items()
         }
-        found |= {f"text: {name}": (value, None) for name, value in stage["text"].items()}
-        found["text-only logits as before"] = (float(stage["text_logits_identical"]), None)
-        found["samples"] = (stage["samples"], None)
-        found["training, CPU minutes"] = (_training_minutes(folder / stage["name"]), None)
-        rows += [
-            MeasuredRow(arm.name, seed, stage["name"], name, float(value), items, **origin)
-            for name, (value, items) in found.items()
-        ]
-    return rows
+        figures |= {f"text: {name}": Figure(value) for name, value in stage["text"].items()}
+        figures["text-only logits as before"] = Figure(float(stage["text_logits_identical"]))
+        figures["samples"] = Figure(stage["samples"])
+        if not metrics.get("was_interrupted", False):
+            minutes = _training_minutes(folder / stage["name"])
+            figures["training, CPU minutes"] = Figure(minutes)
+        stages[stage["name"]] = figures
+    origin = {
+        name: metrics[name]
+        for name in ("quick", "command", "processes", "device", "versions", "date")
+    }
+    return MeasuredRun(arm=arm.name, title=arm.title, seed=seed, stages=stages, **origin)
 
 
 def _training_minutes(folder: Path) -> float:
     costs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("cost*.json")]
     return float(sum(cost.get("trained", 0.0) for cost in costs)) / 60
-
-
-def table(rows: Sequence[MeasuredRow], arms: Sequence[Arm], quick: bool = False) -> str:
-    """Markdown: after S2 the mean over seeds and each seed; text fidelity and cost below.
-
-    Args:
-        rows: Of all arms and seeds.
-        arms: Columns, in order.
-        quick: Adds that the scores mean nothing.
-    """
-    last = arms[0].recipe.stages[-1].name
-    pretraining = [stage.name for stage in arms[0].recipe.stages[:-1]]
-    values: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        values.setdefault((row.stage, row.measure, row.arm), []).append(row.value)
-
-    def line(label: str, cells: Sequence[Sequence[float]]) -> str:
-        return f"| {label} | " + " | ".join(map(_cell, cells)) + " |"
-
-    seeds = len({row.seed for row in rows})
-    lines = [
-        f"Mean over {seeds} seed{'s' if seeds != 1 else ''} (each seed), held-out records, after "
-        "S2 unless said.",
-        "",
-        "| | " + " | ".join(arm.title for arm in arms) + " |",
-        "|---|" + "---:|" * len(arms),
-    ]
-    if quick:
-        lines.insert(1, "A quick run: it shows that everything runs, its scores mean nothing.")
-    own = ("text-only logits as before", "samples", "training, CPU minutes")
-    measures = dict.fromkeys(row.measure for row in rows if row.stage == last)
-    for measure in (m for m in measures if m not in own):
-        lines.append(line(measure, [values.get((last, measure, arm.name), []) for arm in arms]))
-    for stage in (*pretraining, last):
-        lines.append(
-            line(
-                f"{own[0]} S1.1, after {stage} (1 is yes)",
-                [values[stage, own[0], arm.name] for arm in arms],
-            )
-        )
-    for measure in own[1:]:
-        sums = []
-        for arm in arms:
-            by_stage = [values[stage, measure, arm.name] for stage in pretraining]
-            sums.append([sum(seed) for seed in zip(*by_stage, strict=True)])
-        lines.append(line(f"pre-training {measure}", sums))
-    made = rows[0]
-    of = ", ".join(f"{name} {value}" for name, value in versions().items())
-    lines += ["", f"`{made.command}` on {made.device}, {made.date}; table by {of}."]
-    return "\n".join(lines)
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-
-    def said(value: float) -> str:
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-    return f"{said(fmean(values))} ({', '.join(map(said, values))})"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ from mono_internvl.miniature.targets import mean_scores
 from mono_internvl.model.accounting import parameter_table, prompt_costs
 from mono_internvl.model.checkpoint import read_config
 from mono_internvl.pipelines.evaluate import evaluate
+from mono_internvl.pipelines.lab_pages import origin_of, twin_page
 from mono_internvl.pipelines.language import give_eyes
+from mono_internvl.pipelines.quickstart import write_whole
 from mono_internvl.pipelines.train import train_stages
 from mono_internvl.recipes.miniature_modular import (
     MINIATURE_MODULAR,
@@ -35,7 +38,7 @@ from mono_internvl.recipes.miniature_modular import (
 )
 from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.recipe import Recipe
-from mono_internvl.training.state import exclusive, versions
+from mono_internvl.training.state import command, exclusive, versions
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
 TEXT_TOKENS = 32
@@ -109,7 +112,12 @@ class Comparison:
         modular: The twin's size.
         monolithic: The quickstart's model's size; None without one.
         kinds: Scores, by kind.
-        versions: Of what computed it.
+        against: What made the quickstart's model; None without one.
+        command: That computed this.
+        processes: Training processes.
+        device: Of training and evaluation.
+        versions: Of what computed it, commit included.
+        date: Day, as 2026-01-31.
     """
 
     quick: bool
@@ -117,7 +125,12 @@ class Comparison:
     modular: ModelRow
     monolithic: ModelRow | None
     kinds: tuple[KindRow, ...]
+    against: str | None
+    command: str
+    processes: int
+    device: str
     versions: Mapping[str, str]
+    date: str
 
 
 def modular_twin(
@@ -140,7 +153,7 @@ def modular_twin(
         seed: Of the world.
 
     Returns:
-        What is written to `comparison.json`.
+        What is written to `comparison.json`, and as a table to `table.md`.
 
     Raises:
         ConfigError: `run` was begun with other settings, or `against` is no finished quickstart of
@@ -155,7 +168,7 @@ def modular_twin(
     with exclusive(run):
         if (run / "lab.json").exists():
             _check_same(run / "lab.json", settings)
-        (run / "lab.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        write_whole(run / "lab.json", json.dumps(settings))
         world = miniature.write_world(run / "data", plan.size, seed)
         if against is not None:
             marker = world.root / "world.json"
@@ -172,10 +185,17 @@ def modular_twin(
             modular=_model_row(model),
             monolithic=None if against is None else _model_row(against / "model"),
             kinds=_kind_rows(rows, other_rows),
+            against=None
+            if against is None
+            else origin_of(json.loads((against / "metrics.json").read_text(encoding="utf-8"))),
+            command=command(),
+            processes=processes,
+            device=device,
             versions=versions(),
+            date=time.strftime("%Y-%m-%d", time.gmtime()),
         )
-        text = json.dumps(dataclasses.asdict(comparison), indent=2)
-        (run / "comparison.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(run / "comparison.json", json.dumps(dataclasses.asdict(comparison), indent=2))
+        write_whole(run / "table.md", twin_page(dataclasses.asdict(comparison)))
         return comparison
 
 
@@ -212,8 +232,11 @@ def _answers(
 
 def _last_predictions(quickstart_run: Path, plan: ModularPlan) -> list[dict[str, Any]]:
     file = quickstart_run / "predictions" / f"{plan.recipe.stages[-1].name}.jsonl"
-    if not file.is_file():
-        raise ConfigError(f"{file}: not there; let the quickstart of that folder finish first")
+    for needed in (file, quickstart_run / "metrics.json"):
+        if not needed.is_file():
+            raise ConfigError(
+                f"{needed}: not there; let the quickstart of that folder finish first"
+            )
     return _read_rows(file)
 
 

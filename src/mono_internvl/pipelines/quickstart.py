@@ -7,9 +7,7 @@ three questions answered on the screen. What is there already is skipped: a kill
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,7 +46,7 @@ from mono_internvl.serving.loading import load
 from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Stage
-from mono_internvl.training.state import exclusive, versions
+from mono_internvl.training.state import command, exclusive, versions
 from mono_internvl.visual.report import write_report
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
@@ -322,7 +320,7 @@ def collect(
         "quick": quick,
         "cpu_minutes": cpu_minutes,
         "minutes": seconds / 60,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "device": device,
         "processes": processes,
         "versions": versions(),

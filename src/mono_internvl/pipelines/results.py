@@ -19,6 +19,7 @@ from typing import Any
 
 from mono_internvl.errors import ConfigError
 from mono_internvl.pipelines.bench_pages import TABLES, comparison_block, targets_block
+from mono_internvl.pipelines.lab_pages import LAB_BLOCKS
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +232,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quickstart-output": _output("quickstart"),
     "test-output": _output("test"),
     **{name: _group(name) for name in GROUPS},
+    **LAB_BLOCKS,
     "bench-targets": targets_block,
     **{f"bench-{what}": comparison_block(what) for what in TABLES},
 }

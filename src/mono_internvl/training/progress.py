@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +15,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mono_internvl.training.recipe import Recipe, Stage
 
 _SMOOTHING = 0.95
+_RUN: ContextVar[str] = ContextVar("run", default="")
+
+
+@contextmanager
+def lines_of(run: str) -> Iterator[None]:
+    """Within, progress is lines that begin with a name: several runs can share a screen.
+
+    Args:
+        run: Its name.
+    """
+    token = _RUN.set(f"{run}  ")
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
 
 
 def describe_recipe(recipe: Recipe) -> str:
@@ -30,7 +48,7 @@ def describe_recipe(recipe: Recipe) -> str:
 
 
 class StageProgress:
-    """Live line of a stage; on a pipe, one line for every tenth of the way.
+    """Live line of a stage; on a pipe and in `lines_of`, a line for every tenth of the way.
 
     Args:
         stage: What trains.
@@ -41,6 +59,8 @@ class StageProgress:
     def __init__(self, stage: Stage, first_step: int = 0, quiet: bool = False):
         self.stage, self.done, self.quiet = stage, first_step, quiet
         self.console = Console(file=sys.stderr)
+        self.run = _RUN.get()
+        self.is_live = self.console.is_terminal and not self.run
         self.loss: float | None = None
         self.tokens = self.images = 0
         self.began = time.perf_counter()
@@ -51,7 +71,7 @@ class StageProgress:
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=quiet or not self.console.is_terminal,
+            disable=quiet or not self.is_live,
         )
         self.task = self.bar.add_task(
             f"{stage.name} {stage.title}", total=stage.steps, completed=first_step, text=""
@@ -77,7 +97,10 @@ class StageProgress:
         )
         self.bar.update(self.task, completed=self.done, text=text)
         tenth = max(1, self.stage.steps // 10)
-        if not self.quiet and not self.console.is_terminal and self.done % tenth == 0:
+        if not self.quiet and not self.is_live and self.done % tenth == 0:
             self.console.print(
-                f"{self.stage.name} {self.done}/{self.stage.steps}  {text}", highlight=False
+                f"{self.run}{self.stage.name} {self.done}/{self.stage.steps}  {text}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )

@@ -12,8 +12,10 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -266,6 +268,15 @@ def truncate_metrics(path: Path, steps: int) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text("".join(line + "\n" for line in kept))
     temporary.replace(path)
+
+
+def command() -> str:
+    """What was typed, for the record beside a number; folders are named without where they lie."""
+    words = [Path(sys.argv[0]).name]
+    for word in sys.argv[1:]:
+        option, sign, value = word.rpartition("=")
+        words.append(f"{option}{sign}{Path(value).name if Path(value).is_absolute() else value}")
+    return shlex.join(words)
 
 
 @cache
