@@ -46,6 +46,7 @@ IMAGES = ROOT / "tests" / "parity" / "golden" / "python"
 NETWORK = "needs the network"
 MINUTES = "takes minutes; .ci/run walks the quick form"
 MINUTES_MODULAR = "takes minutes; tests/pipelines/test_lab_modular.py walks a smaller form"
+MINUTES_LLM = "takes minutes; tests/pipelines/test_quickstart_llm.py walks a smaller form"
 MINUTES_EVIP = "takes hours; tests/pipelines/test_lab_evip.py walks a smaller form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
 DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
@@ -71,6 +72,7 @@ NOT_EXECUTED = {
     "mono-internvl quickstart": MINUTES,
     "mono-internvl quickstart --quick --out runs/quick": MINUTES,
     "mono-internvl quickstart --llm scratch --out runs/scratch": MINUTES,
+    "mono-internvl quickstart --quick --llm DIR --out runs/other": MINUTES_LLM,
     "mono-internvl lab modular --against runs/quickstart": MINUTES,
     "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,
     "mono-internvl lab evip-plus-plus --processes 2": MINUTES_EVIP,

@@ -177,7 +177,7 @@ def test_finished_quickstart_stands_for_evip_of_seed_0(
     reused, own = (read_runs(place / "runs.jsonl") for place in (folder, run))
     assert reused[0] == dataclasses.replace(own[0], command="quickstart")
     assert reused[1:] == own[1:]
-    assert "- EViP 0: `quickstart`" in (folder / "table.md").read_text()
+    assert "- EViP (seed 0): `quickstart`" in (folder / "table.md").read_text()
 
 
 @pytest.mark.parametrize("part", ["settings", "unfinished", "weights", "stage", "data"])
@@ -267,7 +267,7 @@ def test_table_gives_mean_each_seed_and_the_differences_within_seeds() -> None:
     assert _line(text, "pre-training samples").count("3,000 (3,000, 3,000, 3,000)") == 3
     assert _line(text, "pre-training, CPU").count("10.5 (7.5, 10.5, 13.5)") == 3
     assert "| no, no, no | yes, yes, yes | yes, yes, yes |" in _line(
-        text, "text-only logits bit for bit as at the start, after s13"
+        text, "text-only logits bit for bit as at the start, after S1.3"
     )
 
 

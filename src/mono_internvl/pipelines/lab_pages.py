@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,11 @@ class MeasuredRun:
     device: str
     versions: Mapping[str, str]
     date: str
+
+
+def stage_label(stage: str) -> str:
+    """A stage as the paper writes it: "s12" is S1.2."""
+    return "S" + ".".join(stage[1:]) if re.fullmatch(r"s\d+", stage) else stage
 
 
 def origin_of(made: Mapping[str, Any]) -> str:
@@ -160,8 +166,8 @@ def evip_page(runs: Sequence[MeasuredRun]) -> str:
         *_origins(arms),
         "",
         "What this shows: what two orders of learning do at this scale, with rates that were "
-        "chosen for EViP. What it cannot show: the paper's claim, which is about a model a hundred "
-        "times larger and about re-organised data that were not published.",
+        "chosen for EViP. What it cannot show: the paper's claim, which is about a model hundreds "
+        "of times larger and about re-organised data that were not published.",
     ]
     return "\n".join(lines)
 
@@ -195,9 +201,8 @@ def _costs(arms: _Arms) -> list[str]:
         for arm in arms.titles:
             same = arms.values(arm, _IDENTICAL, [stage])
             cells.append(", ".join("-" if x is None else "yes" if x else "no" for x in same))
-        lines.append(
-            _line([f"text-only logits bit for bit as at the start, after {stage}", *cells])
-        )
+        label = f"text-only logits bit for bit as at the start, after {stage_label(stage)}"
+        lines.append(_line([label, *cells]))
     rows = [(f"pre-training {_SAMPLES}", _SAMPLES), (f"pre-{_MINUTES}", _MINUTES)]
     for label, measure in rows:
         cells = [_cell(arms.values(arm, measure, arms.pretraining)) for arm in arms.titles]
@@ -210,7 +215,7 @@ def _origins(arms: _Arms) -> list[str]:
     origins: dict[str, list[str]] = {}
     for (arm, seed), run in arms.runs.items():
         origin = origin_of(vars(run))
-        origins.setdefault(origin, []).append(f"{arms.titles[arm]} {seed}")
+        origins.setdefault(origin, []).append(f"{arms.titles[arm]} (seed {seed})")
     if len(origins) == 1:
         return [f"All runs: {next(iter(origins))}."]
     return [f"- {'; '.join(names)}: {origin}" for origin, names in origins.items()]

@@ -19,7 +19,7 @@ from typing import Any
 
 from mono_internvl.errors import ConfigError
 from mono_internvl.pipelines.bench_pages import TABLES, comparison_block, targets_block
-from mono_internvl.pipelines.lab_pages import LAB_BLOCKS
+from mono_internvl.pipelines.lab_pages import LAB_BLOCKS, stage_label
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def _stages(results: Path) -> str:
         by_stage = [stage["scores"].get(kind, {}).get("score") for stage in stages]
         other = [last.get(kind, {}).get(name) for name in ("aligned", "blind", "chance")]
         rows.append((kind, *map(_figure, [*by_stage, *other])))
-    labels = [_label(stage["name"]) for stage in stages]
+    labels = [stage_label(stage["name"]) for stage in stages]
     final = labels[-1]
     head = ("kind", *labels, f"{final}, aligned", f"{final}, blind", "chance")
     return _table(head, rows) + _origin(metrics)
@@ -188,7 +188,7 @@ def _language(results: Path) -> str:
     said = {True: "yes", False: "no"}
     identical = [said.get(stage["text_logits_identical"], "") for stage in stages]
     rows.append(("text-only logits as before", *identical))
-    return _table(("on text", *(_label(s["name"]) for s in stages)), rows) + _origin(metrics)
+    return _table(("on text", *(stage_label(s["name"]) for s in stages)), rows) + _origin(metrics)
 
 
 def _output(name: str) -> Callable[[Path], str]:
@@ -296,10 +296,6 @@ def _figure(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _label(stage: str) -> str:
-    return "S" + ".".join(stage[1:]) if re.fullmatch(r"s\d+", stage) else stage
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
