@@ -13,6 +13,7 @@ from tiny_models import IMAGE_SIZE, TOKENS_PER_TILE, tile_pixels
 from mono_internvl.model.configuration import MonoInternVLVisionConfig
 from mono_internvl.model.from_llm import monolithic_from_llm
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.training.recompute import enable_recompute
 
 VISION = MonoInternVLVisionConfig(hidden_size=32, image_size=IMAGE_SIZE)
 
@@ -73,6 +74,18 @@ def test_forward_compiles_without_graph_breaks(version: str, tmp_path: Path) -> 
     assert found.graph_count == 1
 
 
+def test_images_break_the_graph_where_they_are_placed_and_in_no_layer(tmp_path: Path) -> None:
+    """How many rows are visual is read once, at the door; layers compile whole."""
+    model = _model(tmp_path)
+    batch = _batch(model)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(batch["input_ids"], pixel_values=batch["pixel_values"])
+    places = {reason.user_stack[-1].name for reason in found.break_reasons}
+    assert places == {"place_features", "from_mask"}
+    assert model.config.text_config.num_hidden_layers == 4
+    assert found.graph_break_count < 8, "would be twice a layer"
+
+
 @pytest.mark.parametrize("version", ["qwen3", "smollm3-sliding"])
 def test_gradient_checkpointing_changes_no_gradient(version: str, tmp_path: Path) -> None:
     model = _model(tmp_path, version)
@@ -82,8 +95,8 @@ def test_gradient_checkpointing_changes_no_gradient(version: str, tmp_path: Path
         model.zero_grad()
         model.train()
         if is_on:
-            model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
+            enable_recompute(model, "full")
+            assert model.model.language_model.layers[0].gradient_checkpointing
         model(**batch).loss.backward()
         gradients.append(
             {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -28,6 +28,7 @@ from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.image_layout import has_image_layout, lay_out_images, position_lag
 from mono_internvl.model.layers import eager_attention_forward
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.training.recompute import enable_recompute
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa"])
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -437,7 +438,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     model(ids, pixel_values=pixels, labels=ids).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    model.gradient_checkpointing_enable()
+    enable_recompute(model, "full")
     model(ids, pixel_values=pixels, labels=ids).loss.backward()
     for name, p in model.named_parameters():
         assert expected[name] is None or torch.equal(p.grad, expected[name]), name

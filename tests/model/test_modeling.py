@@ -21,6 +21,7 @@ from transformers import DynamicCache, StaticCache
 
 from mono_internvl.errors import PromptError
 from mono_internvl.model.from_llm import copy_text_to_visual
+from mono_internvl.training.recompute import enable_recompute
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
 
@@ -365,7 +366,7 @@ def test_gradient_checkpointing_changes_no_gradient(attention: str) -> None:
     model(**batch).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    model.gradient_checkpointing_enable()
+    enable_recompute(model, "full")
     assert model.model.language_model.layers[0].gradient_checkpointing
     model(**batch).loss.backward()
     for name, p in model.named_parameters():

@@ -18,6 +18,7 @@ from mono_internvl.model.vision_tower import drop_path
 from mono_internvl.pipelines.convert import check_round_trip
 from mono_internvl.recipes.groups import EYES
 from mono_internvl.training.recipe import Rule, Stage
+from mono_internvl.training.recompute import enable_recompute
 from mono_internvl.training.rules import apply_rules
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
@@ -84,12 +85,33 @@ def test_gradient_checkpointing_changes_no_gradient_of_the_tower(attention: str)
     _loss(model).backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    model.gradient_checkpointing_enable()
+    enable_recompute(model, "full")
     assert model.model.vision_tower.layers[0].gradient_checkpointing
     torch.manual_seed(0)
     _loss(model).backward()
     for name, p in model.named_parameters():
         assert torch.equal(p.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_tower_compiles_without_graph_breaks(is_training: bool) -> None:
+    model = _model(drop_path_rate=0.3).train(is_training)
+    pixels = tile_pixels(2)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model.get_image_features)(pixels)
+    assert found.graph_break_count == 0, found.break_reasons
+    assert found.graph_count == 1
+    compiled = torch.compile(model.get_image_features, backend="eager", fullgraph=True)
+    torch.manual_seed(0)
+    expected = model.get_image_features(pixels)
+    torch.manual_seed(0)
+    assert torch.equal(compiled(pixels), expected), "stochastic depth draws as it does uncompiled"
+
+
+def test_modular_model_compiles_on_text_without_graph_breaks() -> None:
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(_model())(input_ids=text_ids(9))
+    assert found.graph_break_count == 0, found.break_reasons
 
 
 # ------------------------------------------------------------------------------- what learns

@@ -1,6 +1,7 @@
 """Recomputing changes memory, not numbers."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from mono_internvl.bench.models import prompt_of, random_model, size_of
 from mono_internvl.errors import RecipeError
-from mono_internvl.training.recompute import checkpointing_options
+from mono_internvl.training.recompute import checkpointing_options, enable_recompute
 
 
 def _saved_and_gradients(model: Any, batch: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -35,7 +36,9 @@ def test_recompute_changes_no_gradient(attention: str, recompute: Any) -> None:
     labels[:, :-3] = -100
     batch = {"input_ids": prompt.input_ids, "pixel_values": prompt.pixel_values, "labels": labels}
     other = copy.deepcopy(model)
-    other.gradient_checkpointing_enable(checkpointing_options(recompute))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as a deprecated name would say
+        enable_recompute(other, recompute)
     plain, expected = _saved_and_gradients(model, batch)
     less, found = _saved_and_gradients(other, batch)
     assert less < plain

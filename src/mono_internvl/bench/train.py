@@ -28,11 +28,15 @@ from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.encoding import IGNORED_LABEL
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+<<<<<<< ours
 from mono_internvl.model.training_costs import SampleShape, step_flops
 from mono_internvl.training.loop import optimizer_of
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import checkpointing_options
 from mono_internvl.training.rules import apply_rules
+=======
+from mono_internvl.training.recompute import enable_recompute
+>>>>>>> theirs
 
 OFFICIAL = "dense, eager attention, all logits, as the official code runs"
 TEXT_LOGITS = "dense, eager attention, logits of labels only"
@@ -75,7 +79,7 @@ def bench_step(setting: Setting) -> list[BenchRow]:
     ours = random_model(size, "v1", dtype, device, BLOCKED).train()
     dense = make_dense(ours, "eager").train()
     recomputing = twin(ours, BLOCKED).train()
-    recomputing.gradient_checkpointing_enable(checkpointing_options("selective"))
+    enable_recompute(recomputing, "selective")
     for model in (ours, dense, recomputing):
         for name, p in model.named_parameters():
             p.requires_grad_(

@@ -33,8 +33,13 @@ from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.training.distributed import all_sum, barrier, own_device, rank, world_size
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
+<<<<<<< ours
 from mono_internvl.training.recompute import checkpointing_options
 from mono_internvl.training.rules import LearnedGroup, apply_rules
+=======
+from mono_internvl.training.recompute import enable_recompute
+from mono_internvl.training.rules import apply_rules
+>>>>>>> theirs
 from mono_internvl.training.state import (
     SavedState,
     digest_of_data,
@@ -136,7 +141,7 @@ class _Loop:
             )
         ).to(device)
         if stage.recompute != "none":
-            self.model.gradient_checkpointing_enable(checkpointing_options(stage.recompute))
+            enable_recompute(self.model, stage.recompute)
         self.processor: MonoInternVLProcessor = MonoInternVLProcessor.from_pretrained(folder)
 
     def _resumable(self) -> SavedState | None:

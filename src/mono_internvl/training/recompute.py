@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
 
 from mono_internvl.errors import RecipeError
 
@@ -23,8 +24,28 @@ _KEPT = {
 """Results that are kept: products of weights, and what attention gives; not the scores."""
 
 
+def enable_recompute(model: PreTrainedModel, recompute: Recompute) -> None:
+    """Let a model compute activations again in the backward pass.
+
+    Newer transformers call this activation checkpointing and warn at the old name, the oldest that
+    is supported knows only that one.
+
+    Args:
+        model: Changed in place.
+        recompute: "selective" or "full"; see `checkpointing_options`.
+
+    Raises:
+        RecipeError: Another way.
+    """
+    options = checkpointing_options(recompute)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
 def checkpointing_options(recompute: Recompute) -> dict[str, Any]:
-    """What `gradient_checkpointing_enable` takes for a way to recompute.
+    """What transformers takes for a way to recompute.
 
     Args:
         recompute: "full" keeps the input of a decoder layer and computes the layer again;
