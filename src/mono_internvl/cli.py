@@ -5,6 +5,7 @@ Whatever is heavy is imported inside its command, so that `--help` answers at on
 
 import dataclasses
 import sys
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -187,6 +188,10 @@ def init(
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="Jinja, or internlm2-chat; the model's own.")
     ] = None,
+    template_date: Annotated[
+        str,
+        typer.Option(metavar="DATE", help="For templates that print it: YYYY-MM-DD, or today."),
+    ] = "2024-07-26",
     tile_px: Annotated[int, typer.Option(help="Side of a tile.")] = 448,
     patch_width: Annotated[int, typer.Option(min=1, help="Of the patch embedding.")] = 1024,
     max_tiles: Annotated[int, typer.Option(min=1, help="Most tiles of an image.")] = 12,
@@ -202,6 +207,10 @@ def init(
 
     if preset not in EXPERT_PRESETS:
         raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
+    try:
+        day = None if template_date == "today" else date.fromisoformat(template_date)
+    except ValueError as error:
+        raise typer.BadParameter(f"--template-date {template_date}: {error}") from error
     _quieten()
     experts = parse_visual_experts(visual_experts) if visual_experts else EXPERT_PRESETS[preset]
     made = make_model(
@@ -209,6 +218,7 @@ def init(
         out,
         visual_experts=experts,
         chat_template=chat_template,
+        template_date=day,
         tile_px=tile_px,
         patch_width=patch_width,
         max_tiles=max_tiles,

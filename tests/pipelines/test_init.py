@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from tokenizers import AddedToken
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 
 from mono_internvl import cli
 from mono_internvl.errors import CheckpointError, ConfigError, PromptError
 from mono_internvl.model.chat_templates import JinjaForm, adapt_template
-from mono_internvl.model.encoding import IGNORED_LABEL
+from mono_internvl.model.encoding import IGNORED_LABEL, encode_pieces
 from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.prompts import Piece, to_turns
+from mono_internvl.model.prompts import VISUAL_TOKENS, Piece, to_turns
 from mono_internvl.model.tokenization import load_tokenizer
 from mono_internvl.pipelines.init import init
 from mono_internvl.recipes.evip import EVIP
@@ -65,6 +67,12 @@ HEADERS = """{{- bos_token -}}{%- for m in messages -%}
 {{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim -}}
 {{- '<|eot_id|>' -}}{%- endfor -%}{%- if add_generation_prompt -%}
 {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}{%- endif -%}"""
+
+DATED = """{{- bos_token -}}{%- if not date_string is defined -%}
+{%- if strftime_now is defined -%}{%- set date_string = strftime_now("%d %b %Y") -%}
+{%- else -%}{%- set date_string = "26 Jul 2024" -%}{%- endif -%}{%- endif -%}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '<|eot_id|>' -}}
+""" + HEADERS.removeprefix("{{- bos_token -}}")
 
 TEMPLATES: dict[str, tuple[str, str, str]] = {
     # family: template, what closes an answer, what is learned of the two answers below
@@ -183,6 +191,118 @@ def test_template_refuses_what_cannot_be_learned(tmp_path: Path) -> None:
     assert pieces[0] == Piece("control", "<s>")
     spelled = "".join(piece.text for piece in pieces[1:])
     assert spelled == "[INST] <<SYS>>\nS\n<</SYS>>\n\nWhich colour? [/INST]"
+
+
+# ------------------------------------------------------------------- the date that templates print
+
+
+def test_template_prints_one_date_for_ever(tmp_path: Path) -> None:
+    processor = _processor(tmp_path, DATED)
+    text = processor.tokenizer.decode(processor.encode_conversation(DIALOGUE).input_ids.tolist())
+    assert "Today Date: 26 Jul 2024<|eot_id|>" in text
+    hosts = processor.apply_chat_template([{"role": "user", "content": "hello"}])
+    assert "Today Date: 26 Jul 2024<|eot_id|>" in hosts
+    given = processor.apply_chat_template(
+        [{"role": "user", "content": "hello"}], date_string="31 Jan 2026"
+    )
+    assert "Today Date: 31 Jan 2026<|eot_id|>" in given, "a host may still say which"
+
+
+def test_template_date_is_chosen_or_left_to_the_clock(tmp_path: Path) -> None:
+    _write_llm(tmp_path / "llm", template=DATED)
+    llm, day = str(tmp_path / "llm"), date(2026, 1, 31)
+    chosen = init(llm, tmp_path / "chosen", template_date=day, **TINY)
+    assert 'set date_string = "31 Jan 2026"' in (chosen / "chat_template.jinja").read_text()
+    clock = init(llm, tmp_path / "clock", template_date=None, **TINY)
+    assert 'strftime_now("%d %b %Y")' in (clock / "chat_template.jinja").read_text()
+
+
+def test_template_that_computes_its_date_is_refused() -> None:
+    computed = "{%- set form = '%Y' -%}{{- strftime_now(form) -}}" + CHATML
+    with pytest.raises(ConfigError, match="--template-date today"):
+        adapt_template(computed)
+    assert computed in adapt_template(computed, None)
+    assert "'%d'" not in adapt_template("{{- strftime_now('%d %B %Y') -}}" + CHATML)
+
+
+# ------------------------------------------------------- vocabularies that mark a text's first word
+
+
+def _metaspace_llm(folder: Path, scheme: str) -> PreTrainedTokenizerFast:
+    """A language model whose tokenizer marks words as sentencepiece does, with `[INST]`."""
+    control = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = BpeTrainer(special_tokens=[*control, *bytes_], vocab_size=300, show_progress=False)
+    backend.train_from_iterator(["Which colour? red And this? blue system"], trainer)
+    fields = json.loads(backend.to_str())
+    fields["added_tokens"] = [row for row in fields["added_tokens"] if row["content"] in control]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(fields)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    )
+    tokenizer.chat_template = TIGHT
+    TINY_LLMS["mistral-v0.3"].write(
+        folder, vocab_size=len(tokenizer) + 3, max_position_embeddings=256
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+TIGHT = """{{- bos_token -}}{%- for m in messages -%}{%- if m.role == 'user' -%}
+{{- '[INST]' + m.content + '[/INST]' -}}{%- else -%}{{- m.content + eos_token -}}{%- endif -%}
+{%- endfor -%}"""
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_template_text_after_control_tokens_is_tokenized_as_transformers_does(
+    scheme: str, tmp_path: Path
+) -> None:
+    reference = _metaspace_llm(tmp_path / "llm", scheme)
+    processor = MonoInternVLProcessor.from_pretrained(
+        init(str(tmp_path / "llm"), tmp_path / "made", **TINY)
+    )
+    options: dict[str, Any] = {"tokenize": True, "return_dict": False}
+    whole = processor.encode_conversation(DIALOGUE)
+    theirs = reference.apply_chat_template(DIALOGUE, **options)
+    assert whole.input_ids.tolist() == theirs
+    marked = reference.convert_ids_to_tokens(theirs)[2].startswith("▁")
+    assert marked == (scheme == "always")
+    learned = whole.labels[whole.labels != IGNORED_LABEL].tolist()
+    spelled = "".join(reference.convert_ids_to_tokens(learned))
+    assert spelled.replace("▁", "") == "red</s>blue</s>"
+    prompt = processor.encode_prompt(DIALOGUE[:3])["input_ids"][0].tolist()
+    assert prompt == reference.apply_chat_template(DIALOGUE[:3], **options)
+    turn = processor.encode_turn(DIALOGUE[2], close_previous=False)["input_ids"][0].tolist()
+    assert prompt[-len(turn) :] == turn
+    closing = processor.encode_turn(DIALOGUE[2], close_previous=True)["input_ids"][0].tolist()
+    assert prompt[-len(closing) :] == closing
+
+
+def test_text_at_the_start_keeps_its_mark(tmp_path: Path) -> None:
+    reference = _metaspace_llm(tmp_path, "first")
+    tokenizer = load_tokenizer(tmp_path)
+    plain = reference("red", add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode_plain("red").ids == plain
+    within = tokenizer.encode_plain("red", continues=True)
+    assert reference.convert_ids_to_tokens(plain)[0].startswith("▁")
+    assert not reference.convert_ids_to_tokens(within.ids)[0].startswith("▁")
+    assert within.spans[0][0] == 0 and within.spans[-1][1] == 3
+    pieces = [Piece("text", "red", True), Piece("control", "</s>"), Piece("text", "red", True)]
+    tokenizer.add_tokens([AddedToken(x, special=True) for x in VISUAL_TOKENS], special_tokens=True)
+    ids, labels = encode_pieces(tokenizer, pieces, [])
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert ids == [bos, *plain, end, *within.ids]
+    assert labels == [IGNORED_LABEL, *plain, IGNORED_LABEL, *within.ids]
 
 
 @pytest.mark.parametrize("version", ["internlm2", "llama3.2", "mistral-v0.1", "qwen3", "smollm3"])

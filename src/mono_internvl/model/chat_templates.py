@@ -8,8 +8,10 @@ wrote around the marks is searched for control tokens; the message takes the mar
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
+from datetime import date
 from typing import Protocol
 
 from jinja2.exceptions import TemplateError
@@ -36,6 +38,10 @@ JINJA_FORM = "chat_template.jinja"
 """The form that the file of this name says; the value of `template` in config.json."""
 
 _MARK = re.compile("\ue000(\\d+)\ue001")
+TEMPLATE_DATE = date(2024, 7, 26)
+"""The date that a template gets in place of today's; Llama's own templates fall back to it."""
+
+_TODAY = re.compile(r"""strftime_now\s*\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 _HAS_SPANS = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -226,12 +232,30 @@ def _message(turn: Turn, is_learned: bool) -> Iterator[Piece]:
             yield Piece("control" if text in GROUNDING_TOKENS else "text", text, is_learned)
 
 
-def adapt_template(template: str) -> str:
+def adapt_template(template: str, today: date | None = TEMPLATE_DATE) -> str:
     """A language model's template for messages with images, as hosts hand them over in parts.
 
     Images become `<IMG_CONTEXT>`, placed as `prompts.to_turns` places them; what the template gets
     to see is plain text. Reasoning models are told to answer at once unless asked otherwise.
+
+    A template that prints today's date gets a fixed one: else the same samples would have other
+    ids tomorrow, and a killed run would not go on to the same numbers.
+
+    Args:
+        template: Jinja.
+        today: The date that it gets; None leaves it the clock.
+
+    Raises:
+        ConfigError: It asks for the date in a form that is not written out.
     """
+    if today is not None:
+        template = _TODAY.sub(lambda call: json.dumps(today.strftime(call["format"])), template)
+        if re.search(r"strftime_now\s*\(", template):
+            raise ConfigError(
+                "chat template: prints today's date in a form that it computes; expected "
+                'strftime_now("...") with the form written out, give another template or '
+                "--template-date today"
+            )
     return image_macros() + _PLAIN_MESSAGES + template
 
 

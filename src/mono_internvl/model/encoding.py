@@ -52,6 +52,7 @@ def encode_pieces(
     image_tokens: Sequence[int],
     *,
     add_bos: bool = True,
+    continues: bool = False,
 ) -> tuple[list[int], list[int]]:
     """Ids and labels of a rendered conversation.
 
@@ -63,6 +64,7 @@ def encode_pieces(
         pieces: The conversation.
         image_tokens: For each image slot how many `<IMG_CONTEXT>` stand in it.
         add_bos: Whether BOS comes first.
+        continues: Whether the pieces go on with a conversation that is encoded already.
 
     Returns:
         Ids (T,) and labels (T,), the label at position 0 never set: nothing predicts it.
@@ -76,9 +78,9 @@ def encode_pieces(
             f"{slots} image placeholders but {len(image_tokens)} images; "
             "write one placeholder for each image"
         )
-    encoder = _Encoder(tokenizer)
+    encoder = _Encoder(tokenizer, continues)
     if add_bos and tokenizer.bos_token_id is not None:
-        encoder.add_ids([tokenizer.bos_token_id], is_learned=False)
+        encoder.add_bos(tokenizer.bos_token_id)
     start, context, end = map(tokenizer.control_id, (IMAGE_START, IMAGE_CONTEXT, IMAGE_END))
     counts = iter(image_tokens)
     for piece in pieces:
@@ -193,12 +195,16 @@ class TileLimits:
 class _Encoder:
     """Collects ids and labels; text is held back until a control token ends its stretch."""
 
-    def __init__(self, tokenizer: MonoInternVLTokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: MonoInternVLTokenizer, continues: bool) -> None:
+        self._tokenizer, self._continues = tokenizer, continues
         self._ids: list[int] = []
         self._labels: list[int] = []
         self._text = ""
         self._learned: list[tuple[int, int]] = []
+
+    def add_bos(self, index: int) -> None:
+        """Tokenizers put BOS in front of the ids: the text behind it still is the first."""
+        self._ids, self._labels = [index], [IGNORED_LABEL]
 
     def add_text(self, text: str, is_learned: bool) -> None:
         if is_learned:
@@ -209,6 +215,7 @@ class _Encoder:
         self._flush()
         self._ids += ids
         self._labels += ids if is_learned else [IGNORED_LABEL] * len(ids)
+        self._continues = True
 
     def finish(self) -> tuple[list[int], list[int]]:
         self._flush()
@@ -217,7 +224,7 @@ class _Encoder:
     def _flush(self) -> None:
         if not self._text:
             return
-        encoding = self._tokenizer.encode_plain(self._text)
+        encoding = self._tokenizer.encode_plain(self._text, continues=self._continues)
         for index, (start, end) in zip(encoding.ids, encoding.spans, strict=True):
             # A dummy prefix covers no character: it belongs to the one that follows it.
             stop = max(end, start + 1)

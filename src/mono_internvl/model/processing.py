@@ -399,7 +399,7 @@ class MonoInternVLProcessor(ProcessorMixin):
         own = limits.take(len(images))
         limits.check_used_up()
         pixel_values, num_tiles = self._cut(images, own)
-        return self._batch([self._ids(pieces, num_tiles, add_bos=False)[0]], pixel_values)
+        return self._batch([self._ids(pieces, num_tiles, continues=True)[0]], pixel_values)
 
     def encode_conversation(
         self,
@@ -463,11 +463,11 @@ class MonoInternVLProcessor(ProcessorMixin):
         return turns
 
     def _ids(
-        self, pieces: Sequence[Piece], num_tiles: Sequence[int], *, add_bos: bool = True
+        self, pieces: Sequence[Piece], num_tiles: Sequence[int], *, continues: bool = False
     ) -> tuple[list[int], list[int]]:
         counts = [count * self.tokens_per_tile for count in num_tiles]
-        add_bos = add_bos and self._form.adds_bos
-        return encode_pieces(self.tokenizer, pieces, counts, add_bos=add_bos)
+        bos = self._form.adds_bos and not continues
+        return encode_pieces(self.tokenizer, pieces, counts, add_bos=bos, continues=continues)
 
     def _cut(
         self, images: Sequence[Any], limits: Sequence[int]

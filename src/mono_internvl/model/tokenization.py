@@ -69,7 +69,7 @@ class MonoInternVLTokenizer(PreTrainedTokenizerFast):
     padding_side = "left"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._plain: Tokenizer | None = None
+        self._plain: dict[bool, Tokenizer] = {}
         self._table: DecodingTable | None = None
         self._control: dict[str, int] | None = None
         self._kept_files: dict[str, bytes] = {}
@@ -106,13 +106,15 @@ class MonoInternVLTokenizer(PreTrainedTokenizerFast):
             )
         return index
 
-    def encode_plain(self, text: str) -> PlainEncoding:
+    def encode_plain(self, text: str, *, continues: bool = False) -> PlainEncoding:
         """Encodes text in which the names of control tokens are just characters.
 
         For text without such names the ids are those of ordinary encoding.
 
         Args:
             text: Any text.
+            continues: Whether something stands before it. A vocabulary that marks the start of the
+                first word of a text, and of that one only (Metaspace, "first"), then marks none.
 
         Returns:
             Ids and character spans; no BOS.
@@ -121,11 +123,16 @@ class MonoInternVLTokenizer(PreTrainedTokenizerFast):
             PromptError: If the text cannot be encoded in UTF-8 (a lone surrogate), or the
                 vocabulary spells a control token as ordinary text (sentencepiece's never do).
         """
-        if self._plain is None:
-            self._plain = Tokenizer.from_str(self.backend_tokenizer.to_str())
-            self._plain.encode_special_tokens = True
+        if not self._plain:
+            fields = self.backend_tokenizer.to_str()
+            within = fields.replace('"prepend_scheme":"first"', '"prepend_scheme":"never"')
+            first = _plain_tokenizer(fields)
+            self._plain = {
+                False: first,
+                True: first if within == fields else _plain_tokenizer(within),
+            }
         try:
-            encoding = self._plain.encode(text, add_special_tokens=False)
+            encoding = self._plain[continues].encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise PromptError(
                 f"text: {text[:40]!r} is not a Unicode string ({error}); "
@@ -164,7 +171,8 @@ class MonoInternVLTokenizer(PreTrainedTokenizerFast):
         return names + tuple(str(folder / name) for name in self._kept_files)
 
     def _add_tokens(self, new_tokens: list[Any], special_tokens: bool = False) -> int:
-        self._plain = self._table = self._control = None
+        self._table = self._control = None
+        self._plain = {}
         return super()._add_tokens(new_tokens, special_tokens=special_tokens)
 
     def _decode(
@@ -332,6 +340,13 @@ def read_json(file: Path | None) -> dict[str, Any]:
             f"{file}: {type(value).__name__}; expected a JSON object, restore the file"
         )
     return value
+
+
+def _plain_tokenizer(fields: str) -> Tokenizer:
+    """A tokenizer to which the names of control tokens are text."""
+    plain = Tokenizer.from_str(fields)
+    plain.encode_special_tokens = True
+    return plain
 
 
 def _content(token: Any) -> str:

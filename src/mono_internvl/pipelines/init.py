@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mono_internvl.errors import CheckpointError, ConfigError
-from mono_internvl.model.chat_templates import JINJA_FORM, RELEASED_FORM, adapt_template
+from mono_internvl.model.chat_templates import (
+    JINJA_FORM,
+    RELEASED_FORM,
+    TEMPLATE_DATE,
+    adapt_template,
+)
 from mono_internvl.model.checkpoint import read_headers, resolve_checkpoint
 from mono_internvl.model.configuration import MonoInternVLVisionConfig
 from mono_internvl.model.from_llm import MonolithicStart, monolithic_from_llm
@@ -34,6 +40,7 @@ def init(
     *,
     visual_experts: tuple[str, ...] = ("ffn",),
     chat_template: str | None = None,
+    template_date: date | None = TEMPLATE_DATE,
     tile_px: int = 448,
     patch_width: int = 1024,
     max_tiles: int = 12,
@@ -52,6 +59,7 @@ def init(
         visual_experts: Which parts of each layer get a visual copy.
         chat_template: A Jinja file, or "internlm2-chat" for the form of the released checkpoints;
             None takes the language model's own template, and that form if it has none.
+        template_date: What a template that prints today's date prints instead; None: today's date.
         tile_px: Side of a tile, a multiple of 28.
         patch_width: Of the patch embedding.
         max_tiles: Most tiles of an image, thumbnail not counted.
@@ -71,7 +79,8 @@ def init(
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
     folder = resolve_checkpoint(llm, revision=revision)
-    template = _template(folder, chat_template)
+    source = _template(folder, chat_template)
+    template = None if source is None else adapt_template(source, template_date)
     made = monolithic_from_llm(
         folder,
         vision=MonoInternVLVisionConfig(hidden_size=patch_width, image_size=tile_px),
@@ -104,10 +113,10 @@ def _template(folder: Path, asked: str | None) -> str | None:
             raise ConfigError(
                 f"chat template {asked!r}: no such file; give a Jinja file or {RELEASED_FORM!r}"
             )
-        return adapt_template(file.read_text(encoding="utf-8"))
+        return file.read_text(encoding="utf-8")
     file = folder / JINJA_FORM
     if file.is_file():
-        return adapt_template(file.read_text(encoding="utf-8"))
+        return file.read_text(encoding="utf-8")
     settings = folder / TOKENIZER_CONFIG
     stored = read_json(settings if settings.is_file() else None).get("chat_template")
     if isinstance(stored, list):  # several by name
@@ -118,7 +127,7 @@ def _template(folder: Path, asked: str | None) -> str | None:
                 f"{folder}: chat templates {', '.join(named)} but no default one; give one of them "
                 "as a file"
             )
-    return adapt_template(stored) if stored else None
+    return str(stored) if stored else None
 
 
 def _processor(made: MonolithicStart, folder: Path, template: str | None) -> MonoInternVLProcessor:
