@@ -5,7 +5,6 @@ Whatever is heavy is imported inside its command, so that `--help` answers at on
 
 import dataclasses
 import sys
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -188,10 +187,7 @@ def init(
     chat_template: Annotated[
         str | None, typer.Option(metavar="FILE", help="Jinja, or internlm2-chat; the model's own.")
     ] = None,
-    template_date: Annotated[
-        str,
-        typer.Option(metavar="DATE", help="For templates that print it: YYYY-MM-DD, or today."),
-    ] = "2024-07-26",
+    template_date: Annotated[str | None, typer.Option(help="Of dated templates, or today.")] = None,
     tile_px: Annotated[int, typer.Option(help="Side of a tile.")] = 448,
     patch_width: Annotated[int, typer.Option(min=1, help="Of the patch embedding.")] = 1024,
     max_tiles: Annotated[int, typer.Option(min=1, help="Most tiles of an image.")] = 12,
@@ -207,10 +203,6 @@ def init(
 
     if preset not in EXPERT_PRESETS:
         raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
-    try:
-        day = None if template_date == "today" else date.fromisoformat(template_date)
-    except ValueError as error:
-        raise typer.BadParameter(f"--template-date {template_date}: {error}") from error
     _quieten()
     experts = parse_visual_experts(visual_experts) if visual_experts else EXPERT_PRESETS[preset]
     made = make_model(
@@ -218,7 +210,7 @@ def init(
         out,
         visual_experts=experts,
         chat_template=chat_template,
-        template_date=day,
+        template_date=template_date,
         tile_px=tile_px,
         patch_width=patch_width,
         max_tiles=max_tiles,
@@ -404,9 +396,7 @@ def lab_evip_plus_plus(
         Path | None,
         typer.Option(metavar="DIR", help="A finished quickstart: it is EViP's run of seed 0."),
     ] = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Runs side by side, each in one process.")
-    ] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     device: Device = "cpu",
 ) -> None:
     """Compare EViP, EViP++ at equal data and EViP++ at 42 % of it, over seeds."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +209,13 @@ def test_template_prints_one_date_for_ever(tmp_path: Path) -> None:
 
 def test_template_date_is_chosen_or_left_to_the_clock(tmp_path: Path) -> None:
     _write_llm(tmp_path / "llm", template=DATED)
-    llm, day = str(tmp_path / "llm"), date(2026, 1, 31)
-    chosen = init(llm, tmp_path / "chosen", template_date=day, **TINY)
+    llm = str(tmp_path / "llm")
+    chosen = init(llm, tmp_path / "chosen", template_date="2026-01-31", **TINY)
     assert 'set date_string = "31 Jan 2026"' in (chosen / "chat_template.jinja").read_text()
-    clock = init(llm, tmp_path / "clock", template_date=None, **TINY)
+    clock = init(llm, tmp_path / "clock", template_date="today", **TINY)
     assert 'strftime_now("%d %b %Y")' in (clock / "chat_template.jinja").read_text()
+    with pytest.raises(ConfigError, match="expected YYYY-MM-DD or today"):
+        init(llm, tmp_path / "wrong", template_date="31 Jan 2026", **TINY)
 
 
 def test_template_that_computes_its_date_is_refused() -> None:

@@ -40,7 +40,7 @@ def init(
     *,
     visual_experts: tuple[str, ...] = ("ffn",),
     chat_template: str | None = None,
-    template_date: date | None = TEMPLATE_DATE,
+    template_date: str | None = None,
     tile_px: int = 448,
     patch_width: int = 1024,
     max_tiles: int = 12,
@@ -59,7 +59,8 @@ def init(
         visual_experts: Which parts of each layer get a visual copy.
         chat_template: A Jinja file, or "internlm2-chat" for the form of the released checkpoints;
             None takes the language model's own template, and that form if it has none.
-        template_date: What a template that prints today's date prints instead; None: today's date.
+        template_date: What a template that prints today's date prints instead, YYYY-MM-DD; "today"
+            leaves it the clock; None is `TEMPLATE_DATE`.
         tile_px: Side of a tile, a multiple of 28.
         patch_width: Of the patch embedding.
         max_tiles: Most tiles of an image, thumbnail not counted.
@@ -80,7 +81,7 @@ def init(
         raise ConfigError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
     folder = resolve_checkpoint(llm, revision=revision)
     source = _template(folder, chat_template)
-    template = None if source is None else adapt_template(source, template_date)
+    template = None if source is None else adapt_template(source, _day(template_date))
     made = monolithic_from_llm(
         folder,
         vision=MonoInternVLVisionConfig(hidden_size=patch_width, image_size=tile_px),
@@ -128,6 +129,17 @@ def _template(folder: Path, asked: str | None) -> str | None:
                 "as a file"
             )
     return str(stored) if stored else None
+
+
+def _day(template_date: str | None) -> date | None:
+    if template_date is None:
+        return TEMPLATE_DATE
+    try:
+        return None if template_date == "today" else date.fromisoformat(template_date)
+    except ValueError as error:
+        raise ConfigError(
+            f"template_date={template_date!r}: {error}; expected YYYY-MM-DD or today"
+        ) from error
 
 
 def _processor(made: MonolithicStart, folder: Path, template: str | None) -> MonoInternVLProcessor:
