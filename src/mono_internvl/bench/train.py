@@ -28,15 +28,11 @@ from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.encoding import IGNORED_LABEL
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-<<<<<<< ours
 from mono_internvl.model.training_costs import SampleShape, step_flops
 from mono_internvl.training.loop import optimizer_of
 from mono_internvl.training.recipe import Stage
-from mono_internvl.training.recompute import checkpointing_options
-from mono_internvl.training.rules import apply_rules
-=======
 from mono_internvl.training.recompute import enable_recompute
->>>>>>> theirs
+from mono_internvl.training.rules import apply_rules
 
 OFFICIAL = "dense, eager attention, all logits, as the official code runs"
 TEXT_LOGITS = "dense, eager attention, logits of labels only"
@@ -185,7 +181,7 @@ class _StageStep:
         self.batch = max(1, TOKENS_OF_STEP[device.type] // size.tokens)
         self.model = random_model(size, "v1", torch.float32, device, setting.attention).train()
         if stage.recompute != "none":
-            self.model.gradient_checkpointing_enable(checkpointing_options(stage.recompute))
+            enable_recompute(self.model, stage.recompute)
         groups = apply_rules(self.model, self.model.config, stage)
         self.optimizer = optimizer_of(self.model, groups, stage)
         self.learned = [p for p in self.model.parameters() if p.requires_grad]

@@ -33,13 +33,8 @@ from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.training.distributed import all_sum, barrier, own_device, rank, world_size
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
-<<<<<<< ours
-from mono_internvl.training.recompute import checkpointing_options
-from mono_internvl.training.rules import LearnedGroup, apply_rules
-=======
 from mono_internvl.training.recompute import enable_recompute
-from mono_internvl.training.rules import apply_rules
->>>>>>> theirs
+from mono_internvl.training.rules import LearnedGroup, apply_rules
 from mono_internvl.training.state import (
     SavedState,
     digest_of_data,
