@@ -18,7 +18,11 @@ from PIL import Image
 from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation import metrics
 from mono_internvl.miniature import QUICK, WorldFiles, WorldSize, write_world
-from mono_internvl.miniature.asking import further_chart_questions, further_questions
+from mono_internvl.miniature.asking import (
+    BalancedAsker,
+    further_chart_questions,
+    further_questions,
+)
 from mono_internvl.miniature.lexicon import NOVEL_PAIRS
 from mono_internvl.miniature.scenes import sample_chart, sample_scene
 
@@ -248,11 +252,14 @@ def test_dialogue_answers_follow_from_the_scene() -> None:
 
 def test_chart_answers_follow_from_the_chart() -> None:
     rng = random.Random(0)
+    asker = BalancedAsker("chart", rng)
     for _ in range(200):
-        chart = sample_chart(rng, "train")
+        chart, first = asker.ask(lambda: sample_chart(rng, "train"))
         values = dict(chart.bars)
-        asked = further_chart_questions(chart, rng, 9)
-        assert len({question.text for question in asked}) == len(chart.bars) + 2
+        assert chart.ranking.split()[0] == max(values, key=lambda colour: values[colour])
+        asked = [first, *further_chart_questions(chart, rng, 9, first=first)]
+        expected = len(chart.bars) if first.form == "value" else 2
+        assert len({question.text for question in asked}) == expected
         for question in asked:
             if question.form == "value":
                 assert values[question.text.split()[-2]] == int(question.answer)

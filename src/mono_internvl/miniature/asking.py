@@ -209,23 +209,34 @@ def _existence_question(subject: str, form: str) -> str:
 
 
 def further_chart_questions(
-    chart: Chart, rng: random.Random, count: int, *, asked: str = ""
+    chart: Chart, rng: random.Random, count: int, *, first: Question
 ) -> list[Question]:
-    """Ask several things about one chart (for dialogues; not balanced).
+    """Ask more of the same about one chart (for dialogues; not balanced).
 
-    Comparisons come before values: once those are said, nobody has to look which bar is tallest.
+    After a comparison comes the other one, after a value come the others. Mixed, each would give
+    the other away: who knows all values need not look for the tallest bar.
+
+    Args:
+        chart: the chart.
+        rng: source of chance.
+        count: how many questions, fewer if there are no more.
+        first: the question before.
+
+    Returns:
+        Questions of different wording.
     """
     ordered = sorted(chart.bars, key=lambda bar: bar[1])
-    compared = [
+    found = [
         Question("chart", "tallest", "which bar is tallest?", ordered[-1][0]),
         Question("chart", "shortest", "which bar is shortest?", ordered[0][0]),
     ]
-    values = [
-        Question("chart", "value", f"what is the value of the {colour} bar?", str(value))
-        for colour, value in chart.bars
-    ]
-    found = rng.sample(compared, len(compared)) + rng.sample(values, len(values))
-    return [question for question in found if question.text not in asked][:count]
+    if first.form == "value":
+        found = [
+            Question("chart", "value", f"what is the value of the {colour} bar?", str(value))
+            for colour, value in chart.bars
+        ]
+    found = [question for question in found if question.text != first.text]
+    return rng.sample(found, len(found))[:count]
 
 
 def _match_scene(scene: Scene, card: _Card, near_miss: bool, rng: random.Random) -> Question | None:

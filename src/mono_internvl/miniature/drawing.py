@@ -35,7 +35,7 @@ _RGB: Final = {
     "orange": (245, 135, 25),
 }
 _COLOUR_JITTER = 14  # of 255, for each channel; the six colours stay far apart
-_DIAMETERS_PX = {"large": (46, 48, 50), "small": (28, 30, 32)}
+_DIAMETERS_PX = {"large": (48, 50, 52), "small": (32, 34, 36)}
 _MAX_OBJECT_JITTER_PX = 8
 _SIGN_JITTER_PX = 6
 _CHART_JITTER_PX = 3
@@ -124,7 +124,7 @@ def draw_sign(text: str, rng: random.Random, is_aligned: bool = False) -> Drawin
 
 
 def draw_chart(chart: Chart, rng: random.Random, is_aligned: bool = False) -> Drawing:
-    """Draw a bar chart, the value of each bar written below it.
+    """Draw a bar chart, the value of each bar written below it in its colour.
 
     Two units of value are one visual token high; bars of three stand apart, of four side by side.
 
@@ -151,9 +151,10 @@ def draw_chart(chart: Chart, rng: random.Random, is_aligned: bool = False) -> Dr
         centre = (first + index * step) * TOKEN_PX + TOKEN_PX // 2 + shift_x
         left, top = centre - _BAR_WIDTH_PX // 2, base - value * _BAR_STEP_PX
         right = left + _BAR_WIDTH_PX
-        draw.rectangle((left, top, right - 1, base - 1), fill=_shade(rng, _RGB[colour]))
+        shade = _shade(rng, _RGB[colour])
+        draw.rectangle((left, top, right - 1, base - 1), fill=shade)
         glyph, _ = _glyph(font, _VALUE_FONT_PX, str(value))
-        image.paste((30, 30, 30), (centre - glyph.width // 2, base + _VALUE_GAP_PX), glyph)
+        image.paste(shade, (centre - glyph.width // 2, base + _VALUE_GAP_PX), glyph)
         boxes.append(_to_thousandths((left, top, right, base)))
     return Drawing(image, tuple(boxes))
 
@@ -190,16 +191,17 @@ def _shape_mask(shape: str, diameter_px: int) -> Image.Image:
     if shape == "circle":
         draw.ellipse((0, 0, side - 1, side - 1), fill=255)
     elif shape == "square":
-        edge = round(side * 0.06)
-        draw.rectangle((edge, edge, side - 1 - edge, side - 1 - edge), fill=255)
+        draw.rectangle((0, 0, side - 1, side - 1), fill=255)
     elif shape == "triangle":
         draw.polygon([(side / 2, 0), (side - 1, side * 0.93), (0, side * 0.93)], fill=255)
     elif shape == "star":
         draw.polygon(_star_points(side), fill=255)
     elif shape == "cross":
-        near, far = side * 0.34, side * 0.66
-        draw.rectangle((near, 0, far, side - 1), fill=255)
-        draw.rectangle((0, near, side - 1, far), fill=255)
+        far, width = side - 1, side * 0.22
+        upper, lower = [(far - width, 0), (far, 0), (far, width)], [(width, far), (0, far)]
+        rising = [*upper, *lower, (0, far - width)]
+        draw.polygon(rising, fill=255)
+        draw.polygon([(far - x, y) for x, y in rising], fill=255)
     else:
         raise ValueError(f"shape: got {shape!r}, expected one that can be drawn")
     return mask.reduce(_SUPERSAMPLING)

@@ -23,7 +23,14 @@ from mono_internvl.miniature.lexicon import (
 )
 from mono_internvl.miniature.pictures import Content, Picture
 from mono_internvl.miniature.records import Record, make_record
-from mono_internvl.miniature.scenes import CAPTION_PROMPT, READ_PROMPT, Chart, Question, Scene
+from mono_internvl.miniature.scenes import (
+    CAPTION_PROMPT,
+    RANK_PROMPT,
+    READ_PROMPT,
+    Chart,
+    Question,
+    Scene,
+)
 from mono_internvl.miniature.text_tasks import describe_box, plain_detection_prompt
 
 _JUNK: Final = (
@@ -214,6 +221,16 @@ def _dialogue(picture: Picture[Scene] | Picture[Chart], asked: Sequence[Question
     return make_record("dialogue", turns, picture.path)
 
 
+def ranked_bars_record(rng: random.Random, picture: Picture[Chart]) -> Record:
+    """Make a dialogue that asks for a chart's caption and for its bars by height, in any order.
+
+    The caption goes from left to right; to say the bars by height each has to be found and read.
+    """
+    chart = picture.content
+    turns = [(CAPTION_PROMPT, chart.caption), (RANK_PROMPT, chart.ranking)]
+    return make_record("sentence", rng.sample(turns, len(turns)), picture.path)
+
+
 def _by_content(pictures: Sequence[Picture[Content]]) -> dict[Content, list[Picture[Content]]]:
     grouped: dict[Content, list[Picture[Content]]] = {}
     for picture in pictures:
@@ -231,6 +248,6 @@ def chart_question_records(
     records = []
     for _ in range(count):
         chart, first = asker.ask(lambda: rng.choice(charts))
-        asked = [first, *further_chart_questions(chart, rng, 3, asked=first.text)]
+        asked = [first, *further_chart_questions(chart, rng, 3, first=first)]
         records.append(_dialogue(rng.choice(by_chart[chart]), asked))
     return records

@@ -23,6 +23,7 @@ from mono_internvl.miniature.lexicon import (
 
 CAPTION_PROMPT = "provide a one-sentence caption for the image"
 READ_PROMPT = "Read the text in the image."
+RANK_PROMPT = "list the bars from tallest to shortest."
 
 _NUM_OBJECTS = (1, 1, 1, 1, 1, 2, 2, 2, 2, 3)  # 50, 40 and 10 per cent
 
@@ -116,6 +117,12 @@ class Chart:
         """The one true sentence about the chart."""
         parts = [f"{colour} {value}" for colour, value in self.bars]
         return f"a bar chart with {', '.join(parts[:-1])} and {parts[-1]}."
+
+    @property
+    def ranking(self) -> str:
+        """The bars with their values, the tallest first."""
+        ordered = sorted(self.bars, key=lambda bar: -bar[1])
+        return ", ".join(f"{colour} {value}" for colour, value in ordered)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mono_internvl.miniature.image_tasks import (
     noisy_caption_record,
     question_record,
     question_records,
+    ranked_bars_record,
     reading_record,
 )
 from mono_internvl.miniature.lexicon import NOVEL_PAIRS, Split, sample_sign
@@ -68,19 +69,19 @@ class WorldSize:
     s11_scenes: int = 1_600
     s11_signs: int = 300
     s11_charts: int = 200
-    s12_scenes: int = 9_500
-    s12_signs: int = 4_000
-    s12_charts: int = 4_500
-    s13_scenes: int = 7_000
-    s13_signs: int = 3_800
-    s13_charts: int = 2_000
-    s2_scenes: int = 6_500
+    s12_scenes: int = 9_000
+    s12_signs: int = 4_500
+    s12_charts: int = 4_300
+    s13_scenes: int = 6_200
+    s13_signs: int = 3_600
+    s13_charts: int = 2_200
+    s2_scenes: int = 5_500
     s2_signs: int = 2_000
-    s2_charts: int = 4_500
+    s2_charts: int = 4_000
     s2_dialogues: int = 6_000
-    s2_chart_dialogues: int = 6_500
-    s2_captions: int = 300
-    s2_detection: int = 4_200
+    s2_chart_dialogues: int = 6_000
+    s2_captions: int = 600
+    s2_detection: int = 5_000
     replay_reading: int = 400
     replay_copying: int = 150
     replay_english: int = 1_400
@@ -197,7 +198,9 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
     s13 = [
         Dataset("detection", [captioned_boxes_record(rng, picture) for picture in scenes]),
         Dataset("ocr", [reading_record(p) for p in album.pages("train", size.s13_signs)]),
-        _captions("captions_charts", album.charts("train", size.s13_charts)),
+        Dataset(
+            "charts", [ranked_bars_record(rng, p) for p in album.charts("train", size.s13_charts)]
+        ),
     ]
 
     album = Album(root, "s2", rng)

@@ -101,7 +101,7 @@ def reading_records(
         if kind == "chart":
             chart, question = askers[kind].ask(lambda: sample_chart(rng, split))
             context, text, answer = chart.caption, question.text, question.answer
-            further = further_chart_questions(chart, rng, num_further, asked=text)
+            further = further_chart_questions(chart, rng, num_further, first=question)
         else:
             if kind == "caption":
                 scene = _mixed_scene(rng, split, is_probe)

@@ -65,7 +65,7 @@ QUICK: Final = WorldSize(
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 11
+_FORMAT_VERSION = 12
 
 
 @dataclass(frozen=True)

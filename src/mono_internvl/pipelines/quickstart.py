@@ -52,6 +52,7 @@ from mono_internvl.visual.report import write_report
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
 START = "start"
 TEXT_KINDS = ("name_qa", "fact_cloze", "reading_qa", "copying", "lookup")
+_LONGEST_ANSWER = 64  # tokens; a caption of three things has about 40
 
 
 @dataclass(frozen=True)
@@ -227,9 +228,11 @@ def _evaluate(
         if not is_last:
             sighted = [q for q in sighted if not q.record.get("aligned")]
         text = read_questions(world.probes_heldout, per_kind=plan.text_per_kind)
-        found = answer_all(model, processor, _share(sighted))
-        found += answer_all(model, processor, _share(blind), blind=True)
-        found += answer_all(model, processor, _share(text))
+        found = answer_all(model, processor, _share(sighted), max_new_tokens=_LONGEST_ANSWER)
+        found += answer_all(
+            model, processor, _share(blind), blind=True, max_new_tokens=_LONGEST_ANSWER
+        )
+        found += answer_all(model, processor, _share(text), max_new_tokens=_LONGEST_ANSWER)
         write_predictions(run / name / f"predictions.{rank()}.jsonl", found)
         barrier()
         if rank() == 0:

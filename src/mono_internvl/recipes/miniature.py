@@ -81,18 +81,18 @@ MINIATURE = Recipe(
             "s11",
             "concept learning",
             steps=250,
-            rules=(Rule(PATCHES, 3e-4), Rule(EYES, 1e-3), Rule(EXPERTS, 1e-3), THE_REST_FROZEN),
+            rules=(Rule(PATCHES, 3e-4), Rule(EYES, 2e-3), Rule(EXPERTS, 1e-3), THE_REST_FROZEN),
         ),
         _stage(
             "s12",
             "semantic learning",
-            steps=2250,
-            rules=(Rule(PATCHES, 3e-4), Rule(EYES, 1e-3), Rule(EXPERTS, 1e-3), THE_REST_FROZEN),
+            steps=2200,
+            rules=(Rule(PATCHES, 3e-4), Rule(EYES, 2e-3), Rule(EXPERTS, 1e-3), THE_REST_FROZEN),
         ),
         _stage(
             "s13",
             "alignment learning",
-            steps=1600,
+            steps=1500,
             rules=(
                 Rule(PATCHES, 2e-4),
                 Rule(EYES, 7e-4),
