@@ -71,13 +71,14 @@ class BalancedAsker:
     Args:
         kind: one of `QUESTION_KINDS`.
         rng: source of chance.
+        forms: which wordings of the kind; all by default.
     """
 
-    def __init__(self, kind: str, rng: random.Random) -> None:
+    def __init__(self, kind: str, rng: random.Random, forms: Sequence[str] | None = None) -> None:
         if kind not in QUESTION_KINDS:
             raise ValueError(f"kind: got {kind!r}, expected one of {QUESTION_KINDS}")
-        self._kind = kind
         self._rng = rng
+        self._groups = [g for g in _groups(kind) if forms is None or g[0].form in forms]
         self._deck: list[_Card] = []
 
     def ask(self, draw: Callable[[], Thing]) -> tuple[Thing, Question]:
@@ -93,11 +94,11 @@ class BalancedAsker:
             SampleError: if nothing that is drawn ever fits the answer.
         """
         if not self._deck:
-            groups = _groups(self._kind)
+            groups = [list(cards) for cards in self._groups]
             self._rng.shuffle(groups)
-            for group in groups:
-                self._rng.shuffle(group)
-                self._deck.extend(group)
+            for cards in groups:
+                self._rng.shuffle(cards)
+                self._deck.extend(cards)
         card = self._deck.pop()
         near_miss = card.form == "pair" and self._rng.random() < _NEAR_MISS_SHARE
         for _ in range(_MAX_DRAWS):

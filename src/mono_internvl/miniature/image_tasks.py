@@ -241,13 +241,13 @@ def _by_content(pictures: Sequence[Picture[Content]]) -> dict[Content, list[Pict
 def chart_question_records(
     rng: random.Random, pictures: Sequence[Picture[Chart]], count: int
 ) -> list[Record]:
-    """Make dialogues about charts, the first question balanced, three more after it."""
+    """Make dialogues about charts: comparisons and values by turns, the first question balanced."""
     by_chart = _by_content(pictures)
     charts = [picture.content for picture in pictures]
-    asker = BalancedAsker("chart", rng)
+    askers = [BalancedAsker("chart", rng, forms) for forms in (("tallest", "shortest"), ("value",))]
     records = []
-    for _ in range(count):
-        chart, first = asker.ask(lambda: rng.choice(charts))
+    for index in range(count):
+        chart, first = askers[index % len(askers)].ask(lambda: rng.choice(charts))
         asked = [first, *further_chart_questions(chart, rng, 3, first=first)]
         records.append(_dialogue(rng.choice(by_chart[chart]), asked))
     return records

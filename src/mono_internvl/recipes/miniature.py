@@ -104,8 +104,14 @@ MINIATURE = Recipe(
         _stage(
             "s2",
             "instruction tuning",
-            steps=2350,
-            rules=(Rule(PATCHES, 2e-4), Rule(EYES, 7e-4), Rule(EXPERTS, 7e-4), Rule(".*", 3e-4)),
+            steps=2900,
+            rules=(
+                Rule(PATCHES, 2e-4),
+                Rule(EYES, 7e-4),
+                Rule(EXPERTS, 7e-4),
+                Rule(ATTENTION, 5e-4),
+                Rule(".*", 2e-4),
+            ),
         ),
     ),
 )
