@@ -1,7 +1,7 @@
 """The miniature's language model: tokenizer, training, and its export as a plain Llama checkpoint.
 
-The shipped one was made by `mono-internvl quickstart --llm scratch`, which calls this, when chart
-dialogues still asked their questions in any order.
+The shipped one was made by `mono-internvl quickstart --llm scratch`, which calls this, when
+dialogues about described charts still mixed comparisons and values.
 """
 
 from __future__ import annotations
