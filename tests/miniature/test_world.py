@@ -250,6 +250,11 @@ def test_dialogue_answers_follow_from_the_scene() -> None:
             assert expected == [asked.answer], (scene.caption, asked)
 
 
+def test_unknown_wordings_of_a_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="wording of 'chart'"):
+        BalancedAsker("chart", random.Random(0), ("widest",))
+
+
 def test_chart_answers_follow_from_the_chart() -> None:
     rng = random.Random(0)
     asker = BalancedAsker("chart", rng)

@@ -79,6 +79,8 @@ class BalancedAsker:
             raise ValueError(f"kind: got {kind!r}, expected one of {QUESTION_KINDS}")
         self._rng = rng
         self._groups = [g for g in _groups(kind) if forms is None or g[0].form in forms]
+        if not self._groups:
+            raise ValueError(f"forms: got {forms!r}, none of them a wording of {kind!r}")
         self._deck: list[_Card] = []
 
     def ask(self, draw: Callable[[], Thing]) -> tuple[Thing, Question]:

@@ -73,6 +73,13 @@ LANGUAGE = Recipe(
     ),
 )
 
+_FROZEN_LANGUAGE = (
+    Rule(PATCHES, 3e-4),
+    Rule(EYES, 2e-3),
+    Rule(EXPERTS, 1e-3),
+    THE_REST_FROZEN,
+)
+
 MINIATURE = Recipe(
     name="miniature",
     source="arXiv 2410.08202, section 3.2 (what trains); sizes and rates ours",
@@ -81,13 +88,13 @@ MINIATURE = Recipe(
             "s11",
             "concept learning",
             steps=250,
-            rules=(Rule(PATCHES, 3e-4), Rule(EYES, 2e-3), Rule(EXPERTS, 1e-3), THE_REST_FROZEN),
+            rules=_FROZEN_LANGUAGE,
         ),
         _stage(
             "s12",
             "semantic learning",
             steps=2200,
-            rules=(Rule(PATCHES, 3e-4), Rule(EYES, 2e-3), Rule(EXPERTS, 1e-3), THE_REST_FROZEN),
+            rules=_FROZEN_LANGUAGE,
         ),
         _stage(
             "s13",
