@@ -6,11 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from mono_internvl.bench.experts import FORWARD, ONE, Cell, bench_cell
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import Target, keep
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.errors import ConfigError
-from mono_internvl.pipelines.bench_pages import NOTHING, comparison_block, targets_block
+from mono_internvl.pipelines.bench_pages import (
+    NOTHING,
+    comparison_block,
+    experts_block,
+    targets_block,
+)
 
 
 def test_tables_show_the_rows(tmp_path: Path) -> None:
@@ -32,6 +38,26 @@ def test_tables_show_the_rows(tmp_path: Path) -> None:
     assert ", 2.00 |" in text  # twice the multiplications
     assert rows[0].commit in text and rows[0].date in text
     assert comparison_block("decode")(tmp_path) == NOTHING
+
+
+def test_expert_layers_are_a_line_for_a_cell(tmp_path: Path) -> None:
+    assert experts_block(tmp_path) == NOTHING
+    setting = Setting(
+        size_of("tiny"), torch.float32, torch.device("cpu"), 1, "mono-internvl bench experts"
+    )
+    cells = [Cell(tokens, tokens // 4, 32, 64) for tokens in (24, 40)]
+    rows = [row for cell in cells for row in bench_cell(cell, FORWARD, setting)]
+    list(keep(tmp_path, rows))
+    text = experts_block(tmp_path)
+    head, _, *lines = (line.strip("| ") for line in text.splitlines()[: 2 + len(cells)])
+    columns = head.split(" | ")
+    for cell, line in zip(cells, lines, strict=True):
+        values = line.split(" | ")
+        assert f"{cell.tokens}, {cell.visual_tokens}" in values
+        of_cell = {r.subject: r for r in rows if r.shapes["tokens"] == cell.tokens}
+        assert values[columns.index("dense")] == f"{of_cell['dense'].ratio:.2f}"
+        assert values[columns.index(ONE)] == f"{1e3 * of_cell[ONE].p50:.4g} ms"
+    assert text.count("`mono-internvl bench experts`") == 1
 
 
 def test_targets_show_misses(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_comparison_with_another_run_is_refused(
 
 
 def test_run_folder_of_other_settings_is_refused(finished: tuple[Path, Comparison]) -> None:
-    with pytest.raises(ConfigError, match="seed=0; expected 1"):
+    with pytest.raises(ConfigError, match="seed=0, expected 1"):
         modular_twin(finished[0], quick=True, seed=1)
 
 

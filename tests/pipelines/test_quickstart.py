@@ -92,5 +92,5 @@ def test_second_call_trains_nothing_anew(run: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_other_settings_in_the_same_folder_are_refused(run: Path) -> None:
-    with pytest.raises(ConfigError, match=r"quick=True, now False"):
+    with pytest.raises(ConfigError, match=r"quick=True, expected False"):
         quickstart(run, quick=False)

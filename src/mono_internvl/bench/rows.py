@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import platform
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,6 @@ import torch
 from mono_internvl.errors import ConfigError
 
 BENCH_ROWS, TARGETS = "bench.jsonl", "targets.jsonl"
-VERSIONS_OF = ("torch", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +103,6 @@ class Target:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """The fields of a row that say where it comes from."""
-    return {
-        "command": command,
-        "commit": _commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in VERSIONS_OF},
-        },
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-
-
 def device_name(device: torch.device) -> str:
     """The accelerator's own name, or the processor's with the number of threads in use."""
     if device.type == "cuda":
@@ -178,22 +161,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    """Short commit of the source tree; "unknown" outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            found = subprocess.run(
-                ["git", *arguments], cwd=here, capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            return None
-        return found.stdout.strip() if found.returncode == 0 else None
-
-    commit = git("rev-parse", "--short=12", "HEAD")
-    if commit is None:
-        return "unknown"
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

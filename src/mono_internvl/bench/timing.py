@@ -16,7 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mono_internvl.bench.models import Setting
-from mono_internvl.bench.rows import BenchRow, device_name, provenance
+from mono_internvl.bench.rows import BenchRow, device_name
+from mono_internvl.provenance import commit, today, versions
 
 LEAST_SECONDS = 5e-3
 """Shorter runs on an accelerator are repeated until they last as long."""
@@ -121,10 +122,10 @@ def measure(
         layers: For the rows, where they are not the size's.
         unit: Of the percentiles; "s" or what a subject's `units` make of it.
     """
-    device, command = setting.device, setting.command
+    device = setting.device
     timings = interleaved(subjects, setting.rounds, device)
     clock = "cpu" if device.type == "cpu" else "wall"
-    origin, name = provenance(command), device_name(device)
+    name = device_name(device)
     per_unit = {
         subject.name: [t / subject.units for t in getattr(timings[subject.name], clock)]
         for subject in subjects
@@ -152,7 +153,10 @@ def measure(
                 ratio=percentile([mine / base for mine, base in pairs], 0.5),
                 gflop=timing.gflop / subject.units,
                 notes=dict(subject.notes),
-                **origin,
+                command=setting.command,
+                commit=commit(),
+                versions=versions(),
+                date=today(),
             )
         )
     return rows

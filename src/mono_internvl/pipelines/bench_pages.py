@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from mono_internvl.bench.experts import ONE
 from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read_rows
 from mono_internvl.errors import ConfigError
 
@@ -29,6 +30,39 @@ def comparison_block(what: str) -> Callable[[Path], str]:
         return "\n".join(_table_of(rows) for rows in runs.values()) or NOTHING
 
     return block
+
+
+def experts_block(results: Path) -> str:
+    """Expert layers: a line for a cell of the grid, a column for each way to compute it."""
+    runs: dict[tuple[Any, ...], dict[str, BenchRow]] = {}
+    for row in read_rows(results / BENCH_ROWS):
+        if row.what == "experts":
+            run = (row.device, row.command, row.commit, row.dtype, row.date)
+            runs.setdefault((*run, *row.shapes.values(), row.notes["pass"]), {})[row.subject] = row
+    if not runs:
+        return NOTHING
+    subjects = list(dict.fromkeys(name for cell in runs.values() for name in cell if name != ONE))
+    lines = []
+    for cell in runs.values():
+        one = cell[ONE]
+        shapes = one.shapes
+        ratios = (cell[name].ratio if name in cell else None for name in subjects)
+        lines.append(
+            (
+                one.dtype,
+                f"{shapes['width']:,} to {shapes['ffn_width']:,}",
+                one.notes["pass"],
+                f"{shapes['tokens']:,}, {shapes['visual_tokens']:,}",
+                f"{1e3 * one.p50:.4g} ms",
+                *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            )
+        )
+    head = ("dtype", "widths", "pass", "rows, visual", ONE, *subjects)
+    origins = {f"- {_clock(cell[ONE])}, {_origin(cell[ONE])}\n": None for cell in runs.values()}
+    return (
+        f"{_table(head, lines)}\nMedian time of one layer, then ratios to it, each the median over "
+        f"interleaved rounds.\n\n{''.join(origins)}"
+    )
 
 
 def targets_block(results: Path) -> str:
@@ -77,12 +111,17 @@ def _table_of(rows: list[BenchRow]) -> str:
             for row in rows
         ),
     )
-    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
-    clock = "CPU seconds" if first.clock == "cpu" else "wall seconds"
-    return (
-        f'{head}{body}\n{clock}, ratio to "{first.baseline}"; `{first.command}`, {first.device}, '
-        f"{versions}, commit {first.commit}, {first.date}.\n"
-    )
+    return f'{head}{body}\n{_clock(first)}, ratio to "{first.baseline}"; {_origin(first)}.\n'
+
+
+def _clock(row: BenchRow) -> str:
+    return "CPU seconds" if row.clock == "cpu" else "wall seconds"
+
+
+def _origin(row: BenchRow) -> str:
+    """What gives the row again."""
+    versions = ", ".join(f"{name} {version}" for name, version in row.versions.items())
+    return f"`{row.command}`, {row.device}, {versions}, commit {row.commit}, {row.date}"
 
 
 def _operations(row: BenchRow, base: BenchRow) -> str:

@@ -15,10 +15,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from rich.console import Console
@@ -33,22 +32,25 @@ from mono_internvl.pipelines.lab_pages import Figure, MeasuredRun, evip_page
 from mono_internvl.pipelines.language import give_eyes
 from mono_internvl.pipelines.quickstart import (
     FULL,
+    METRICS,
     QUICK,
+    SETTINGS,
     SHIPPED_LANGUAGE_MODEL,
     START,
     Plan,
     collect,
     train_and_evaluate,
-    write_whole,
 )
+from mono_internvl.provenance import command
 from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
 from mono_internvl.recipes.miniature_plus_plus import plus_plus
 from mono_internvl.training.distributed import run_processes, run_side_by_side
 from mono_internvl.training.progress import lines_of
 from mono_internvl.training.recipe import Recipe
-from mono_internvl.training.state import command, digest_of_data, exclusive, read_state
+from mono_internvl.training.run_folder import begin, check_settings, exclusive, write_whole
+from mono_internvl.training.state import digest_of_data, read_state
 
-RUNS, TABLE, METRICS = "runs.jsonl", "table.md", "metrics.json"
+RUNS, TABLE = "runs.jsonl", "table.md"
 WEIGHTS = "model.safetensors"
 _BEGUN = "begun.json"
 
@@ -135,7 +137,7 @@ def compare_pretraining(
     if against is not None:
         _check_quickstart(against, quick)
     with exclusive(run):
-        _hold_to(run / "lab.json", {"quick": quick})
+        begin(run / "lab.json", {"quick": quick})
         places = [(run / "data" / f"seed{seed}", plan.size, seed) for seed in range(seeds)]
         run_side_by_side(miniature.write_world, places, processes)
         worlds = [miniature.write_world(*place) for place in places]
@@ -164,32 +166,15 @@ def compare_pretraining(
         return run / TABLE
 
 
-def _hold_to(file: Path, settings: Mapping[str, Any]) -> None:
-    if file.exists():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found != settings:
-            raise ConfigError(
-                f"{file}: begun with {found}, now {dict(settings)}; choose another --out folder or "
-                "delete this one"
-            )
-    write_whole(file, json.dumps(settings))
-
-
 def _check_quickstart(folder: Path, quick: bool) -> None:
-    wanted = {"quick": quick, "llm": "shipped", "seed": 0}
-    try:
-        found = json.loads((folder / "quickstart.json").read_text(encoding="utf-8"))
-        json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{folder}: no finished quickstart ({error}); let it finish or leave --against out"
-        ) from error
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise ConfigError(
-                f"{folder}: a quickstart with {name}={found.get(name)!r}; expected {value!r}, as "
-                "the EViP arm of seed 0 has it"
-            )
+    """Refuse what is no finished quickstart, or not one of the EViP arm's settings for seed 0."""
+    for file, wanted in (
+        (folder / SETTINGS, {"quick": quick, "llm": "shipped", "seed": 0}),
+        (folder / METRICS, {}),
+    ):
+        check_settings(
+            file, wanted, "let a quickstart of these settings finish or leave --against out"
+        )
 
 
 def _check_same_run(folder: Path, task: _Task) -> None:

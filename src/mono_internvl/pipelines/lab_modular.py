@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,9 @@ from mono_internvl.model.checkpoint import read_config
 from mono_internvl.pipelines.evaluate import evaluate
 from mono_internvl.pipelines.lab_pages import origin_of, twin_page
 from mono_internvl.pipelines.language import give_eyes
-from mono_internvl.pipelines.quickstart import write_whole
+from mono_internvl.pipelines.quickstart import METRICS, SETTINGS
 from mono_internvl.pipelines.train import train_stages
+from mono_internvl.provenance import origin
 from mono_internvl.recipes.miniature_modular import (
     MINIATURE_MODULAR,
     QUICK_MINIATURE_MODULAR,
@@ -38,9 +38,10 @@ from mono_internvl.recipes.miniature_modular import (
 )
 from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.recipe import Recipe
-from mono_internvl.training.state import command, exclusive, versions
+from mono_internvl.training.run_folder import begin, check_settings, exclusive, write_whole
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
+_OTHER_RUN = "compare with a finished quickstart of the same world, or leave --against out"
 TEXT_TOKENS = 32
 """Text tokens of the prompt whose operations are compared; about a question of the miniature."""
 
@@ -163,16 +164,15 @@ def modular_twin(
     settings = {"quick": quick, "seed": seed}
     other_rows = None
     if against is not None:
-        _check_same(against / "quickstart.json", {**settings, "llm": "shipped"})
+        check_settings(against / SETTINGS, {**settings, "llm": "shipped"}, _OTHER_RUN)
         other_rows = _last_predictions(against, plan)
     with exclusive(run):
-        if (run / "lab.json").exists():
-            _check_same(run / "lab.json", settings)
-        write_whole(run / "lab.json", json.dumps(settings))
+        begin(run / "lab.json", settings)
         world = miniature.write_world(run / "data", plan.size, seed)
         if against is not None:
             marker = world.root / "world.json"
-            _check_same(against / "data" / marker.name, json.loads(marker.read_text()))
+            made = json.loads(marker.read_text(encoding="utf-8"))
+            check_settings(against / "data" / marker.name, made, _OTHER_RUN)
         start = run / "start" / "checkpoint"
         if not start.exists():
             give_eyes(SHIPPED_LANGUAGE_MODEL, start, visual_experts=(), vision=VISION_TOWER)
@@ -187,31 +187,12 @@ def modular_twin(
             kinds=_kind_rows(rows, other_rows),
             against=None
             if against is None
-            else origin_of(json.loads((against / "metrics.json").read_text(encoding="utf-8"))),
-            command=command(),
-            processes=processes,
-            device=device,
-            versions=versions(),
-            date=time.strftime("%Y-%m-%d", time.gmtime()),
+            else origin_of(json.loads((against / METRICS).read_text(encoding="utf-8"))),
+            **origin(processes, device),
         )
         write_whole(run / "comparison.json", json.dumps(dataclasses.asdict(comparison), indent=2))
         write_whole(run / "table.md", twin_page(dataclasses.asdict(comparison)))
         return comparison
-
-
-def _check_same(file: Path, expected: Mapping[str, Any]) -> None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file}: not readable ({error}); name the folder of a finished run"
-        ) from error
-    for name, value in expected.items():
-        if found.get(name) != value:
-            raise ConfigError(
-                f"{file}: {name}={found.get(name)!r}; expected {value!r}, so that both have the "
-                "same data; choose another folder or other options"
-            )
 
 
 def _answers(
@@ -232,7 +213,7 @@ def _answers(
 
 def _last_predictions(quickstart_run: Path, plan: ModularPlan) -> list[dict[str, Any]]:
     file = quickstart_run / "predictions" / f"{plan.recipe.stages[-1].name}.jsonl"
-    for needed in (file, quickstart_run / "metrics.json"):
+    for needed in (file, quickstart_run / METRICS):
         if not needed.is_file():
             raise ConfigError(
                 f"{needed}: not there; let the quickstart of that folder finish first"

@@ -18,7 +18,6 @@ import torch
 from rich.console import Console
 
 from mono_internvl import miniature
-from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.run import (
     Question,
     answer_all,
@@ -41,16 +40,18 @@ from mono_internvl.miniature.text_tasks import english_records
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.pipelines.language import give_eyes, make_language_model
+from mono_internvl.provenance import origin
 from mono_internvl.recipes.miniature import LANGUAGE, MINIATURE, QUICK_LANGUAGE, QUICK_MINIATURE
 from mono_internvl.serving.loading import load
 from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Stage
-from mono_internvl.training.state import command, exclusive, versions
+from mono_internvl.training.run_folder import begin, exclusive, write_whole
 from mono_internvl.visual.report import write_report
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
 START = "start"
+SETTINGS, METRICS = "quickstart.json", "metrics.json"
 TEXT_KINDS = ("name_qa", "fact_cloze", "reading_qa", "copying", "lookup")
 _LONGEST_ANSWER = 64  # tokens; a caption of three things has about 40
 
@@ -128,7 +129,7 @@ def quickstart(
     count = processes or (1 if device != "cpu" else 2)
     console, began = Console(highlight=False), time.perf_counter()
     with exclusive(run):
-        _remember(run, {"quick": quick, "llm": llm, "seed": seed})
+        begin(run / SETTINGS, {"quick": quick, "llm": llm, "seed": seed})
         console.print("[bold]1/5[/] the world: pictures, captions, questions", soft_wrap=True)
         with _Cost(run / START, "rendered"):
             world = miniature.write_world(run / "data", plan.size, seed)
@@ -139,7 +140,7 @@ def quickstart(
         run_processes(train_and_evaluate, count, plan, world, run, device)
         console.print("[bold]4/5[/] the report", soft_wrap=True)
         metrics = collect(run, plan, quick, device, count, time.perf_counter() - began)
-        write_whole(run / "metrics.json", json.dumps(metrics, indent=2))
+        write_whole(run / METRICS, json.dumps(metrics, indent=2))
         last = run / plan.recipe.stages[-1].name / "checkpoint"
         shutil.copytree(last, run / "model", dirs_exist_ok=True)
         report = write_report(run)
@@ -149,30 +150,6 @@ def quickstart(
             _ask_three(console, run, world)
         console.print(f"report: {report}", soft_wrap=True)
         return report
-
-
-def _remember(run: Path, settings: dict[str, Any]) -> None:
-    """Hold a run folder to the settings it was begun with."""
-    file = run / "quickstart.json"
-    if file.exists():
-        try:
-            before = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{file}: not readable ({error}); delete the folder {run}") from error
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise ConfigError(
-                    f"{run}: begun with {name}={before.get(name)!r}, now {value!r}; choose another "
-                    "--out folder or delete this one"
-                )
-    write_whole(file, json.dumps(settings, indent=2))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text + "\n")
-    partial.replace(file)
 
 
 def _make_start(
@@ -324,11 +301,7 @@ def collect(
         "quick": quick,
         "cpu_minutes": cpu_minutes,
         "minutes": seconds / 60,
-        "command": command(),
-        "device": device,
-        "processes": processes,
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **origin(processes, device),
         "targets": to_rows(targets),
         "stages": [
             _stage_row(name, stages.get(name), rows[name], text[name], costs[name])

@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.pipelines.bench_pages import TABLES, comparison_block, targets_block
+from mono_internvl.pipelines.bench_pages import (
+    TABLES,
+    comparison_block,
+    experts_block,
+    targets_block,
+)
 from mono_internvl.pipelines.lab_pages import LAB_BLOCKS, stage_label
 
 logger = logging.getLogger(__name__)
@@ -234,6 +239,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     **{name: _group(name) for name in GROUPS},
     **LAB_BLOCKS,
     "bench-targets": targets_block,
+    "bench-experts": experts_block,
     **{f"bench-{what}": comparison_block(what) for what in TABLES},
 }
 """Name of a block -> what writes it from the folder of measured files."""

@@ -35,11 +35,11 @@ from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute
 from mono_internvl.training.rules import LearnedGroup, apply_rules
+from mono_internvl.training.run_folder import exclusive
 from mono_internvl.training.state import (
     SavedState,
     digest_of_data,
     digest_of_start,
-    exclusive,
     latest_state,
     load_optimizer,
     read_state,

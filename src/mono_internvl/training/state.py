@@ -7,24 +7,15 @@ records is arithmetic. Everything is safetensors or JSON.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,8 +24,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mono_internvl.errors import TrainingStateError
 from mono_internvl.model.checkpoint import safetensors_files
+from mono_internvl.provenance import commit, versions
+from mono_internvl.training.run_folder import write_whole
 
-LOCK_PATIENCE_S = 5.0
 STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.safetensors"
 _DIGEST_DIGITS = 16
 _SAMPLE_BYTES = 64  # of every tensor of the start checkpoint
@@ -83,7 +75,8 @@ def save_state(
     """
     temporary = _hidden(folder, "new")
     shutil.rmtree(temporary, ignore_errors=True)
-    state = {"step": step, "stage": dict(stage), "inputs": dict(inputs), "versions": versions()}
+    made_by = {**versions(), "commit": commit()}
+    state = {"step": step, "stage": dict(stage), "inputs": dict(inputs), "versions": made_by}
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
@@ -228,32 +221,6 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
         raise TrainingStateError(f"{folder}: moments of unknown parameter {min(tensors)}")
 
 
-@contextmanager
-def exclusive(run: Path) -> Iterator[None]:
-    """Hold a run folder against a second process.
-
-    A process whose parent was killed may need a moment to go, so this waits for it a little.
-
-    Raises:
-        TrainingStateError: Another one has it and keeps it.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
-        until = time.monotonic() + LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() >= until:
-                    raise TrainingStateError(
-                        f"{run}: another process trains here; wait for it or choose another "
-                        "output folder"
-                    ) from error
-                time.sleep(0.05)
-        yield
-
-
 def truncate_metrics(path: Path, steps: int) -> None:
     """Drop the metric rows after `steps`: they were written after the state that is resumed."""
     if not path.exists():
@@ -265,43 +232,10 @@ def truncate_metrics(path: Path, steps: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             break  # the row that the kill cut in two, and nothing after it
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
-
-
-def command() -> str:
-    """What was typed, for the record beside a number; folders are named without where they lie."""
-    words = [Path(sys.argv[0]).name]
-    for word in sys.argv[1:]:
-        option, sign, value = word.rpartition("=")
-        words.append(f"{option}{sign}{Path(value).name if Path(value).is_absolute() else value}")
-    return shlex.join(words)
-
-
-@cache
-def versions() -> dict[str, str]:
-    """What made a number: package versions, Python, and the commit of a source checkout."""
-    import transformers
-
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    here = Path(__file__).resolve()
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(here.parent), *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-        return done.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", here.name)  # an installed copy may lie in another's tree
-        found["commit"] = git("rev-parse", "--short=12", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        found["commit"] = "unknown"
-    return found
+    if kept:
+        write_whole(path, "\n".join(kept))
+    else:
+        path.unlink()
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -1,0 +1,79 @@
+"""What made a number: command, commit, versions and day, as they stand beside every number."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_VERSIONS_OF = ("torch", "transformers")
+
+
+def command() -> str:
+    """What was typed, for the record beside a number; folders are named without where they lie."""
+    words = [Path(sys.argv[0]).name]
+    for word in sys.argv[1:]:
+        option, sign, value = word.rpartition("=")
+        words.append(f"{option}{sign}{Path(value).name if Path(value).is_absolute() else value}")
+    return shlex.join(words)
+
+
+@cache
+def commit() -> str:
+    """Short commit of the source checkout, "+" behind it where the tree was changed.
+
+    "unknown" for an installed copy, which may lie in the tree of another project.
+    """
+    here = Path(__file__).resolve()
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(here.parent), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)
+        is_changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if is_changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of the packages that numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}}
+
+
+def today() -> str:
+    """The day in UTC, as 2026-01-31."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def origin(processes: int, device: str) -> dict[str, Any]:
+    """What made the figures of a run.
+
+    Args:
+        processes: That trained one model.
+        device: Of training and evaluation.
+
+    Returns:
+        `command`, `processes`, `device`, `versions` (commit included) and `date`.
+    """
+    return {
+        "command": command(),
+        "processes": processes,
+        "device": device,
+        "versions": {**versions(), "commit": commit()},
+        "date": today(),
+    }
