@@ -43,6 +43,23 @@ def test_shared_prefix_gives_the_same_answers(attention: str) -> None:
     assert torch.equal(generate_sharing_prefixes(model, **batch, **GREEDY), expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"image_attention": "bidirectional"},
+        {"visual_position_step": 0.25},
+        {"visual_position_steps": (0.25, 1.0)},  # drawn in training; 1 here
+    ],
+    ids=str,
+)
+def test_shared_prefix_is_left_out_where_a_cache_remembers_images(options: dict[str, Any]) -> None:
+    model, batch = tiny_model(), _batch()
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    expected = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
+    assert torch.equal(generate_sharing_prefixes(model, **batch, **GREEDY), expected)
+
+
 def test_shared_prefix_gives_the_same_logits() -> None:
     model, batch = tiny_model(), _batch()
     options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}

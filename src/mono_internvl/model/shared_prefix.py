@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.model.image_layout import has_image_layout
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 
@@ -154,8 +155,7 @@ def _depends_on_the_beginning_alone(config: MonoInternVLConfig, num_tokens: int)
     is_scaled = (
         text.rope_parameters["rope_type"] == "dynamic" and num_tokens > text.max_position_embeddings
     )
-    is_plain = config.image_attention == "causal" and config.visual_position_step == 1
-    return is_plain and not is_scaled
+    return not has_image_layout(config) and not is_scaled
 
 
 def digest(x: Tensor) -> bytes:
