@@ -24,6 +24,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.experts import Routing
 from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.image_layout import has_image_layout, lay_out_images, position_lag
 from mono_internvl.model.layers import eager_attention_forward
@@ -414,6 +415,47 @@ def test_packed_segments_equal_segments_alone(attention: str, options: dict[str,
     split = together.split([part.shape[1] for part in parts], dim=1)
     for part, own, found in zip(parts, (pixels[:1], pixels[1:]), split, strict=True):
         _assert_close(found, _reference(options, part, own))
+
+
+@EACH
+@ATTENTION
+@torch.no_grad()
+def test_image_ends_with_its_packed_segment(attention: str, options: dict[str, Any]) -> None:
+    model = _model(options, attention)
+    parts = [  # cut inside their images: no text stands between the two
+        torch.cat((text_ids(2, 1), image_ids(1)[:, :-1]), dim=1),
+        torch.cat((image_ids(2)[:, 1:], text_ids(4, 3)), dim=1),
+    ]
+    places = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    pixels = tile_pixels(3)
+    together = model(torch.cat(parts, dim=1), pixel_values=pixels, position_ids=places).logits
+    split = together.split([part.shape[1] for part in parts], dim=1)
+    for part, own, found in zip(parts, (pixels[:1], pixels[1:]), split, strict=True):
+        _assert_close(found, _reference(options, part, own))
+
+
+def test_steps_are_drawn_for_each_segment_of_a_packed_row() -> None:
+    config = tiny_config()
+    config.visual_position_steps = (0.125, 0.25, 0.5, 1.0)
+    places, is_visual = torch.arange(4).repeat(40)[None], torch.ones(1, 160, dtype=torch.bool)
+    torch.manual_seed(0)
+    layout = lay_out_images(config, is_visual, places, None, is_training=True)
+    assert layout.positions is not None
+    steps = layout.positions.view(40, 4).diff(dim=1)
+    assert (steps == steps[:, :1]).all(), "constant inside an image"
+    assert len(set(steps[:, 0].tolist())) == 4
+
+
+@EACH
+@torch.no_grad()
+def test_routing_made_on_the_host_says_where_images_are(options: dict[str, Any]) -> None:
+    ids, pixels = _conversation()
+    routing = Routing.from_mask(ids == IMAGE_TOKEN)
+    found = _model(options)(ids, pixel_values=pixels, routing=routing).logits
+    _assert_close(found, _reference(options, ids, pixels))
+    text = text_ids(9)
+    found = _model(options)(text, routing=Routing.all_text(9)).logits
+    _assert_close(found, _reference({}, text, None))
 
 
 @torch.no_grad()

@@ -46,6 +46,13 @@ class Routing:
         if self.text_rows is not None and self.visual_rows is not None:
             object.__setattr__(self, "sorted_rows", torch.cat((self.text_rows, self.visual_rows)))
 
+    def is_visual(self, device: torch.device) -> Tensor:
+        """(N,) bool, the mask that `from_mask` would make this routing of."""
+        if self.row_order is None:
+            num_rows = self.num_text + self.num_visual
+            return torch.full((num_rows,), self.num_visual > 0, device=device)
+        return self.row_order >= self.num_text
+
     def by(self, path: str) -> Routing:
         """The same routing, computed by the expert path of this name."""
         return self if path == self.path else replace(self, path=path)

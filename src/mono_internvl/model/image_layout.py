@@ -105,7 +105,9 @@ def lay_out_images(
     places = position_ids
     if places is None:
         places = (torch.arange(tokens, device=is_visual.device) + seen).expand_as(is_visual)
-    steps = _steps(config, is_visual, is_training)  # (B, T)
+    counts_on = history is not None or places.is_floating_point()
+    image_starts = _image_starts(is_visual, None if counts_on else places)
+    steps = _steps(config, image_starts, is_training)  # (B, T)
     if places.is_floating_point():
         lag = (torch.arange(tokens, device=places.device) + seen) - places.double()
     else:
@@ -113,7 +115,7 @@ def lay_out_images(
     numbers = None
     if config.image_attention == "bidirectional" and bool(is_visual.any()):
         _check_images_are_whole(is_visual, history)
-        numbers = _number_images(is_visual, seen)
+        numbers = _number_images(is_visual, image_starts, seen)
         if "flash" in (config.get_text_config()._attn_implementation or ""):
             raise ConfigError(
                 "image_attention='bidirectional' with flash attention, which knows causal masks "
@@ -217,24 +219,29 @@ def position_lag(
     return lag - at_segment + in_run + carried[:, None]
 
 
-def _steps(config: MonoInternVLConfig, is_visual: Tensor, is_training: bool) -> Tensor:
+def _image_starts(is_visual: Tensor, places: Tensor | None) -> Tensor:
+    """(B, T) bool: the first token of every image; with places, an image ends with its segment."""
+    goes_on = F.pad(is_visual, (1, 0))[:, :-1]
+    if places is not None:
+        goes_on = goes_on & (F.pad(places, (1, 0))[:, :-1] + 1 == places)
+    return is_visual & ~goes_on
+
+
+def _steps(config: MonoInternVLConfig, image_starts: Tensor, is_training: bool) -> Tensor:
     """(B, T) fp64: the position step of every token's image."""
+    shape, device = image_starts.shape, image_starts.device
     choices = config.visual_position_steps if is_training else ()
     if not choices:
-        return torch.full(is_visual.shape, config.visual_position_step, dtype=torch.float64).to(
-            is_visual.device
-        )
-    drawn = torch.randint(len(choices), is_visual.shape, device=is_visual.device)
-    starts = is_visual & ~F.pad(is_visual, (1, 0))[:, :-1]
-    columns = torch.arange(is_visual.shape[1], device=is_visual.device).expand_as(drawn)
-    first_of_image = torch.where(starts, columns, 0).cummax(1).values
-    values = torch.tensor(choices, dtype=torch.float64, device=is_visual.device)
+        return torch.full(shape, config.visual_position_step, dtype=torch.float64).to(device)
+    drawn = torch.randint(len(choices), shape, device=device)
+    columns = torch.arange(shape[1], device=device).expand_as(drawn)
+    first_of_image = torch.where(image_starts, columns, 0).cummax(1).values
+    values = torch.tensor(choices, dtype=torch.float64, device=device)
     return values[drawn.gather(1, first_of_image)]
 
 
-def _number_images(is_visual: Tensor, seen: int) -> Tensor:
-    starts = is_visual & ~F.pad(is_visual, (1, 0))[:, :-1]
-    numbers = torch.where(is_visual, starts.cumsum(1), -1)
+def _number_images(is_visual: Tensor, image_starts: Tensor, seen: int) -> Tensor:
+    numbers = torch.where(is_visual, image_starts.cumsum(1), -1)
     return F.pad(numbers, (seen, 0), value=-1)
 
 

@@ -179,8 +179,8 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
             x = input_ids if inputs_embeds is None else inputs_embeds
             assert x is not None
             is_visual = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-            if routing is not None and visual_token_mask is not None:
-                is_visual = visual_token_mask
+            if routing is not None:
+                is_visual = routing.is_visual(x.device).view(x.shape[:2])
             cache = kwargs.get("past_key_values")
             if cache is None and kwargs.get("use_cache"):
                 cache = kwargs["past_key_values"] = DynamicCache(config=self.config.text_config)
