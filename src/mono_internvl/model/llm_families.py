@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -28,6 +29,7 @@ from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.model.checkpoint import released_name
 from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
 from mono_internvl.model.decoder_knobs import check_rope
+from mono_internvl.model.field_checks import checked_object
 from mono_internvl.model.tokenization import read_json
 
 # What all families and our decoder call by the same name.
@@ -57,11 +59,11 @@ _UNDERSTOOD_FIELDS = frozenset(
         *("transformers_version", "_name_or_path", "auto_map", "attn_implementation"),
         *GenerationConfig().to_dict(),
         # Written by tools that trained or converted the model.
-        *("transformers.js_config", "is_llama_config", "rope_interleaved", "max_window_layers"),
+        *("transformers.js_config", "is_llama_config", "max_window_layers"),
     )
 )
 # Facts about the file that its maths depends on if they are not the usual ones.
-_MUST_BE = {"rope_interleaved": False}
+_MUST_BE = {"rope_interleaved": False, "is_causal": True}
 
 Knobs = Callable[[Any], dict[str, Any]]
 
@@ -193,15 +195,18 @@ def read_text_config(folder: Path) -> MonoInternVLTextConfig:
     stored = read_json(file)
     family = family_of(stored, str(file))
     _check_fields(stored, family, str(file))
-    rope = stored.get("rope_parameters") or stored.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     try:
+        field = "rope_parameters" if stored.get("rope_parameters") else "rope_scaling"
+        rope = checked_object(field, stored.get(field))
+        kind = rope.get("rope_type", rope.get("type", "default"))
         check_rope({"rope_theta": 1.0, **rope, "rope_type": kind} if rope else {"rope_theta": 1.0})
-        config = family.read(stored)
-        text = _text_config(stored, family, config)
+        return _text_config(stored, family, family.read(stored))
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-    return text
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+        # What transformers' own classes say of values that they cannot hold, on several lines.
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{file}: {type(error).__name__}: {said}; correct config.json") from error
 
 
 def family_of(stored: Mapping[str, Any], name: str) -> LanguageFamily:
@@ -228,11 +233,13 @@ def family_of(stored: Mapping[str, Any], name: str) -> LanguageFamily:
 def _check_fields(stored: Mapping[str, Any], family: LanguageFamily, name: str) -> None:
     defaults = family.config_class().to_dict()
     for field, value in stored.items():
-        if field in _MUST_BE and value not in (None, _MUST_BE[field]):
-            raise ConfigError(f"{name}: {field}={value!r} is not something this decoder does")
-        understood = field in _UNDERSTOOD_FIELDS or field in family.fields
-        harmless = value is None or value is False or value == defaults.get(field)
-        if not (understood or harmless):
+        if field in _MUST_BE:
+            is_fine = value in (None, _MUST_BE[field])
+        elif field in _UNDERSTOOD_FIELDS or field in family.fields:
+            is_fine = True
+        else:  # what is off or usual changes nothing
+            is_fine = value is None or value is False or value == defaults.get(field)
+        if not is_fine:
             raise ConfigError(f"{name}: {field}={value!r} is not something this decoder does")
     if stored.get("mlp_bias") or (stored.get("bias") and "qkv_bias" in family.fields):
         field = "mlp_bias" if stored.get("mlp_bias") else "bias"
