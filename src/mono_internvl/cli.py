@@ -204,7 +204,7 @@ def init(
     if preset not in EXPERT_PRESETS:
         raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
     _quieten()
-    experts = parse_visual_experts(visual_experts) if visual_experts else EXPERT_PRESETS[preset]
+    experts = parse_visual_experts(preset if visual_experts is None else visual_experts)
     made = make_model(
         llm,
         out,

@@ -360,6 +360,49 @@ def test_init_takes_a_template_file(tmp_path: Path) -> None:
         init(str(tmp_path / "llm"), tmp_path / "made", **TINY)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tile_px": 100}, "tile_px=100; expected a multiple of 28"),
+        ({"tile_px": 0}, "tile_px=0"),
+        ({"seed": 2**64}, "seed=18446744073709551616"),
+        ({"chat_template": "picture.png"}, "picture.png: not a readable chat template"),
+    ],
+    ids=str,
+)
+def test_init_names_the_option_that_is_wrong(
+    options: dict[str, Any], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_llm(tmp_path / "llm")
+    monkeypatch.chdir(tmp_path)
+    Path("picture.png").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ConfigError, match=named):
+        init("llm", Path("made"), **{**TINY, **options})
+    assert not list(tmp_path.glob("*made*"))
+
+
+def test_init_leaves_nothing_behind_where_it_fails(tmp_path: Path) -> None:
+    _write_llm(tmp_path / "llm")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"file/made: cannot be written \("):
+        init(str(tmp_path / "llm"), tmp_path / "file" / "made", **TINY)
+    shard = min((tmp_path / "llm").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:40])
+    for dtype in ("auto", "float32"):
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+            init(str(tmp_path / "llm"), tmp_path / "made", dtype=dtype, **TINY)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "llm"]
+
+
+def test_init_takes_no_empty_list_of_experts_for_the_preset(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    line = ["init", "--llm", "llm", "--out", "made", "--visual-experts", "", "--debug"]
+    monkeypatch.setattr(sys, "argv", ["mono-internvl", *line])
+    with pytest.raises(ConfigError, match="nothing given; name some, or 'none'"):
+        cli.main()
+
+
 @pytest.mark.parametrize("recipe", [EVIP, MINIATURE], ids=lambda recipe: recipe.name)
 def test_init_stages_freeze_the_new_rows_until_s2(recipe: Recipe, tmp_path: Path) -> None:
     _write_llm(tmp_path / "llm", "qwen3")  # q and k norms, tied head

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,19 +350,25 @@ def safetensors_files(folder: Path) -> list[Path]:
     )
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: not a readable safetensors file ({error}); copy it again"
+        ) from error
+
+
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """Name, shape and dtype of every stored tensor, without reading its data."""
     headers: dict[str, TensorInfo] = {}
     for file in safetensors_files(folder):
-        try:
-            with safe_open(file, framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - not a dict
-                    part = handle.get_slice(key)
-                    headers[key] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), file.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: not a readable safetensors file ({error}); copy it again"
-            ) from error
+        with _opened(file) as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a dict
+                part = handle.get_slice(key)
+                headers[key] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), file.name)
     return {key: info for key, info in headers.items() if not IGNORED_KEYS.search(key)}
 
 
@@ -410,9 +417,13 @@ def verify_checkpoint(folder: Path, model: nn.Module, config: MonoInternVLConfig
 
 
 def iterate_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor, one at a time."""
+    """Every stored tensor, one at a time.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
     for file in safetensors_files(folder):
-        with safe_open(file, framework="pt") as handle:
+        with _opened(file) as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 if not IGNORED_KEYS.search(key):
                     yield key, handle.get_tensor(key)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+VISUAL_TOKEN_PX = 2 * MonoInternVLVisionConfig.patch_size
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -73,35 +76,59 @@ def init(
 
     Raises:
         ConfigError: The language model, its template or an option is not supported; named.
-        CheckpointError: Files are missing, or `out` is there already.
+        CheckpointError: Files are missing, or `out` is there already or cannot be made.
     """
     if out.exists():
         raise CheckpointError(f"{out}: is there already; give a new folder, nothing is overwritten")
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
+    if tile_px < VISUAL_TOKEN_PX or tile_px % VISUAL_TOKEN_PX:
+        raise ConfigError(
+            f"tile_px={tile_px}; expected a multiple of {VISUAL_TOKEN_PX}, the side of a visual "
+            "token, for example 448"
+        )
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed={seed}; expected 0 to 2**63 - 1")
     folder = resolve_checkpoint(llm, revision=revision)
     source = _template(folder, chat_template)
     template = None if source is None else adapt_template(source, _day(template_date))
-    made = monolithic_from_llm(
-        folder,
-        vision=MonoInternVLVisionConfig(hidden_size=patch_width, image_size=tile_px),
-        visual_experts=visual_experts,
-        seed=seed,
-        dtype=DTYPES[_stored_dtype(folder) if dtype == "auto" else dtype],
-        more_tokens=() if template else (TURN_START, TURN_END),
-        max_dynamic_patch=max_tiles,
-        template=JINJA_FORM if template else RELEASED_FORM,
-    )
-    processor = _processor(made, folder, template)
-    generation: Any = made.model.generation_config
-    generation.eos_token_id = processor.stop_token_ids
-    generation.pad_token_id = processor.tokenizer.pad_token_id
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    made.model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    partial.rename(out)
+    vision = MonoInternVLVisionConfig(hidden_size=patch_width, image_size=tile_px)
+    with _whole_or_not_at_all(out) as partial:
+        made = monolithic_from_llm(
+            folder,
+            vision=vision,
+            visual_experts=visual_experts,
+            seed=seed,
+            dtype=DTYPES[_stored_dtype(folder) if dtype == "auto" else dtype],
+            more_tokens=() if template else (TURN_START, TURN_END),
+            max_dynamic_patch=max_tiles,
+            template=JINJA_FORM if template else RELEASED_FORM,
+        )
+        processor = _processor(made, folder, template)
+        generation: Any = made.model.generation_config
+        generation.eos_token_id = processor.stop_token_ids
+        generation.pad_token_id = processor.tokenizer.pad_token_id
+        made.model.save_pretrained(partial)
+        processor.save_pretrained(partial)
     return out
+
+
+@contextmanager
+def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+    """A folder to write to; it becomes `out` at the end, or goes if something raises."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:  # before the language model is read, which may take minutes
+        raise CheckpointError(
+            f"{out}: cannot be written ({error}); give a folder that can be made"
+        ) from error
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _template(folder: Path, asked: str | None) -> str | None:
@@ -114,10 +141,10 @@ def _template(folder: Path, asked: str | None) -> str | None:
             raise ConfigError(
                 f"chat template {asked!r}: no such file; give a Jinja file or {RELEASED_FORM!r}"
             )
-        return file.read_text(encoding="utf-8")
+        return _read_template(file)
     file = folder / JINJA_FORM
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return _read_template(file)
     settings = folder / TOKENIZER_CONFIG
     stored = read_json(settings if settings.is_file() else None).get("chat_template")
     if isinstance(stored, list):  # several by name
@@ -129,6 +156,15 @@ def _template(folder: Path, asked: str | None) -> str | None:
                 "as a file"
             )
     return str(stored) if stored else None
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: not a readable chat template ({error}); expected Jinja in UTF-8"
+        ) from error
 
 
 def _day(template_date: str | None) -> date | None:
