@@ -160,6 +160,20 @@ def test_prompt_costs_of_the_modular_baseline() -> None:
     assert modular.weight_bytes == 2 * (3_111_355_392 - 1_207_959_552 + 302_358_528)
 
 
+@pytest.mark.parametrize("window", [1, 5, 12, 13, 40])
+def test_sliding_layers_see_no_more_than_their_window(window: int) -> None:
+    sliding = {"sliding_layers": [1, 0], "sliding_window": window}
+    text = tiny_config(**sliding).text_config
+    costs, tokens, width = prompt_costs(tiny_config(**sliding), 0, 12), 12, 64
+    places = range(1, tokens + 1)
+    pairs = sum(min(place, window) for place in places) + sum(places)
+    assert costs.prefill.decoder_attention == 2 * 2 * width * pairs
+    assert costs.decode.decoder_attention == 2 * 2 * width * (min(tokens + 1, window) + tokens + 1)
+    cached = min(tokens, window - 1) + tokens  # the next token is of its own window
+    of_a_token = 2 * text.num_key_value_heads * text.head_dim * 2
+    assert costs.kv_cache_bytes == cached * of_a_token
+
+
 def test_layers_behind_the_hidden_state_that_is_read_cost_nothing() -> None:
     whole = preset("mini-internvl-chat-2b-v1-5")
     part = preset("mini-internvl-chat-2b-v1-5")

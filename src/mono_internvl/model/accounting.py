@@ -2,10 +2,12 @@
 
 Operations are those that the mathematics owes, two per multiplication and addition of a matrix
 product: the convolution of the patches, all linear layers, and the two products of attention over
-the positions that a query sees (a causal query number t sees t, a patch of the vision tower its
-whole tile and the class token). Every row goes through one expert. The head is counted for one row,
-as generation needs it. Not counted: norms, biases, activations, softmax, rotary angles, embedding
-look-ups; and nothing is taken off for what an implementation may skip or added for what it wastes.
+the positions that a query sees (a causal query number t sees t, in a layer with a sliding window no
+more than the window; a patch of the vision tower its whole tile and the class token; images that
+attend both ways are counted as causal ones). Every row goes through one expert. The head is counted
+for one row, as generation needs it. Not counted: norms, biases, activations, softmax, rotary
+angles, embedding look-ups; and nothing is taken off for what an implementation may skip or added
+for what it wastes.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 from torch import nn
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
+from mono_internvl.model.layers import slides
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 
@@ -110,7 +113,7 @@ class Costs:
         prefill: Reading the prompt, up to the logits of its last row.
         decode: The first generated token read back, up to the next logits.
         weight_bytes: All parameters.
-        kv_cache_bytes: Keys and values of the prompt.
+        kv_cache_bytes: Keys and values of the prompt that later tokens see.
         dtype: Of both.
     """
 
@@ -161,26 +164,44 @@ def prompt_costs(
         if isinstance(module, nn.Linear) and "_visual" not in name
     )
     # Scores and values, a multiplication and an addition each, for one query and one key.
-    pair = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    pair = 4 * text.num_attention_heads * text.head_dim
+    windows = _windows(text, tokens + 1)
     head = 2 * text.vocab_size * text.hidden_size
     prefill = Flops(
         **_vision_flops(model, config, tiles),
         projector=2 * _linear_weights(model.model.projector) * visual_tokens,
         decoder_linear=decoder_row * tokens,
-        decoder_attention=pair * tokens * (tokens + 1) // 2,
+        decoder_attention=pair * sum(_pairs(tokens, window) for window in windows),
         head=head,
     )
-    cached = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+    seen = [min(tokens + 1, window) for window in windows]  # by the token after the prompt
+    decode = Flops(decoder_linear=decoder_row, decoder_attention=pair * sum(seen), head=head)
+    cached = 2 * text.num_key_value_heads * text.head_dim * sum(count - 1 for count in seen)
     return Costs(
         visual_tokens=visual_tokens,
         text_tokens=text_tokens,
         tiles=tiles,
         prefill=prefill,
-        decode=Flops(decoder_linear=decoder_row, decoder_attention=pair * (tokens + 1), head=head),
+        decode=decode,
         weight_bytes=sum(p.numel() for p in model.parameters()) * dtype.itemsize,
-        kv_cache_bytes=cached * tokens * dtype.itemsize,
+        kv_cache_bytes=cached * dtype.itemsize,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def _windows(text: MonoInternVLTextConfig, unlimited: int) -> list[int]:
+    """For each layer the most positions that one of its queries sees."""
+    window = text.sliding_window
+    return [
+        window if window is not None and slides(text, layer) else unlimited
+        for layer in range(text.num_hidden_layers)
+    ]
+
+
+def _pairs(tokens: int, window: int) -> int:
+    """Queries and the positions they see: query number t sees t, the window at most."""
+    growing = min(tokens, window)
+    return growing * (growing + 1) // 2 + (tokens - growing) * window
 
 
 def _vision_flops(
