@@ -42,6 +42,23 @@ def test_trainable_parameters_of_a_recipe_that_does_not_fit() -> None:
     assert trainable_parameters(modular, "sft") == {"sft": parameter_table(modular).total}
 
 
+def test_options_that_differ_from_the_released_models_are_shown() -> None:
+    config = preset("mono-internvl-2b")
+    usual = describe(config).config
+    config.image_attention, config.visual_position_step = "bidirectional", 0.25
+    text = config.text_config
+    text.sliding_window, text.sliding_layers = 4096, [1] * 6 + [0] * 18
+    text.no_rope_layers = [1] * 20 + [0] * 4
+    shown = describe(config).config
+    assert {name: shown[name] for name in shown if name not in usual} == {
+        "image_attention": "bidirectional",
+        "visual_position_step": 0.25,
+        "sliding_window": 4096,
+        "sliding_layers": 6,
+        "layers_without_rope": 4,
+    }
+
+
 @pytest.mark.parametrize(
     ("given", "parsed"),
     [

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mono_internvl.errors import ConfigError
-from mono_internvl.training.run_folder import begin, check_settings, write_whole
+from mono_internvl.errors import ConfigError, TrainingStateError
+from mono_internvl.training.run_folder import begin, check_settings, exclusive, write_whole
 
 
 def test_a_run_folder_keeps_to_its_settings(tmp_path: Path) -> None:
@@ -27,6 +27,17 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path: Path, found: str | N
         file.write_text(found)
     with pytest.raises(ConfigError, match=r"lab\.json: not readable .*; do this"):
         check_settings(file, {}, "do this")
+
+
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    for run in (tmp_path / "run", tmp_path / "run" / "below"):
+        with (
+            pytest.raises(TrainingStateError, match=r"run.*: not a folder .*another output"),
+            exclusive(run),
+        ):
+            pytest.fail("held")
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

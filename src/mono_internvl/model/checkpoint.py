@@ -303,7 +303,8 @@ def read_config(folder: Path) -> MonoInternVLConfig:
     if stored.get("model_type") != MonoInternVLConfig.model_type:
         raise ConfigError(
             f"{file}: model_type={stored.get('model_type')!r} is not supported; expected "
-            f"{MonoInternVLConfig.model_type!r}, the layout of the released checkpoints"
+            f"{MonoInternVLConfig.model_type!r}, the layout of the released checkpoints; "
+            "`mono-internvl init --llm` makes one of a language model"
         )
     return MonoInternVLConfig.from_pretrained(str(folder))
 

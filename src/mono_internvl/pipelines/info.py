@@ -17,6 +17,7 @@ from mono_internvl.model.accounting import (
     skeleton,
 )
 from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.model.layers import slides
 from mono_internvl.recipes import RECIPES
 from mono_internvl.training.recipe import load_recipe
 from mono_internvl.training.rules import apply_rules
@@ -93,6 +94,16 @@ def trainable_parameters(config: MonoInternVLConfig, recipe: str) -> dict[str, i
 
 def _summary(config: MonoInternVLConfig) -> dict[str, Any]:
     text, vision = config.text_config, config.vision_config
+    layers = range(text.num_hidden_layers)
+    # Shown where they are not as in the released models.
+    options = {
+        "image_attention": (config.image_attention, "causal"),
+        "visual_position_step": (config.visual_position_step, 1.0),
+        "visual_position_steps": (list(config.visual_position_steps), []),
+        "sliding_window": (text.sliding_window, None),
+        "sliding_layers": (sum(slides(text, layer) for layer in layers), 0),
+        "layers_without_rope": (list(text.no_rope_layers or ()).count(0), 0),
+    }
     tower = {
         "vision_layers": vision.num_hidden_layers,
         "vision_width": vision.hidden_size,
@@ -112,4 +123,5 @@ def _summary(config: MonoInternVLConfig) -> dict[str, Any]:
         "tile_px": config.force_image_size,
         "visual_tokens_per_tile": config.num_image_tokens_per_tile,
         "max_tiles": config.max_dynamic_patch,
+        **{name: value for name, (value, usual) in options.items() if value != usual},
     }

@@ -22,10 +22,16 @@ def exclusive(run: Path) -> Iterator[None]:
     A process whose parent was killed may need a moment to go, so this waits for it a little.
 
     Raises:
-        TrainingStateError: Another one has it and keeps it.
+        TrainingStateError: Another one has it and keeps it, or it cannot be made.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as lock:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        raise TrainingStateError(
+            f"{run}: not a folder to write to ({error}); choose another output folder"
+        ) from error
+    with lock:
         until = time.monotonic() + LOCK_PATIENCE_S
         while True:
             try:
