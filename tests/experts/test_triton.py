@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from expert_cases import (
@@ -44,6 +46,9 @@ GPU_CASES = (
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     """Gaps to eager of the interpreted kernels; a process of its own, as Triton decides once."""
+    has_old_triton = version("triton").startswith("3.6.")
+    if has_old_triton and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6 interprets with numpy < 2.4 only; it compiles with any")
     script = Path(__file__).with_name("interpreted.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     process = subprocess.run(
