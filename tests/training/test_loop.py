@@ -19,11 +19,11 @@ from mono_internvl.errors import CheckpointError, RecipeError, SampleError, Trai
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.recipes.miniature import QUICK_MINIATURE
-from mono_internvl.training import loop, run_folder, state
+from mono_internvl.training import job_folder, loop, state
+from mono_internvl.training.job_folder import exclusive
 from mono_internvl.training.loop import StageResult, train_stage
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Rule, Stage
-from mono_internvl.training.run_folder import exclusive
 from mono_internvl.training.state import (
     OPTIMIZER_FILE,
     STATE_FILE,
@@ -294,7 +294,7 @@ def test_metrics_are_cut_back_to_the_state(tmp_path: Path) -> None:
 def test_second_process_on_the_same_folder_is_refused(
     monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run_folder, "LOCK_PATIENCE_S", 0.2)
+    monkeypatch.setattr(job_folder, "LOCK_PATIENCE_S", 0.2)
     run = tmp_path / "run"
     with (
         exclusive(run),

@@ -45,9 +45,9 @@ from mono_internvl.provenance import command
 from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
 from mono_internvl.recipes.miniature_plus_plus import plus_plus
 from mono_internvl.training.distributed import run_processes, run_side_by_side
+from mono_internvl.training.job_folder import begin, check_settings, exclusive, write_whole
 from mono_internvl.training.progress import lines_of
 from mono_internvl.training.recipe import Recipe
-from mono_internvl.training.run_folder import begin, check_settings, exclusive, write_whole
 from mono_internvl.training.state import digest_of_data, read_state
 
 RUNS, TABLE = "runs.jsonl", "table.md"

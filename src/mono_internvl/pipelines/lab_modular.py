@@ -37,8 +37,8 @@ from mono_internvl.recipes.miniature_modular import (
     VISION_TOWER,
 )
 from mono_internvl.training.distributed import run_processes
+from mono_internvl.training.job_folder import begin, check_settings, exclusive, write_whole
 from mono_internvl.training.recipe import Recipe
-from mono_internvl.training.run_folder import begin, check_settings, exclusive, write_whole
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
 _OTHER_RUN = "compare with a finished quickstart of the same world, or leave --against out"

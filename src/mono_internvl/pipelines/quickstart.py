@@ -44,9 +44,9 @@ from mono_internvl.provenance import origin
 from mono_internvl.recipes.miniature import LANGUAGE, MINIATURE, QUICK_LANGUAGE, QUICK_MINIATURE
 from mono_internvl.serving.loading import load
 from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
+from mono_internvl.training.job_folder import begin, exclusive, write_whole
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Stage
-from mono_internvl.training.run_folder import begin, exclusive, write_whole
 from mono_internvl.visual.report import write_report
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"

@@ -31,11 +31,11 @@ from mono_internvl.errors import TrainingStateError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.training.distributed import all_sum, barrier, own_device, rank, world_size
+from mono_internvl.training.job_folder import exclusive
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute
 from mono_internvl.training.rules import LearnedGroup, apply_rules
-from mono_internvl.training.run_folder import exclusive
 from mono_internvl.training.state import (
     SavedState,
     digest_of_data,

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 from mono_internvl.errors import TrainingStateError
 from mono_internvl.model.checkpoint import safetensors_files
 from mono_internvl.provenance import commit, versions
-from mono_internvl.training.run_folder import write_whole
+from mono_internvl.training.job_folder import write_whole
 
 STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.safetensors"
 _DIGEST_DIGITS = 16

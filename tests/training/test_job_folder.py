@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mono_internvl.errors import ConfigError, TrainingStateError
-from mono_internvl.training.run_folder import begin, check_settings, exclusive, write_whole
+from mono_internvl.training.job_folder import begin, check_settings, exclusive, write_whole
 
 
 def test_a_run_folder_keeps_to_its_settings(tmp_path: Path) -> None:
