@@ -172,6 +172,22 @@ def test_peak_bytes_sees_what_a_run_allocates() -> None:
     assert most - least == pytest.approx(64 * 2**20 * 4, rel=0.1)
 
 
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:1", 1), ("auto", 0)])
+def test_bench_takes_a_device_with_and_without_a_number(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    settings: list[Setting] = []
+    monkeypatch.setitem(COMPARISONS, "prefill", lambda setting: settings.append(setting) or [])
+    bench("prefill", size="tiny", device=name)
+    assert chosen == [index]
+    assert settings[0].device == torch.device("cuda", index)
+    assert settings[0].command.endswith(f"--device {name}")
+
+
 def test_bench_unknown_name_is_refused() -> None:
     found = CliRunner().invoke(app, ["bench", "nonsense"])
     assert isinstance(found.exception, ConfigError)

@@ -86,5 +86,6 @@ def bench(
     place = choose_device(device)
     if place.type != "cpu":
         command += f" --device {device}"
+        place = torch.device(place.type, place.index or 0)
         torch.cuda.set_device(place)  # events, graphs and kernels go to the current one
     return COMPARISONS[what](Setting(chosen, DTYPES[dtype], place, rounds, command))
