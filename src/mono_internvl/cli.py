@@ -337,7 +337,7 @@ def bench(
             help="targets, prefill, modular, decode, prefix, train, serve, images, experts or gpu."
         ),
     ],
-    size: Annotated[str, typer.Option(help="tiny, middle or 2b.")] = "middle",
+    size: Annotated[str | None, typer.Option(help="tiny, middle or 2b; middle, gpu: 2b.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the size's.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs of every subject.")] = 5,
@@ -345,7 +345,7 @@ def bench(
         Path | None,
         typer.Option(metavar="DIR", help="Add the rows to its bench.jsonl; write targets.jsonl."),
     ] = None,
-    device: Device = "cpu",
+    device: Annotated[str | None, typer.Option(help="As elsewhere; cpu, gpu: auto.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure speed: compared subjects interleaved in one run."""

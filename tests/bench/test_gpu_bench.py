@@ -12,7 +12,8 @@ from mono_internvl.bench import experts, gpu, serve
 from mono_internvl.bench.experts import Cell
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import BenchRow, Target
-from mono_internvl.pipelines.bench import bench
+from mono_internvl.pipelines.bench import COMPARISONS, bench
+from mono_internvl.recipes.evip import EVIP
 
 CPU = torch.device("cpu")
 CLAIMS = 8
@@ -61,6 +62,32 @@ def test_rehearsal_on_a_cpu_runs_everything_and_judges_nothing(
     assert all(t.value is None and t.met is None for t in claims)
 
 
+def test_comparisons_begin_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    row = dataclasses.replace(ROW, clock="cpu")  # no claim is judged by it
+    for name in ("bench_experts", "bench_graph", "bench_serve", "bench_stages"):
+        monkeypatch.setattr(
+            gpu, name, lambda *args, name=name, **kwargs: begun.append(name) or [row]
+        )
+    monkeypatch.setattr(gpu, "memory_check", lambda device: row)
+    monkeypatch.setattr(gpu, "check_paths", lambda dtype, device: [])
+    setting = Setting(size_of("tiny"), torch.float32, CPU, 1, "none")
+    counts = [len(begun) for found in gpu.bench_gpu(setting, EVIP.stages[0]) if found is row]
+    assert counts == [0, 1, 2, 3, 4]
+
+
+def test_one_command_takes_the_gpu_and_the_shapes_of_2b(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: list[Setting] = []
+    for name in ("gpu", "prefill"):
+        monkeypatch.setitem(COMPARISONS, name, lambda setting: settings.append(setting) or [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)
+    bench("gpu")
+    bench("prefill")
+    assert [(s.size.name, s.device.type) for s in settings] == [("2b", "cuda"), ("middle", "cpu")]
+
+
 def test_expert_targets_take_the_best_path_of_each_cell() -> None:
     times = {experts.LIMIT: 0.8, experts.TWO: 1.0, "eager": 1.2, "grouped": 1.1, "triton": 1.0}
     cells = {256: {experts.TWO: 0.5}, 8192: {"dense": 1.9}, 32768: {experts.LIMIT: 0.1}}
@@ -75,7 +102,9 @@ def test_expert_targets_take_the_best_path_of_each_cell() -> None:
         for n, changed in cells.items()
         for subject, p50 in {**times, "dense": 2.0, **changed}.items()
     ]
-    values = [target.value for target in gpu.gpu_targets(rows)]
+    targets = gpu.gpu_targets(rows)
+    assert all(target.note == "width 8, ffn width 8" for target in targets[:4])
+    values = [target.value for target in targets]
     assert values[:4] == [1.9, 0.5, pytest.approx(0.5 ** (1 / 3), abs=1e-4), 0.8]
     assert values[4:] == [None] * 4
 
@@ -105,7 +134,9 @@ def test_training_is_judged_at_2b_only() -> None:
     notes = {"mfu": 0.5, "samples": 8, "tokens": 1425, "recompute": "none", "attention": "sdpa"}
     row = dataclasses.replace(ROW, what="train: stages", shapes={"width": 1024}, notes=notes)
     assert gpu.gpu_targets([row])[-1].value is None
-    judged = gpu.gpu_targets([dataclasses.replace(row, shapes={"width": 2048})])[-1]
+    wide = dataclasses.replace(row, shapes={"width": 2048})
+    assert gpu.gpu_targets([wide])[-1].value is None  # of too few layers
+    judged = gpu.gpu_targets([dataclasses.replace(wide, layers=24)])[-1]
     assert judged.met and judged.value == 0.5 and "tokens 1425" in judged.note
 
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from functools import partial
 
 import torch
 
@@ -29,7 +29,7 @@ from mono_internvl.bench.experts import (
     largest_gap,
     runnable_paths,
 )
-from mono_internvl.bench.models import Setting
+from mono_internvl.bench.models import SIZES, Setting
 from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.serve import FIRST, IMAGE_TILES, MODULAR, OURS, bench_serve
 from mono_internvl.bench.train import bench_stages
@@ -38,6 +38,7 @@ from mono_internvl.training.recipe import Stage
 SANITIZER, SANITIZER_TIMEOUT_S = "compute-sanitizer", 180
 NO_GPU = "not measured: needs a CUDA device"
 _TILE_TOKENS = 256
+_2B = SIZES["2b"]
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 
 
@@ -55,14 +56,15 @@ def bench_gpu(setting: Setting, stage: Stage) -> Iterator[BenchRow | Target]:
     for dtype in (torch.float32, setting.dtype):
         yield from check_paths(dtype, setting.device)
     rows = []
-    for row in chain(
-        bench_experts(setting),
-        bench_graph(setting),
-        bench_serve(setting, has_answers=False),
-        bench_stages(setting, (stage,)),
+    for comparison in (  # each begins when the rows of the last one are passed on
+        partial(bench_experts, setting),
+        partial(bench_graph, setting),
+        partial(bench_serve, setting, has_answers=False),
+        partial(bench_stages, setting, (stage,)),
     ):
-        rows.append(row)
-        yield row
+        for row in comparison():
+            rows.append(row)
+            yield row
     yield from gpu_targets([row for row in rows if row.clock == "wall"])
 
 
@@ -117,8 +119,10 @@ def run_small_cells(device: str) -> None:
 def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
     dense, split, limits = [], [], []
     cells: dict[tuple[object, ...], dict[str, float]] = {}
+    widths: set[str] = set()
     for row in rows:
         if row.what == "experts":
+            widths.add(f"width {row.shapes['width']}, ffn width {row.shapes['ffn_width']}")
             key = (*row.shapes.values(), row.notes["pass"])
             cells.setdefault(key, {})[row.subject] = row.p50
     for key, times in cells.items():
@@ -127,7 +131,7 @@ def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
         split.append(times[TWO] / best)
         if key[0] == 8192 and key[-1] == FORWARD:
             limits.append(times[LIMIT] / best)
-    note = "" if cells else NO_GPU
+    note = "; ".join(sorted(widths)) or NO_GPU
     mean = math.exp(sum(map(math.log, split)) / len(split)) if split else None
     return [
         Target.judge("GPU: dense / best path", ">=", 1.75, min(dense, default=None), note),
@@ -167,7 +171,8 @@ def _training_target(rows: Sequence[BenchRow]) -> Target:
     """At the size of 2B, on a device whose peak is known."""
     name, note = "GPU: step of S1.1, 2B, share of the peak on operations owed", NO_GPU
     for row in rows:
-        if row.what == "train: stages" and "mfu" in row.notes and row.shapes["width"] == 2048:
+        is_2b = (row.layers, row.shapes.get("width")) == (_2B.layers, _2B.width)
+        if row.what == "train: stages" and "mfu" in row.notes and is_2b:
             note = ", ".join(
                 f"{key} {row.notes[key]}" for key in ("samples", "tokens", "recompute", "attention")
             )

@@ -50,10 +50,10 @@ COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
 def bench(
     what: str,
     *,
-    size: str = "middle",
+    size: str | None = None,
     layers: int | None = None,
     dtype: str = "bfloat16",
-    device: str = "cpu",
+    device: str | None = None,
     rounds: int = 5,
 ) -> Rows:
     """Run one comparison.
@@ -63,10 +63,11 @@ def bench(
 
     Args:
         what: One of `COMPARISONS`.
-        size: "tiny", "middle" or "2b".
+        size: "tiny", "middle" or "2b"; unless given, "2b" for "gpu" and "middle" for others.
         layers: Decoder layers, where they should differ from the size's own.
         dtype: "float32" or "bfloat16".
-        device: "auto", "cpu", "cuda" or "cuda:1".
+        device: "auto", "cpu", "cuda" or "cuda:1"; unless given, "auto" for "gpu" and "cpu" for
+            others.
         rounds: Interleaved runs of every subject.
 
     Raises:
@@ -78,6 +79,8 @@ def bench(
         raise ConfigError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
     if rounds < 1 or (layers is not None and layers < 1):
         raise ConfigError(f"rounds={rounds}, layers={layers}; expected numbers >= 1")
+    size = size or ("2b" if what == "gpu" else "middle")
+    device = device or ("auto" if what == "gpu" else "cpu")
     chosen = size_of(size)
     command = f"mono-internvl bench {what} --size {size} --dtype {dtype} --rounds {rounds}"
     if layers is not None:
