@@ -36,6 +36,17 @@ def test_cell_has_every_subject_and_counts_its_products(passes: str) -> None:
     assert rows["eager"].shapes == CELL.shapes
 
 
+def test_split_rows_stay_split() -> None:
+    experts = bench.Experts.random(CELL, bench.BOTH, torch.float32, CPU)
+    text, visual, *gradients = experts.run(experts.of_two)
+    assert text is not None and visual is not None
+    assert (len(text), len(visual)) == (16, 24)
+    expected = experts.run(lambda: torch.cat(experts.of_two()))
+    assert torch.equal(torch.cat((text, visual)), expected[0])
+    for ours, theirs in zip(gradients, expected[1:], strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
 def test_routing_of_a_cell_has_its_visual_rows() -> None:
     routing = CELL.routing(CPU)
     assert (routing.num_text, routing.num_visual) == (16, 24)

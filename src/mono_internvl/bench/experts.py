@@ -36,6 +36,9 @@ SHARES = (0.25, 0.75)
 # Relative to the largest entry of eager's tensor; swapped experts or a lost tile make over 0.3.
 GAPS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
+Outputs = Tensor | tuple[Tensor, ...]
+"""(N, D), or parts of it in order."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -123,25 +126,29 @@ class Experts:
         """(N, D), every row through the text expert."""
         return self.text(self.x)
 
-    def of_two(self) -> Tensor:
-        """(N, D), each part of the split rows through its expert."""
-        return torch.cat((self.text(self.parts[0]), self.visual(self.parts[1])))
+    def of_two(self) -> tuple[Tensor, Tensor]:
+        """(num_text, D) and (num_visual, D): each part of the split rows through its expert."""
+        return self.text(self.parts[0]), self.visual(self.parts[1])
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """What gets a gradient: rows and all weights."""
         return (self.x, *self.parts, *self.text.parameters(), *self.visual.parameters())
 
-    def run(self, forward: Callable[[], Tensor]) -> tuple[Tensor | None, ...]:
-        """The output alone, or the output and all gradients."""
+    def run(self, forward: Callable[[], Outputs]) -> tuple[Tensor | None, ...]:
+        """The output, whole or in parts, alone or with all gradients."""
         if self.passes == FORWARD:
             with torch.no_grad():
-                return (forward(),)
+                return _parts_of(forward())
         for leaf in self.leaves:
             leaf.grad = None
-        y = forward()
-        y.backward(self.dy)
-        return (y.detach(), *(leaf.grad for leaf in self.leaves))
+        parts = _parts_of(forward())
+        torch.autograd.backward(parts, self.dy.split([len(part) for part in parts]))
+        return (*(part.detach() for part in parts), *(leaf.grad for leaf in self.leaves))
+
+
+def _parts_of(y: Outputs) -> tuple[Tensor, ...]:
+    return y if isinstance(y, tuple) else (y,)
 
 
 def runnable_paths(x: Tensor) -> list[str]:
@@ -190,7 +197,7 @@ def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
             rows @ weight
 
     paths = runnable_paths(rows)
-    ways: dict[str, Callable[[], Tensor]] = {ONE: experts.of_one, TWO: experts.of_two}
+    ways: dict[str, Callable[[], Outputs]] = {ONE: experts.of_one, TWO: experts.of_two}
     for path in paths:  # as in a model, where the routing is made once for all layers
         routing = experts.routing.by(path)
         ways[path] = functools.partial(route, experts.x, routing, experts.text, experts.visual)
