@@ -8,6 +8,7 @@ from tiny_models import image_ids, text_ids, tile_pixels, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 
+from mono_internvl.errors import PromptError
 from mono_internvl.model.shared_prefix import generate_sharing_prefixes, share_prefixes
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2}
@@ -71,6 +72,36 @@ def test_shared_prefix_gives_the_same_logits() -> None:
     torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("copies", [{"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
+def test_shared_prefix_gives_the_same_answers_by_beam_search(copies: dict[str, int]) -> None:
+    model, batch = tiny_model(), _batch()
+    expected = model.generate(**batch, **GREEDY, **copies)[:, batch["input_ids"].shape[1] :]
+    assert torch.equal(generate_sharing_prefixes(model, **batch, **GREEDY, **copies), expected)
+
+
+def test_prompts_that_end_with_their_image_are_not_shared() -> None:
+    model = tiny_model()
+    ids = torch.cat((text_ids(3, 1), image_ids(1)[:, :-1]), dim=1)  # nothing closes the image
+    longer = torch.cat((ids, text_ids(2, 2)), dim=1)
+    batch = {
+        "input_ids": torch.cat((F.pad(ids, (2, 0), value=2), longer)),
+        "attention_mask": torch.cat((F.pad(torch.ones_like(ids), (2, 0)), torch.ones_like(longer))),
+        "pixel_values": tile_pixels(1).repeat(2, 1, 1, 1),
+    }
+    for rows in (slice(0, 2), slice(0, 1)):
+        some = {name: x[rows] for name, x in batch.items()}
+        twice = {name: torch.cat((x, x)) for name, x in some.items()}
+        expected = model.generate(**twice, **GREEDY)[:, ids.shape[1] + 2 :]
+        assert torch.equal(generate_sharing_prefixes(model, **twice, **GREEDY), expected)
+
+
+def test_tiles_without_a_place_are_refused_also_where_prompts_begin_alike() -> None:
+    model, batch = tiny_model(), _batch()
+    batch["pixel_values"] = torch.cat((batch["pixel_values"], tile_pixels(1)))
+    with pytest.raises(PromptError, match="24 image tokens but the images give 28 features"):
+        generate_sharing_prefixes(model, **batch, **GREEDY)
+
+
 def test_shared_prefix_reads_each_image_once() -> None:
     model, batch = tiny_model(), _batch()
     tiles: list[int] = []
@@ -102,6 +133,24 @@ def test_prompts_beyond_dynamic_scaling_are_not_shared() -> None:
     batch = _batch()
     expected = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
     assert torch.equal(generate_sharing_prefixes(model, **batch, **GREEDY), expected)
+
+
+def test_padding_of_the_parts_does_not_reach_dynamic_scaling() -> None:
+    batch = _batch()
+    rows = (0, 1, 4)  # the longest beginning is not that of the longest rest
+    few = {name: batch[name][list(rows)] for name in ("input_ids", "attention_mask")}
+    few["pixel_values"] = batch["pixel_values"][[0, 1, 4, 5]]
+    length = few["input_ids"].shape[1]
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    model = tiny_model(rope_parameters=rope, max_position_embeddings=length)
+    logits: list[Tensor] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: logits.append(out))
+    one = {**GREEDY, "max_new_tokens": 1}
+    model.generate(**few, **one)
+    expected = logits.pop()
+    logits.clear()
+    generate_sharing_prefixes(model, **few, **one)
+    torch.testing.assert_close(logits[-1], expected, atol=1e-5, rtol=0)
 
 
 def test_images_with_options_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:

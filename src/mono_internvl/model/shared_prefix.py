@@ -53,6 +53,9 @@ def share_prefixes(
 ) -> SharedPrompts | None:
     """Find the prompts of a batch that begin alike; None where no two do.
 
+    None, too, where a prompt ends with its image, which leaves no token to answer from, and where
+    tiles and places do not match, which the model will say.
+
     Args:
         input_ids: (B, T) prompts, padded on the left.
         attention_mask: (B, T), 0 at padding.
@@ -80,7 +83,8 @@ def share_prefixes(
             pixels.append(own)
         row_of_prompt.append(numbers[key])
         rests.append(row[end:])
-    if len(beginnings) == len(rows):
+    is_whole = tile == len(pixel_values) and all(len(rest) for rest in rests)
+    if len(beginnings) == len(rows) or not is_whole:
         return None
     ids, mask = _pad_left(beginnings, input_ids)
     rest_ids, rest_mask = _pad_left(rests, input_ids)
@@ -110,20 +114,21 @@ def generate_sharing_prefixes(
         input_ids: (B, T) prompts, padded on the left.
         attention_mask: (B, T), 0 at padding.
         pixel_values: Tiles of the batch in order.
-        **options: As `generate` takes them; one answer per prompt.
+        **options: As `generate` takes them.
     """
     text, length = model.config.text_config, input_ids.shape[1]
-    shared = None
-    if _depends_on_the_beginning_alone(model.config, length):
-        shared = share_prefixes(
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_token_id=model.config.image_token_id,
-            tokens_per_tile=model.config.num_image_tokens_per_tile,
-        )
+    shared = share_prefixes(
+        input_ids,
+        attention_mask,
+        pixel_values,
+        image_token_id=model.config.image_token_id,
+        tokens_per_tile=model.config.num_image_tokens_per_tile,
+    )
     device = model.device
-    if shared is None:
+    # Beginning and rest are padded each: together they may be longer than the longest prompt.
+    if shared is None or not _depends_on_the_beginning_alone(
+        model.config, shared.input_ids.shape[1]
+    ):
         images = {} if pixel_values is None else {"pixel_values": pixel_values.to(device)}
         batch = {"attention_mask": attention_mask.to(device), **images}
         return model.generate(input_ids.to(device), **batch, **options)[:, length:]  # type: ignore[no-any-return]
@@ -134,7 +139,8 @@ def generate_sharing_prefixes(
         None if shared.beginning_pixels is None else shared.beginning_pixels.to(device),
         shared.beginning_mask.to(device),
     )
-    cache.batch_select_indices(shared.row_of_prompt.to(device))
+    copies = _rows_each(model, options)
+    cache.batch_select_indices(shared.row_of_prompt.repeat_interleave(copies).to(device))
     ids = model.generate(
         shared.input_ids.to(device),
         attention_mask=shared.attention_mask.to(device),
@@ -142,6 +148,13 @@ def generate_sharing_prefixes(
         **options,
     )
     return ids[:, shared.input_ids.shape[1] :]  # type: ignore[no-any-return]
+
+
+def _rows_each(model: MonoInternVLForConditionalGeneration, options: dict[str, Any]) -> int:
+    """Rows into which `generate` repeats a prompt; a cache that is handed to it is not repeated."""
+    config = options.get("generation_config") or model.generation_config
+    names = ("num_beams", "num_return_sequences")
+    return max(int(options.get(name) or getattr(config, name, None) or 1) for name in names)
 
 
 def _depends_on_the_beginning_alone(config: MonoInternVLConfig, num_tokens: int) -> bool:
