@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mono_internvl.bench.models import Setting, prompt_of, random_model, size_of
-from mono_internvl.bench.train import bench_stages, stage_size
+from mono_internvl.bench.train import bench_stages, bench_step, stage_size
 from mono_internvl.errors import ConfigError
 from mono_internvl.model.training_costs import SampleShape, step_flops
 from mono_internvl.recipes.evip import EVIP
@@ -71,6 +71,11 @@ def test_operations_of_what_is_not_counted_are_refused() -> None:
     for sample in (SampleShape(7, 8, 3), SampleShape(8, 8, 8), SampleShape(8, 8, 0)):
         with pytest.raises(ConfigError, match="labels"):
             step_flops(config, [], sample)
+
+
+def test_step_rows_say_attention_and_skip() -> None:
+    found = [(row.notes["attention"], row.notes["last_layer_skip"]) for row in bench_step(SETTING)]
+    assert found == [("eager", False), ("eager", True), ("blocked", True), ("blocked", True)]
 
 
 def test_stage_rows_name_the_published_lengths() -> None:
