@@ -13,6 +13,8 @@ from mono_internvl.experts import triton_kernels, triton_path
 WIDTH, FFN_WIDTH, ROWS = 2048, 8192, 4096
 SIZES = {"num_in": WIDTH, "num_out": FFN_WIDTH, "width": WIDTH, "ffn_width": FFN_WIDTH}
 STRIDES = {"stride_out": WIDTH, "stride_in": 1}
+TRANSPOSED = {"stride_out": 1, "stride_in": WIDTH}
+"""Of a weight that is read the other way round, for the gradient of the rows."""
 COUNTS = ("num_text", "num_rows", "start", "stop")
 # Shared memory of one thread block, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -24,7 +26,13 @@ FLAGS = {
 }
 
 
-def compile_kernel(kernel: str, dtype: torch.dtype, capability: int, rows: int = ROWS) -> Any:
+def compile_kernel(
+    kernel: str,
+    dtype: torch.dtype,
+    capability: int,
+    rows: int = ROWS,
+    strides: dict[str, int] = STRIDES,
+) -> Any:
     """The compiled kernel: its PTX, cubin and metadata.
 
     Args:
@@ -32,6 +40,7 @@ def compile_kernel(kernel: str, dtype: torch.dtype, capability: int, rows: int =
         dtype: Of the operands.
         capability: 80, 90 or 100.
         rows: Of the larger expert; few rows get low tiles.
+        strides: Of the weights of `linear`.
     """
     function = getattr(triton_kernels, f"{kernel}_kernel")
     tiles = triton_path.tiles_for(kernel, dtype, rows)
@@ -43,7 +52,7 @@ def compile_kernel(kernel: str, dtype: torch.dtype, capability: int, rows: int =
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for i, name in enumerate(names):
-        values = {**settings, **{k: v for k, v in STRIDES.items() if v == 1}}
+        values = {**settings, **{k: v for k, v in strides.items() if v == 1}}
         if name in values:
             signature[name], constants[name] = "constexpr", values[name]
         elif name in COUNTS:

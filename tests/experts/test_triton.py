@@ -105,6 +105,10 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path, monkeypatch: pytest.Monke
         exact = aot.compile_kernel(kernel, torch.float32, 80)
         assert exact.metadata.shared <= aot.SHARED_BYTES[80], kernel
     assert aot.compile_kernel("hidden", torch.bfloat16, 90, rows=5).asm["cubin"]
+    backward = aot.compile_kernel("linear", torch.bfloat16, 90, strides=aot.TRANSPOSED)
+    assert re.search(matrix_units[90], backward.asm["ptx"])
+    assert re.search(r"cp\.async\.cg[^;]*0x10", backward.asm["ptx"])
+    assert ".local " not in backward.asm["ptx"]
 
 
 @pytest.mark.skipif(HAS_TRITON, reason="triton is installed")
