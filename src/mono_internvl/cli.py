@@ -334,7 +334,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="targets, prefill, modular, decode, prefix, train, serve, images, experts or gpu."
+            help="targets, prefill, modular, decode, prefix, profile, train, serve, images, "
+            "experts or gpu."
         ),
     ],
     size: Annotated[str | None, typer.Option(help="tiny, middle or 2b; middle, gpu: 2b.")] = None,
@@ -349,20 +350,13 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed: compared subjects interleaved in one run."""
-    from mono_internvl.bench.rows import BenchRow, keep
+    from mono_internvl.bench.rows import keep
     from mono_internvl.pipelines.bench import bench as run_bench
 
     _quieten()
     rows = run_bench(what, size=size, layers=layers, dtype=dtype, device=device, rounds=rounds)
     for row in rows if out is None else keep(out, rows):
-        if as_json:
-            typer.echo(row.to_json())
-        elif isinstance(row, BenchRow):
-            ratio = "" if row.ratio is None else f"{row.ratio:.3f} x {row.baseline}"
-            typer.echo(f"{row.subject:<48} {row.p50:10.4f} {row.unit:<10} {ratio}")
-        else:
-            met = {True: "met", False: "MISSED", None: "not measured"}[row.met]
-            typer.echo(f"{row.name:<72} {row.target:<8} {row.value} {met}")
+        typer.echo(row.to_json() if as_json else row.to_line())
 
 
 @lab.command("modular")

@@ -8,11 +8,8 @@ import shlex
 import subprocess
 import sys
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-_VERSIONS_OF = ("torch", "transformers")
 
 
 def command() -> str:
@@ -52,7 +49,14 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Version of Python and of the packages that numbers depend on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}}
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # says which build it is, unlike the package's metadata
+        "transformers": transformers.__version__,
+    }
 
 
 def today() -> str:

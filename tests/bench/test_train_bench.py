@@ -93,7 +93,7 @@ def test_stage_rows_hold_rate_memory_and_operations() -> None:
     assert notes["tokens_per_second"] == pytest.approx(
         notes["samples"] * notes["tokens"] / plain.p50, rel=1e-2
     )
-    assert notes["peak_bytes"] and notes["share_of_gemm_rate"] > 0
+    assert notes["peak_bytes"] and notes["owed_share_of_gemm_rate"] > 0
     assert "mfu" not in notes  # no data sheet of a CPU
     assert again.notes["recompute"] == "selective"
     assert again.notes["owed_gflop"] == notes["owed_gflop"]

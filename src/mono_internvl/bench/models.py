@@ -289,3 +289,9 @@ def all_logits_of_ours(model: MonoInternVLForConditionalGeneration, prompt: Prom
     cache = DynamicCache(config=model.config.text_config)
     x = model.model(prompt.input_ids, prompt.pixel_values, past_key_values=cache).last_hidden_state
     return model.lm_head(x.flatten(0, 1)).float()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def image_features(model: MonoInternVLForConditionalGeneration, prompt: Prompt) -> Tensor:
+    """What the decoder gets of the images alone, (tiles, tokens of a tile, width)."""
+    return model.get_image_features(prompt.pixel_values)  # type: ignore[no-any-return]

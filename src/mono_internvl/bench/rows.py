@@ -35,6 +35,7 @@ class BenchRow:
         n: Runs counted, each interleaved with one of every other subject.
         clock: "cpu": seconds of the process on all its threads; "wall" on accelerators.
         wall_p50: Median of wall seconds; on a shared machine, for information only.
+        cpu_p50: Median of CPU seconds; on an accelerator, of the host that launches.
         baseline: Subject that `ratio` compares with.
         ratio: Median over the interleaved rounds of this subject / baseline.
         gflop: Multiplications and additions of all weight matrices in one run, 1e9.
@@ -58,6 +59,7 @@ class BenchRow:
     n: int
     clock: str = "cpu"
     wall_p50: float | None = None
+    cpu_p50: float | None = None
     baseline: str | None = None
     ratio: float | None = None
     gflop: float | None = None
@@ -70,6 +72,13 @@ class BenchRow:
     def to_json(self) -> str:
         """The row as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    def to_line(self) -> str:
+        """The row for a terminal."""
+        of = self.what.partition(": ")[2]
+        name = f"{of}: {self.subject}" if of else self.subject
+        ratio = "" if self.ratio is None else f"{self.ratio:.3f} x {self.baseline}"
+        return f"{name:<72} {self.p50:10.4f} {self.unit:<10} {ratio}"
 
 
 @dataclass(frozen=True)
@@ -101,6 +110,11 @@ class Target:
     def to_json(self) -> str:
         """The target as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    def to_line(self) -> str:
+        """The target for a terminal."""
+        met = {True: "met", False: "MISSED", None: "not measured"}[self.met]
+        return f"{self.name:<72} {self.target:<8} {self.value} {met}"
 
 
 def device_name(device: torch.device) -> str:

@@ -149,6 +149,7 @@ def measure(
                 n=len(values),
                 clock=clock,
                 wall_p50=percentile(timing.wall, 0.5) / subject.units,
+                cpu_p50=percentile(timing.cpu, 0.5) / subject.units,
                 baseline=baseline,
                 ratio=percentile([mine / base for mine, base in pairs], 0.5),
                 gflop=timing.gflop / subject.units,

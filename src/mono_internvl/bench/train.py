@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mono_internvl.bench.limit import against_one_product, one_product, rate_of_one_product
 from mono_internvl.bench.models import (
     Prompt,
     Setting,
@@ -37,7 +38,6 @@ OFFICIAL = "dense, eager attention, all logits, as the official code runs"
 TEXT_LOGITS = "dense, eager attention, logits of labels only"
 OURS = "ours v1, blocked, skip"
 RECOMPUTE = "ours v1, blocked, skip, selective recompute"
-GEMM = "one matrix product"
 BATCH = 2
 TILE_PX, TILES, TEXT = 224, 6, 64
 """Two samples of 512 tokens, 384 of them visual."""
@@ -94,22 +94,15 @@ def bench_step(setting: Setting) -> list[BenchRow]:
         # Whoever asks for the loss of labelled rows alone has the last layer skip the others.
         notes = {"attention": attention, "last_layer_skip": name != OFFICIAL}
         subjects.append(Subject(name, run, {**notes, "peak_bytes": peak_bytes(run, device)}))
-    subjects.append(_one_product(setting))
+    subjects.append(one_product(setting))
     shapes = {**size.shapes, "batch": BATCH}
     rows = measure("train", subjects, setting, baseline=OFFICIAL, shapes=shapes)
-    rate = _rate_of_one_product(rows)
     tokens = BATCH * size.tokens
     return [
         dataclasses.replace(
-            row,
-            notes={
-                **row.notes,
-                "tokens_per_second": round(tokens / row.p50, 1),
-                "share_of_gemm_rate": round((row.gflop or 0.0) / row.p50 / rate, 3),
-            },
+            row, notes={**row.notes, "tokens_per_second": round(tokens / row.p50, 1)}
         )
-        for row in rows
-        if row.subject != GEMM
+        for row in against_one_product(rows)
     ]
 
 
@@ -133,8 +126,8 @@ def bench_stages(setting: Setting, stages: Sequence[Stage]) -> Iterator[BenchRow
     Weights and optimizer are fp32; bf16 is autocast. Samples are as long as the stage allows, and
     as many as fit into `TOKENS_OF_STEP`, at least one. A row tells tokens per second, peak memory,
     the operations that the step owes (`owed_gflop`, see `model.training_costs`), and their rate as
-    a share of one large product's in the same run (`share_of_gemm_rate`) and, where the device is
-    known, of its peak by data sheet (`mfu`).
+    a share of one large product's in the same run (`owed_share_of_gemm_rate`) and, where the device
+    is known, of its peak by data sheet (`mfu`).
 
     Args:
         setting: Size, dtype of the products, device and rounds.
@@ -145,7 +138,7 @@ def bench_stages(setting: Setting, stages: Sequence[Stage]) -> Iterator[BenchRow
         step = _StageStep(dataclasses.replace(setting, size=size), stage)
         peak = peak_bytes(step.run, setting.device)
         subject = Subject(f"{stage.name}: {stage.title}", step.run)
-        gemm = _one_product(setting)
+        gemm = one_product(setting)
         model_sizes = {
             name: value
             for name, value in size.shapes.items()
@@ -165,7 +158,7 @@ def bench_stages(setting: Setting, stages: Sequence[Stage]) -> Iterator[BenchRow
             "tokens_per_second": round(step.batch * size.tokens / row.p50, 1),
             "peak_bytes": peak,
             "owed_gflop": round(step.owed_gflop, 3),
-            "share_of_gemm_rate": round(rate / _rate_of_one_product([roof]), 3),
+            "owed_share_of_gemm_rate": round(rate / rate_of_one_product([roof]), 3),
         }
         peak_rate = _peak_gflops(row.device) if setting.dtype == torch.bfloat16 else None
         if peak_rate is not None:
@@ -210,21 +203,6 @@ class _StageStep:
         nn.utils.clip_grad_norm_(self.learned, self.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-def _one_product(setting: Setting) -> Subject:
-    """A product as large as one of an expert's, of many rows."""
-    random = functools.partial(torch.randn, dtype=setting.dtype, device=setting.device)
-    rows = 1024 if setting.device.type == "cpu" else 8192
-    a = random(rows, setting.size.width)
-    b = random(setting.size.width, setting.size.ffn_width)
-    return Subject(GEMM, functools.partial(torch.mm, a, b))
-
-
-def _rate_of_one_product(rows: Sequence[BenchRow]) -> float:
-    """1e9 operations per second."""
-    row = next(row for row in rows if row.subject == GEMM)
-    return (row.gflop or 0.0) / row.p50
 
 
 def _peak_gflops(device: str) -> float | None:

@@ -14,9 +14,10 @@ from mono_internvl.bench.gpu import bench_gpu
 from mono_internvl.bench.images import bench_images
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.prefill import bench_modular, bench_prefill
+from mono_internvl.bench.profile import bench_profile
 from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.serve import bench_serve
-from mono_internvl.bench.targets import bench_targets
+from mono_internvl.bench.targets import bench_targets, targets_of_2b
 from mono_internvl.bench.train import bench_train
 from mono_internvl.errors import ConfigError
 from mono_internvl.model.devices import choose_device
@@ -29,7 +30,9 @@ Rows = Iterable[BenchRow | Target]
 
 
 def _prefill(setting: Setting) -> Rows:
-    return bench_prefill(setting, with_variants=setting.size.name != "2b")
+    rows = bench_prefill(setting)
+    yield from rows
+    yield from targets_of_2b(rows)
 
 
 COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
@@ -37,6 +40,7 @@ COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
     "modular": bench_modular,
     "decode": bench_decode,
     "prefix": bench_prefix,
+    "profile": bench_profile,
     "train": partial(bench_train, stages=EVIP.stages),
     "serve": bench_serve,
     "images": bench_images,

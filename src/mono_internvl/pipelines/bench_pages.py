@@ -12,10 +12,14 @@ from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read
 from mono_internvl.errors import ConfigError
 
 NOTHING = "*No measured row is committed for this block yet; nothing is claimed here.*\n"
-TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "images")
+TABLES = ("prefill", "modular", "decode", "prefix", "profile", "train", "serve", "images")
 """Comparisons that have a block `bench-NAME`."""
 
-_HEAD = ("subject", "p50", "p20 to p80", "n", "ratio", "GFLOP, its ratio", "settings")
+_HEAD = (
+    *("subject", "p50", "p20 to p80", "n", "ratio", "GFLOP, its ratio", "GFLOP/s"),
+    *("of one product's rate", "settings"),
+)
+_LIMIT = "share_of_gemm_rate"
 
 
 def comparison_block(what: str) -> Callable[[Path], str]:
@@ -106,7 +110,11 @@ def _table_of(rows: list[BenchRow]) -> str:
                 str(row.n),
                 "" if row.ratio is None else f"{row.ratio:.2f}",
                 _operations(row, base),
-                ", ".join(f"{k.replace('_', ' ')} {_note(v)}" for k, v in row.notes.items()),
+                f"{row.gflop / row.p50:,.0f}" if row.gflop else "",
+                f"{row.notes[_LIMIT]:.2f}" if _LIMIT in row.notes else "",
+                ", ".join(
+                    f"{k.replace('_', ' ')} {_note(v)}" for k, v in row.notes.items() if k != _LIMIT
+                ),
             )
             for row in rows
         ),
@@ -137,6 +145,8 @@ def _note(value: Any) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
+    """A table without the columns in which nothing stands."""
+    columns = zip(head, *rows, strict=True)
+    first, *body = zip(*(column for column in columns if any(column[1:])), strict=True)
+    lines = [first, ["---"] * len(first), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
