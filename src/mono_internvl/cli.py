@@ -313,13 +313,7 @@ def evaluate(
 
     _quieten()
     found = run_evaluation(
-        model,
-        data,
-        blind=blind,
-        device=device,
-        out=out,
-        per_kind=per_kind,
-        max_tiles=max_tiles,
+        model, data, blind=blind, device=device, out=out, per_kind=per_kind, max_tiles=max_tiles
     )
     if as_json:
         print_json(dataclasses.asdict(found))
@@ -350,10 +344,12 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed: compared subjects interleaved in one run."""
-    from mono_internvl.bench.rows import keep
+    from mono_internvl.bench.rows import check_folder, keep
     from mono_internvl.pipelines.bench import bench as run_bench
 
     _quieten()
+    if out is not None:
+        check_folder(out)
     rows = run_bench(what, size=size, layers=layers, dtype=dtype, device=device, rounds=rounds)
     for row in rows if out is None else keep(out, rows):
         typer.echo(row.to_json() if as_json else row.to_line())

@@ -1,16 +1,20 @@
 """The harness: interleaving, ratios, rows that say where they come from."""
 
+import fcntl
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from mono_internvl.bench.models import Setting, size_of
-from mono_internvl.bench.rows import BenchRow, Target, keep, read_rows
+from mono_internvl.bench.rows import BenchRow, Target, check_folder, keep, read_rows
 from mono_internvl.bench.timing import Subject, interleaved, measure, percentile, repeats_for
 from mono_internvl.bench.train import peak_bytes
 from mono_internvl.cli import app
@@ -20,6 +24,24 @@ from mono_internvl.pipelines.bench import COMPARISONS, bench
 CPU = torch.device("cpu")
 ELSEWHERE = {"targets", "experts", "gpu"}
 """Comparisons whose rows are of another form, with tests of their own."""
+
+ROW = BenchRow(
+    what="a",
+    subject="b \u2028 \u00e9",
+    shapes={},
+    layers=0,
+    dtype="float32",
+    device="none",
+    p20=1.0,
+    p50=1.0,
+    p80=1.0,
+    n=1,
+    command="none",
+    commit="none",
+    versions={},
+    date="2026-01-31",
+)
+LINE = f"{ROW.to_json()}\n".encode()
 
 torch.set_num_threads(1)
 
@@ -97,33 +119,17 @@ def test_rows_go_round(tmp_path: Path) -> None:
 
 
 def test_rows_are_kept_as_they_are_measured(tmp_path: Path) -> None:
-    row = BenchRow(
-        what="a",
-        subject="b",
-        shapes={},
-        layers=0,
-        dtype="float32",
-        device="none",
-        p20=1.0,
-        p50=1.0,
-        p80=1.0,
-        n=1,
-        command="none",
-        commit="none",
-        versions={},
-        date="2026-01-31",
-    )
     file, targets = tmp_path / "bench.jsonl", tmp_path / "targets.jsonl"
 
     def measured() -> Iterator[BenchRow | Target]:
-        yield row
-        assert read_rows(file) == [row]  # before the next one is measured
+        yield ROW
+        assert read_rows(file) == [ROW]  # before the next one is measured
         yield Target.judge("x", "<=", 1.0, 0.5)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         list(keep(tmp_path, measured()))
-    assert read_rows(file) == [row] and not targets.exists()
+    assert read_rows(file) == [ROW] and not targets.exists()
 
 
 def test_targets_replace_those_of_the_same_name(tmp_path: Path) -> None:
@@ -132,6 +138,114 @@ def test_targets_replace_those_of_the_same_name(tmp_path: Path) -> None:
     lines = (tmp_path / "targets.jsonl").read_text().splitlines()
     found = [Target(**json.loads(line)) for line in lines]
     assert [(t.name, t.met) for t in found] == [("x", True), ("y", False), ("z", False)]
+
+
+def _unmeasured() -> Iterator[BenchRow | Target]:
+    pytest.fail("measured before the folder was looked at")
+    yield
+
+
+def _target(name: str, value: float | None) -> Target:
+    return Target.judge(name, "<=", 1.0, value)
+
+
+def _targets(folder: Path) -> dict[str, float | None]:
+    lines = (folder / "targets.jsonl").read_text().splitlines()
+    return {target.name: target.value for target in (Target(**json.loads(line)) for line in lines)}
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "rows", "targets"])
+def test_place_that_cannot_be_written_is_refused_before_measuring(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "rows" / "bench.jsonl").mkdir(parents=True)
+    (tmp_path / "targets" / "targets.jsonl").mkdir(parents=True)
+    out = tmp_path / place
+    with pytest.raises(ConfigError, match=f"out='{out}'.*choose another folder"):
+        next(keep(out, _unmeasured()))
+    monkeypatch.setitem(COMPARISONS, "prefill", lambda setting: list(_unmeasured()))
+    found = CliRunner().invoke(app, ["bench", "prefill", "--out", str(out)])
+    assert isinstance(found.exception, ConfigError)
+
+
+@pytest.mark.parametrize("name", ["bench.jsonl", "targets.jsonl"])
+@pytest.mark.parametrize("damage", [b'{"what": 1}', b"{", b"\n", b"[]", b'"\xff"', b"nonsense"])
+def test_damaged_file_is_refused_before_measuring(name: str, damage: bytes, tmp_path: Path) -> None:
+    whole = LINE if name == "bench.jsonl" else b"%s\n" % _target("x", 1.0).to_json().encode()
+    content = whole + damage + b"\n" + whole
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name}:2: .*mend or delete the line"):
+        next(keep(tmp_path, _unmeasured()))
+    assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "size", [1, 5, 9, 30, LINE.index(b"\xc3") + 1, len(LINE) - 2, len(LINE) - 1]
+)
+def test_row_that_was_cut_in_two_takes_no_other_with_it(size: int, tmp_path: Path) -> None:
+    file = tmp_path / "bench.jsonl"
+    is_whole = size == len(LINE) - 1  # only the line break was lost
+    file.write_bytes(LINE + LINE[:size])
+    check_folder(tmp_path)
+    assert file.read_bytes() == LINE * (1 + is_whole)
+
+    def measured() -> Iterator[BenchRow]:
+        file.write_bytes(LINE + LINE[:size])  # by another process, in the meantime
+        yield ROW
+
+    list(keep(tmp_path, measured()))
+    assert file.read_bytes() == LINE * (2 + is_whole)
+
+
+def test_last_line_that_is_no_part_of_a_row_stays(tmp_path: Path) -> None:
+    (tmp_path / "bench.jsonl").write_bytes(LINE + b"my notes")
+    with pytest.raises(ConfigError, match=r"bench\.jsonl:2"):
+        check_folder(tmp_path)
+    assert (tmp_path / "bench.jsonl").read_bytes().rstrip() == LINE + b"my notes"
+
+
+def test_targets_are_replaced_whole(tmp_path: Path) -> None:
+    list(keep(tmp_path, [_target("x", 0.5)]))
+    os.link(tmp_path / "targets.jsonl", tmp_path / "before")
+    before = (tmp_path / "before").read_text()
+    list(keep(tmp_path, [_target("x", 0.75)]))
+    assert (tmp_path / "before").read_text() == before
+    assert _targets(tmp_path) == {"x": 0.75}
+    assert sorted(os.listdir(tmp_path)) == ["before", "bench.jsonl", "targets.jsonl"]
+
+
+def test_targets_of_two_at_once_are_all_kept(tmp_path: Path) -> None:
+    def other(held: IO[bytes]) -> None:
+        with held:  # read nothing yet, and takes its time to write
+            time.sleep(0.3)
+            (tmp_path / "targets.jsonl").write_text(f"{_target('y', 2.0).to_json()}\n")
+
+    def measured() -> Iterator[Target]:
+        yield _target("x", 0.5)
+        held = (tmp_path / "bench.jsonl").open("rb")
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread.append(threading.Thread(target=other, args=(held,)))
+        thread[0].start()
+
+    thread: list[threading.Thread] = []
+    list(keep(tmp_path, measured()))
+    thread[0].join()
+    assert _targets(tmp_path) == {"y": 2.0, "x": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kept"),
+    [(0.5, None, 0.5), (0.5, 0.75, 0.75), (None, 0.75, 0.75), (0.0, None, 0.0), (None, None, None)],
+)
+@pytest.mark.parametrize("runs", [1, 2])
+def test_target_without_a_value_replaces_none_that_has_one(
+    before: float | None, after: float | None, kept: float | None, runs: int, tmp_path: Path
+) -> None:
+    pair = [_target("x", before), _target("x", after)]
+    for rows in [pair] if runs == 1 else [[target] for target in pair]:
+        list(keep(tmp_path, rows))
+    assert _targets(tmp_path) == {"x": kept}
 
 
 @pytest.mark.parametrize(

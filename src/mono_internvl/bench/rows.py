@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
+import logging
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import torch
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.training.job_folder import write_whole
 
 BENCH_ROWS, TARGETS = "bench.jsonl", "targets.jsonl"
+_ROW_BEGINS = b'{"what": '
+_Line = TypeVar("_Line")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,42 +138,110 @@ def read_rows(file: Path) -> list[BenchRow]:
     Raises:
         ConfigError: A line that is not a row with its fields.
     """
-    if not file.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
-        try:
-            rows.append(BenchRow(**json.loads(line)))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{file}:{number}: {error}; expected a row of `mono-internvl bench --json`"
-            ) from error
-    return rows
+    return _read_lines(file, BenchRow, "a row")
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder ready to `keep` rows in, before any is measured.
+
+    A last row that an end by force cut in two is no row and goes, so that the next one does not
+    continue its line.
+
+    Raises:
+        ConfigError: It cannot be written to, or holds a line that is no row or no target.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder), _locked(folder) as file:
+            _end_last_line(file)
+            read_rows(folder / BENCH_ROWS)
+            _read_targets(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"out={str(folder)!r}: not a folder to write to ({error}); choose another folder"
+        ) from error
 
 
 def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> Iterator[BenchRow | Target]:
     """Pass rows on, writing each down as soon as it is measured: an end by force loses no row.
 
+    Several may write to one folder at once.
+
     Args:
         folder: Measured rows are added to its `bench.jsonl`. Targets replace those of the same
-            name in its `targets.jsonl`, others of which stay, when the last row was passed on.
+            name in its `targets.jsonl`, others of which stay, when the last row was passed on; one
+            that was not measured does not replace one that was.
         rows: May be measured while they are asked for.
+
+    Raises:
+        ConfigError: As by `check_folder`, before the first row is asked for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    targets: dict[str, str] = {}
-    with (folder / BENCH_ROWS).open("a", encoding="utf-8") as out:
-        for row in rows:
-            if isinstance(row, BenchRow):
-                out.write(row.to_json() + "\n")
-                out.flush()
-            else:
-                targets[row.name] = row.to_json()
-            yield row
+    check_folder(folder)
+    targets: list[Target] = []
+    for row in rows:
+        if isinstance(row, BenchRow):
+            with _locked(folder) as file:
+                _end_last_line(file)
+                file.write(f"{row.to_json()}\n".encode())
+        else:
+            targets.append(row)
+        yield row
     if targets:
-        file = folder / TARGETS
-        lines = file.read_text("utf-8").splitlines() if file.is_file() else []
-        found = {json.loads(line)["name"]: line for line in lines} | targets
-        file.write_text("".join(f"{line}\n" for line in found.values()), encoding="utf-8")
+        with _locked(folder):
+            found = {target.name: target for target in _read_targets(folder)}
+            for target in targets:
+                known = found.get(target.name)
+                if known is None or known.value is None or target.value is not None:
+                    found[target.name] = target
+            lines = "\n".join(target.to_json() for target in found.values())
+            write_whole(folder / TARGETS, lines)
+
+
+def _read_targets(folder: Path) -> list[Target]:
+    return _read_lines(folder / TARGETS, Target, "a target")
+
+
+def _read_lines(file: Path, kind: Callable[..., _Line], what: str) -> list[_Line]:
+    if not file.exists():
+        return []
+    found = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            found.append(kind(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{file}:{number}: {error}; expected {what} of `mono-internvl bench --json`; "
+                "mend or delete the line"
+            ) from error
+    return found
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[IO[bytes]]:
+    """The folder's `bench.jsonl`, which is never replaced, held against other processes."""
+    with (folder / BENCH_ROWS).open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _end_last_line(file: IO[bytes]) -> None:
+    """End the last line of a held file with a line break, or drop it if it is a part of a row."""
+    file.seek(0)
+    content = file.read()
+    last = content.rpartition(b"\n")[2]
+    if not last:
+        return
+    try:
+        json.loads(last)
+        is_part = False
+    except ValueError:
+        is_part = last.startswith(_ROW_BEGINS[: len(last)])
+    if is_part:
+        logger.warning("%s: dropped a last row that was cut in two: %r", file.name, last)
+        file.truncate(len(content) - len(last))
+    else:
+        file.write(b"\n")
+        file.flush()
 
 
 def _processor() -> str:
