@@ -1,6 +1,7 @@
 """`bench experts`: what a cell holds and what is checked."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from mono_internvl.bench import experts as bench
 from mono_internvl.bench.experts import Cell
 from mono_internvl.bench.models import Setting, size_of
+from mono_internvl.bench.timing import Subject, interleaved
 from mono_internvl.experts import grouped
 
 CPU = torch.device("cpu")
@@ -34,6 +36,23 @@ def test_cell_has_every_subject_and_counts_its_products(passes: str) -> None:
         assert row.gflop == pytest.approx(expected), name
         assert row.n == 2 and row.baseline == bench.ONE and row.notes["pass"] == passes
     assert rows["eager"].shapes == CELL.shapes
+
+
+@pytest.mark.parametrize("passes", [bench.FORWARD, bench.BOTH])
+def test_fused_kernels_count_the_products_of_eager(
+    passes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton_path = pytest.importorskip("mono_internvl.experts.triton_path")
+    monkeypatch.setattr(triton_path, "unavailable", lambda x: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # "meta" is unknown to it
+    experts = bench.Experts.random(CELL, passes, torch.float32, torch.device("meta"))
+    ways = {path: functools.partial(experts.by, path) for path in ("eager", "triton")}
+    ways["sorted"] = functools.partial(experts.by_sorted, "triton")
+    subjects = [Subject(name, functools.partial(experts.run, way)) for name, way in ways.items()]
+    timings = interleaved(subjects, 1, CPU)
+    owed = 6 * 40 * 16 * 24 / 1e9 * (1 if passes == bench.FORWARD else 3)
+    for name in ways:
+        assert timings[name].gflop == pytest.approx(owed), name
 
 
 def test_split_rows_stay_split() -> None:

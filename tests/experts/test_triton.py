@@ -22,8 +22,11 @@ from expert_cases import (
     difference,
     feed_forwards,
     projections,
+    route_all,
     run,
 )
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mono_internvl.errors import ExpertPathUnavailable
 from mono_internvl.experts import Routing, check_expert_path
@@ -109,6 +112,35 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path, monkeypatch: pytest.Monke
     assert re.search(matrix_units[90], backward.asm["ptx"])
     assert re.search(r"cp\.async\.cg[^;]*0x10", backward.asm["ptx"])
     assert ".local " not in backward.asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.parametrize("frozen", ["", "0.", "1.", "0.gate_proj", "down_proj", "weight", "bias"])
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_operators_count_the_flops_of_eager(
+    case: Case, frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mono_internvl.experts import triton_path
+
+    monkeypatch.setattr(triton_path, "unavailable", lambda x: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # "meta" is unknown to it
+    for experts in (feed_forwards(case), projections(case, True), projections(case, False)):
+        for name, parameter in experts.named_parameters():
+            parameter.requires_grad_(not frozen or frozen not in name)
+        experts.to("meta")
+        found, expected = _flops("triton", case, experts), _flops("eager", case, experts)
+        assert found == expected and min(found) > 0
+
+
+def _flops(path: str, case: Case, experts: nn.ModuleList) -> tuple[int, int]:
+    """Of the forward and of the backward pass, on tensors without data."""
+    x = torch.empty(case.is_visual.numel(), case.width, device="meta", requires_grad=True)
+    routing = Routing.from_mask(case.is_visual).to(x.device).by(path)
+    with FlopCounterMode(display=False) as forward:
+        y = route_all(x, routing, *experts)
+    with FlopCounterMode(display=False) as backward:
+        y.backward(torch.empty_like(y))
+    return forward.get_total_flops(), backward.get_total_flops()
 
 
 @pytest.mark.skipif(HAS_TRITON, reason="triton is installed")

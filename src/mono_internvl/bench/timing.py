@@ -21,7 +21,15 @@ from mono_internvl.provenance import commit, today, versions
 
 LEAST_SECONDS = 5e-3
 """Shorter runs on an accelerator are repeated until they last as long."""
-_WEIGHT_PRODUCTS = ("aten.mm", "aten.addmm", "aten._grouped_mm")
+_WEIGHT_PRODUCTS = (
+    "aten.mm",
+    "aten.addmm",
+    "aten._grouped_mm",
+    "mono_internvl.routed_linear",
+    "mono_internvl.routed_hidden",
+    "mono_internvl.routed_hidden_backward",
+    "mono_internvl.routed_weight_gradient",
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Timing:
     Attributes:
         cpu: Of the process, on all its threads.
         wall: By the clock on the wall; on an accelerator, between two events in its stream.
-        gflop: Of all weight matrices in one run.
+        gflop: Of all weight matrices in one run; what a fused kernel makes again is not counted.
     """
 
     cpu: tuple[float, ...]

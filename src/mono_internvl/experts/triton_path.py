@@ -4,7 +4,8 @@ Between the two launches lies one (N, I) tensor; rows are not copied, gate and u
 The backward pass keeps the rows alone and makes gate and up again; it writes their two gradients
 and, where a down projection learns, the hidden rows. A frozen expert gets no weight gradient.
 
-The launches are custom operators, so that `torch.compile` sees them as single steps.
+The launches are custom operators, so that `torch.compile` sees them as single steps. torch's FLOP
+counter is told what each owes (the functions named `_..._flop`).
 
 Legend: N rows, "sorted": text rows first, D width, I feed-forward width, out and in: sides of a
 projection.
@@ -17,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from mono_internvl.experts import triton_kernels as kernels
 from mono_internvl.experts.pairs import LinearPair, SwiGLUPair
@@ -175,6 +177,14 @@ def _(
     return x.new_empty(x.shape[0], weights[0].shape[1 if is_transposed else 0])
 
 
+@register_flop_formula(torch.ops.mono_internvl.routed_linear)
+def _linear_flop(
+    x: torch.Size, x2: torch.Size | None, weights: list[torch.Size], *_: Any, **__: Any
+) -> int:
+    """Of shapes: every row meets one weight, or one of each of two pairs."""
+    return (1 if x2 is None else 2) * 2 * x[0] * weights[0].numel()
+
+
 @torch.library.custom_op("mono_internvl::routed_hidden", mutates_args=())
 def _hidden(x: Tensor, weights: list[Tensor], order: Tensor | None, num_text: int) -> Tensor:
     """(N, D) rows of the stream to silu(gate) * up, (N, I) sorted.
@@ -209,6 +219,12 @@ def _hidden(x: Tensor, weights: list[Tensor], order: Tensor | None, num_text: in
 @_hidden.register_fake
 def _(x: Tensor, weights: list[Tensor], order: Tensor | None, num_text: int) -> Tensor:
     return x.new_empty(x.shape[0], weights[0].shape[0])
+
+
+@register_flop_formula(torch.ops.mono_internvl.routed_hidden)
+def _hidden_flop(x: torch.Size, weights: list[torch.Size], *_: Any, **__: Any) -> int:
+    """Of shapes: gate and up."""
+    return 2 * 2 * x[0] * weights[0].numel()
 
 
 @torch.library.custom_op("mono_internvl::routed_hidden_backward", mutates_args=())
@@ -270,6 +286,18 @@ def _(
     return hidden, x.new_empty(shape), x.new_empty(shape)
 
 
+@register_flop_formula(torch.ops.mono_internvl.routed_hidden_backward)
+def _hidden_backward_flop(
+    x: torch.Size, dy: torch.Size, weights: list[torch.Size], *_: Any, **__: Any
+) -> int:
+    """Of shapes: the gradient of the hidden rows, which a backward pass owes.
+
+    Gate and up, which the kernel makes again, are not counted, so that every path counts the same.
+    It counts for every row also where neither rows nor gate nor up want a gradient: it is made.
+    """
+    return 2 * x[0] * weights[0].numel()
+
+
 @torch.library.custom_op("mono_internvl::routed_weight_gradient", mutates_args=())
 def _weight_gradient(
     dy: Tensor,
@@ -323,6 +351,20 @@ def _(
     x_sorted: bool,
 ) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1])
+
+
+@register_flop_formula(torch.ops.mono_internvl.routed_weight_gradient)
+def _weight_gradient_flop(
+    dy: torch.Size,
+    x: torch.Size,
+    order: torch.Size | None,
+    start: int,
+    stop: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Of shapes: the rows of one expert."""
+    return 2 * (stop - start) * dy[1] * x[1]
 
 
 def _weight_gradients(
