@@ -223,17 +223,20 @@ def test_unknown_path_is_refused_with_the_names() -> None:
             check_expert_path(name)
 
 
-def test_auto_goes_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = (crossovers.Crossover("cpu", True, 50, 10, "grouped", "made up"),)
+@pytest.mark.parametrize("kind", ["swiglu", "linear"])
+@pytest.mark.parametrize("training", [True, False])
+def test_auto_goes_by_the_table(training: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = (crossovers.Crossover("cpu", training, 50, 10, "grouped", "made up"),)
     monkeypatch.setattr(crossovers, "CROSSOVERS", table)
     calls: list[int] = []
-    right = grouped.swiglu
-    monkeypatch.setattr(grouped, "swiglu", lambda x, *rest: calls.append(len(x)) or right(x, *rest))
-    experts = feed_forwards(RUNS)
-    for num_text, num_visual in ((40, 10), (41, 9), (39, 10), (30, 30)):
-        mask = torch.arange(num_text + num_visual) < num_visual
-        route(torch.randn(len(mask), RUNS.width), Routing.from_mask(mask).by("auto"), *experts)
-    with torch.no_grad():
+    right = getattr(grouped, kind)
+    monkeypatch.setattr(grouped, kind, lambda x, *rest: calls.append(len(x)) or right(x, *rest))
+    experts = feed_forwards(RUNS) if kind == "swiglu" else projections(RUNS, True)
+    with torch.set_grad_enabled(training):
+        for num_text, num_visual in ((40, 10), (41, 9), (39, 10), (30, 30)):
+            mask = torch.arange(num_text + num_visual) < num_visual
+            route(torch.randn(len(mask), RUNS.width), Routing.from_mask(mask).by("auto"), *experts)
+    with torch.set_grad_enabled(not training):
         mask = torch.arange(60) < 30
         route(torch.randn(60, RUNS.width), Routing.from_mask(mask).by("auto"), *experts)
     assert calls == [50, 60]

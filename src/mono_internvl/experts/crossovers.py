@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mono_internvl.experts.pairs import LinearPair, SwiGLUPair
 from mono_internvl.experts.routing import Routing
 
 
@@ -20,7 +19,7 @@ class Crossover:
 
     Attributes:
         device: Type of the device.
-        training: Whether a backward pass follows.
+        training: Whether gradients are enabled, so that a backward pass may follow.
         min_rows: Fewest rows.
         min_rows_each: Fewest rows of the rarer kind.
         path: The name.
@@ -44,17 +43,17 @@ class Crossover:
 CROSSOVERS: tuple[Crossover, ...] = ()
 
 
-def fastest_path(x: Tensor, routing: Routing, pair: LinearPair | SwiGLUPair) -> str:
+def fastest_path(x: Tensor, routing: Routing) -> str:
     """The path that was measured fastest for such rows; eager where nothing was measured.
 
-    Reads host integers only: no answer depends on the contents of a tensor on a device.
+    Feed-forward experts and projections go by the same table. Reads host integers only: no answer
+    depends on the contents of a tensor on a device.
 
     Args:
         x: (N, D) rows.
         routing: How many of them are visual.
-        pair: The experts' weights.
     """
-    training = torch.is_grad_enabled() and isinstance(pair, SwiGLUPair)
+    training = torch.is_grad_enabled()
     rarer = min(routing.num_text, routing.num_visual)
     for row in CROSSOVERS:
         if (

@@ -109,7 +109,7 @@ def run_fast_path(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Modul
     if name == AUTO:
         if isinstance(pair, str):
             return None
-        name = fastest_path(x, routing, pair)
+        name = fastest_path(x, routing)
         if name == EAGER:
             return None
     if isinstance(pair, str):
