@@ -87,8 +87,10 @@ def interleaved(
     """
     gflop, runs = {}, {}
     for subject in subjects:
+        if subject.before is not None:
+            subject.before()
         with FlopCounterMode(display=False) as counter:
-            _once(subject, subject.run, 1, device)
+            subject.run()
         counts = counter.get_flop_counts().get("Global", {})
         gflop[subject.name] = (
             sum(n for op, n in counts.items() if str(op) in _WEIGHT_PRODUCTS) / 1e9

@@ -29,8 +29,9 @@ def comparison_block(what: str) -> Callable[[Path], str]:
         runs: dict[tuple[Any, ...], list[BenchRow]] = {}
         for row in read_rows(results / BENCH_ROWS):
             if row.what.partition(":")[0] == what:
-                shape = tuple(sorted(row.shapes.items()))
-                runs.setdefault((row.what, shape, row.layers, row.dtype, row.date), []).append(row)
+                sizes = (row.what, tuple(sorted(row.shapes.items())), row.layers, row.dtype)
+                origin = (row.command, row.commit, row.device, row.date)
+                runs.setdefault((*sizes, *origin), []).append(row)
         return "\n".join(_table_of(rows) for rows in runs.values()) or NOTHING
 
     return block
@@ -119,7 +120,8 @@ def _table_of(rows: list[BenchRow]) -> str:
             for row in rows
         ),
     )
-    return f'{head}{body}\n{_clock(first)}, ratio to "{first.baseline}"; {_origin(first)}.\n'
+    against = f', ratio to "{first.baseline}"' if first.baseline else ""
+    return f"{head}{body}\n{_clock(first)}{against}; {_origin(first)}.\n"
 
 
 def _clock(row: BenchRow) -> str:
@@ -135,12 +137,16 @@ def _origin(row: BenchRow) -> str:
 def _operations(row: BenchRow, base: BenchRow) -> str:
     if not row.gflop:
         return ""
-    return f"{row.gflop:,.1f}" + (f", {row.gflop / base.gflop:.2f}" if base.gflop else "")
+    if not (row.baseline and base.gflop):
+        return f"{row.gflop:,.1f}"
+    return f"{row.gflop:,.1f}, {row.gflop / base.gflop:.2f}"
 
 
 def _note(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value is None:
+        return "not known"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
