@@ -8,6 +8,7 @@ import torch
 
 from mono_internvl.bench.experts import FORWARD, ONE, Cell, bench_cell
 from mono_internvl.bench.models import Setting, size_of
+from mono_internvl.bench.profile import PROFILED, bench_profile
 from mono_internvl.bench.rows import Target, keep
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.errors import ConfigError
@@ -15,6 +16,7 @@ from mono_internvl.pipelines.bench_pages import (
     NOTHING,
     comparison_block,
     experts_block,
+    profile_block,
     targets_block,
 )
 
@@ -58,6 +60,20 @@ def test_expert_layers_are_a_line_for_a_cell(tmp_path: Path) -> None:
         assert values[columns.index("dense")] == f"{of_cell['dense'].ratio:.2f}"
         assert values[columns.index(ONE)] == f"{1e3 * of_cell[ONE].p50:.4g} ms"
     assert text.count("`mono-internvl bench experts`") == 1
+
+
+def test_profiles_stand_side_by_side(tmp_path: Path) -> None:
+    assert profile_block(tmp_path) == NOTHING
+    command = "mono-internvl bench profile"
+    setting = Setting(size_of("tiny"), torch.float32, torch.device("cpu"), 1, command)
+    rows = list(bench_profile(setting))
+    list(keep(tmp_path, rows))
+    text = profile_block(tmp_path)
+    head, _, total, *_ = (line.strip("| ") for line in text.splitlines())
+    assert head.split(" | ")[1:] == list(PROFILED)
+    assert total.split(" | ")[1] == f"{rows[0].p50:.3g} s, 100.0 %"
+    (convolution,) = (line for line in text.splitlines() if line.startswith("| convolution"))
+    assert convolution.split(" | ")[1] == ""  # a plain language model has none
 
 
 def test_targets_show_misses(tmp_path: Path) -> None:

@@ -34,11 +34,10 @@ class Crossover:
     measured: str
 
 
-# Empty by measurement on a CPU (`mono-internvl bench experts --size middle`, one thread, 256 and
-# 1,024 rows, a quarter and three quarters visual): grouped takes 0.98 to 1.03 of eager's time in
-# bf16 forward and 1.00 to 1.29 with the backward pass, in fp32 (`--dtype float32`) 0.98 to 1.01 and
-# 1.00 to 1.15, so that eager is never behind by more than noise. An in-place SwiGLU without a
-# backward pass gained nothing either: 0.99 to 1.03 of eager's time in fp32, 0.99 in bf16.
+# Empty by measurement on a CPU (the rows of `bench experts` in results/bench.jsonl, a table in
+# docs/experts.md: 256 and 1,024 rows, a quarter and three quarters visual, two widths): grouped
+# takes 0.95 to 1.06 of eager's time forward and 1.01 to 1.12 with the backward pass. An in-place
+# SwiGLU without a backward pass gained nothing either: 0.99 to 1.03 of eager's time.
 # Empty on CUDA because nothing has been measured there.
 CROSSOVERS: tuple[Crossover, ...] = ()
 

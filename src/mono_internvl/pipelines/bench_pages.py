@@ -12,7 +12,7 @@ from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read
 from mono_internvl.errors import ConfigError
 
 NOTHING = "*No measured row is committed for this block yet; nothing is claimed here.*\n"
-TABLES = ("prefill", "modular", "decode", "prefix", "profile", "train", "serve", "images")
+TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "images")
 """Comparisons that have a block `bench-NAME`."""
 
 _HEAD = (
@@ -68,6 +68,33 @@ def experts_block(results: Path) -> str:
         f"{_table(head, lines)}\nMedian time of one layer, then ratios to it, each the median over "
         f"interleaved rounds.\n\n{''.join(origins)}"
     )
+
+
+def profile_block(results: Path) -> str:
+    """Where the time goes: a table for each run, a column for each subject."""
+    runs: dict[tuple[str, ...], dict[str, dict[str, BenchRow]]] = {}
+    for row in read_rows(results / BENCH_ROWS):
+        what, _, subject = row.what.partition(": ")
+        if what == "profile":
+            run = runs.setdefault((row.device, row.command, row.commit, row.date), {})
+            run.setdefault(subject, {})[row.subject] = row
+    tables = []
+    for subjects in runs.values():
+        kinds = dict.fromkeys(kind for rows in subjects.values() for kind in rows)
+        first = next(iter(next(iter(subjects.values())).values()))
+        body = _table(
+            (f"{first.dtype}, {first.layers} layers, {first.shapes['tokens']:,} tokens", *subjects),
+            (
+                (kind, *(_seconds_and_share(rows.get(kind)) for rows in subjects.values()))
+                for kind in kinds
+            ),
+        )
+        tables.append(f"{body}\n{_clock(first)} and share; {_origin(first)}.\n")
+    return "\n".join(tables) or NOTHING
+
+
+def _seconds_and_share(row: BenchRow | None) -> str:
+    return "" if row is None else f"{row.p50:.3g} s, {100 * (row.ratio or 0):.1f} %"
 
 
 def targets_block(results: Path) -> str:

@@ -22,6 +22,7 @@ from mono_internvl.pipelines.bench_pages import (
     TABLES,
     comparison_block,
     experts_block,
+    profile_block,
     targets_block,
 )
 from mono_internvl.pipelines.lab_pages import LAB_BLOCKS, stage_label
@@ -240,6 +241,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     **LAB_BLOCKS,
     "bench-targets": targets_block,
     "bench-experts": experts_block,
+    "bench-profile": profile_block,
     **{f"bench-{what}": comparison_block(what) for what in TABLES},
 }
 """Name of a block -> what writes it from the folder of measured files."""
