@@ -400,7 +400,7 @@ def _ask_three(console: Console, run: Path, world: WorldFiles) -> None:
         text = question.record["conversations"][0]["value"].removeprefix("<image>\n")
         image = question.sample.images[0]
         chat.reset()
-        answer = chat.ask(text, images=[image])
+        answer = chat.ask(text, images=[image], max_new_tokens=_LONGEST_ANSWER)
         console.print(f"  [dim]{image}[/]", soft_wrap=True)
         console.print(
             f"  Q: {text}\n  A: {answer.text}\n  (truth: {question.record['answer']})", markup=False
