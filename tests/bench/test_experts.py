@@ -39,6 +39,18 @@ def test_cell_has_every_subject_and_counts_its_products(passes: str) -> None:
 
 
 @pytest.mark.parametrize("passes", [bench.FORWARD, bench.BOTH])
+def test_projections_are_a_comparison_of_their_own(passes: str) -> None:
+    cell = Cell(40, 24, 16)
+    rows = {row.subject: row for row in _rows(passes, cell)}
+    assert list(rows)[:3] == [bench.LIMIT, bench.ONE_PROJECTION, bench.TWO_PROJECTIONS]
+    owed = 2 * 40 * 16 * 16 / 1e9 * (1 if passes == bench.FORWARD else 3)
+    for name, row in rows.items():
+        assert row.gflop == pytest.approx(2 * owed if name == "dense" else owed), name
+        assert row.what == bench.PROJECTION and row.baseline == bench.ONE_PROJECTION
+    assert rows["eager"].shapes == {"tokens": 40, "visual_tokens": 24, "width": 16}
+
+
+@pytest.mark.parametrize("passes", [bench.FORWARD, bench.BOTH])
 def test_fused_kernels_count_the_products_of_eager(
     passes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,8 +98,9 @@ def test_check_rejects_swapped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert met == {"grouped": False, "dense": True}
 
 
-def test_rows_kept_sorted_give_the_same_rows() -> None:
-    experts = bench.Experts.random(CELL, bench.FORWARD, torch.float32, CPU)
+@pytest.mark.parametrize("cell", [CELL, Cell(40, 24, 16)], ids=["ffn", "projection"])
+def test_rows_kept_sorted_give_the_same_rows(cell: Cell) -> None:
+    experts = bench.Experts.random(cell, bench.FORWARD, torch.float32, CPU)
     order = experts.routing.sorted_rows
     assert order is not None
     by_rows = dataclasses.replace(experts, x=experts.x[order])

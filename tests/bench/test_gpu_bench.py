@@ -51,6 +51,7 @@ def test_rehearsal_on_a_cpu_runs_everything_and_judges_nothing(
     rows = [row for row in found if isinstance(row, BenchRow)]
     assert {row.what for row in rows} == {
         "experts",
+        "experts: projection",
         "decode: static cache",
         "serve: first token",
         "train: stages",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mono_internvl.bench.experts import FORWARD, ONE, Cell, bench_cell
+from mono_internvl.bench.experts import FORWARD, ONE, ONE_PROJECTION, Cell, bench_cell
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.profile import PROFILED, bench_profile
 from mono_internvl.bench.rows import Target, keep
@@ -60,6 +60,9 @@ def test_expert_layers_are_a_line_for_a_cell(tmp_path: Path) -> None:
         assert values[columns.index("dense")] == f"{of_cell['dense'].ratio:.2f}"
         assert values[columns.index(ONE)] == f"{1e3 * of_cell[ONE].p50:.4g} ms"
     assert text.count("`mono-internvl bench experts`") == 1
+    list(keep(tmp_path, bench_cell(Cell(40, 10, 32), FORWARD, setting)))
+    assert f"| {ONE_PROJECTION} |" in experts_block(tmp_path)
+    assert text.splitlines()[:4] == experts_block(tmp_path).splitlines()[:4]
 
 
 def test_profiles_stand_side_by_side(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`bench experts`: one expert layer by every path, against the price of one FFN.
+"""`bench experts`: one expert layer by every path, against the price of a single expert.
 
 Legend: N rows, D width, I feed-forward width.
 """
@@ -18,13 +18,15 @@ from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.errors import ExpertPathUnavailable
 from mono_internvl.experts import Routing
-from mono_internvl.experts.pairs import SwiGLUPair, expert_pair
+from mono_internvl.experts.pairs import LinearPair, SwiGLUPair, expert_pair
 from mono_internvl.experts.registry import expert_path
 from mono_internvl.model.configuration import MonoInternVLTextConfig
 from mono_internvl.model.layers import FeedForward, route
 
-ONE = "one FFN, all rows"
-TWO = "two FFNs, rows split before"
+ONE, ONE_PROJECTION = "one FFN, all rows", "one projection, all rows"
+TWO, TWO_PROJECTIONS = "two FFNs, rows split before", "two projections, rows split before"
+FFN, PROJECTION = "experts", "experts: projection"
+"""Names of the comparisons."""
 LIMIT = "one matrix product of as many FLOPs"
 PATHS = ("eager", "grouped", "triton", "dense")
 KEPT_SORTED = {"grouped": "grouped, rows kept sorted", "triton": "triton, rows kept sorted"}
@@ -48,23 +50,33 @@ class Cell:
         tokens: Rows.
         visual_tokens: How many of them are visual: one run after a quarter of the text.
         width: D.
-        ffn_width: I.
+        ffn_width: I; None for a projection from D to D, as 1.5 has experts of.
     """
 
     tokens: int
     visual_tokens: int
     width: int
-    ffn_width: int
+    ffn_width: int | None = None
 
     @property
     def shapes(self) -> dict[str, int]:
         """The sizes that a row shows."""
-        return {
-            "tokens": self.tokens,
-            "visual_tokens": self.visual_tokens,
-            "width": self.width,
-            "ffn_width": self.ffn_width,
-        }
+        shown = {"tokens": self.tokens, "visual_tokens": self.visual_tokens, "width": self.width}
+        return shown if self.ffn_width is None else {**shown, "ffn_width": self.ffn_width}
+
+    @property
+    def products_width(self) -> int:
+        """Width of one product from D with as many FLOPs as an expert owes."""
+        return self.width if self.ffn_width is None else 3 * self.ffn_width
+
+    def expert(self) -> nn.Module:
+        """One expert with random weights."""
+        if self.ffn_width is None:
+            return nn.Linear(self.width, self.width, bias=False)
+        config = MonoInternVLTextConfig(
+            hidden_size=self.width, intermediate_size=self.ffn_width, head_dim=2
+        )
+        return FeedForward(config)
 
     def routing(self, device: torch.device) -> Routing:
         """Which rows are visual."""
@@ -98,12 +110,9 @@ class Experts:
     @classmethod
     def random(cls, cell: Cell, passes: str, dtype: torch.dtype, device: torch.device) -> Experts:
         """Of a cell's sizes."""
-        config = MonoInternVLTextConfig(
-            hidden_size=cell.width, intermediate_size=cell.ffn_width, head_dim=2
-        )
         torch.manual_seed(0)
         n = cell.visual_tokens
-        text, visual = (FeedForward(config).to(device, dtype) for _ in range(2))
+        text, visual = (cell.expert().to(device, dtype) for _ in range(2))
         x = torch.randn(cell.tokens, cell.width, device=device, dtype=dtype)
         first, second = (part.clone() for part in x.split([cell.tokens - n, n]))
         for rows in (x, first, second):
@@ -118,9 +127,11 @@ class Experts:
     def by_sorted(self, path: str) -> Tensor:
         """(N, D) by a path of `KEPT_SORTED`, the rows taken as sorted: nothing is put in order."""
         pair = expert_pair(self.text, self.visual)
-        assert isinstance(pair, SwiGLUPair)
         routing = Routing(self.routing.num_text, self.routing.num_visual)
-        return expert_path(path).swiglu(self.x, routing, pair)
+        if isinstance(pair, SwiGLUPair):
+            return expert_path(path).swiglu(self.x, routing, pair)
+        assert isinstance(pair, LinearPair)
+        return expert_path(path).linear(self.x, routing, pair)
 
     def of_one(self) -> Tensor:
         """(N, D), every row through the text expert."""
@@ -165,18 +176,19 @@ def runnable_paths(x: Tensor) -> list[str]:
 
 
 def grid(size: Size, device: torch.device) -> list[Cell]:
-    """Rows x visual share at a size's widths."""
+    """Kind of expert x rows x visual share at a size's widths."""
     return [
-        Cell(tokens, int(tokens * share), size.width, size.ffn_width)
+        Cell(tokens, int(tokens * share), size.width, ffn_width)
+        for ffn_width in (size.ffn_width, None)
         for tokens in TOKENS[device.type]
         for share in SHARES
     ]
 
 
 def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
-    """Every runnable path, two FFNs on split rows, one FFN (the baseline) and the limit.
+    """Every runnable path, two experts on split rows, one alone (the baseline) and the limit.
 
-    The limit is a single product of as many FLOPs as one FFN owes: what the machine reaches with
+    The limit is a single product of as many FLOPs as one expert owes: what the machine reaches with
     such sizes in the same run. With the backward pass it runs three times, as the FLOPs do; every
     weight of both experts gets a gradient there. On an accelerator two paths also run as they
     would if the stream were kept sorted from layer to layer, and forward passes are replayed as
@@ -189,7 +201,10 @@ def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
     """
     dtype, device = setting.dtype, setting.device
     experts = Experts.random(cell, passes, dtype, device)
-    weight = torch.randn(cell.width, 3 * cell.ffn_width, device=device, dtype=dtype)
+    what, one, two = (
+        (FFN, ONE, TWO) if cell.ffn_width else (PROJECTION, ONE_PROJECTION, TWO_PROJECTIONS)
+    )
+    weight = torch.randn(cell.width, cell.products_width, device=device, dtype=dtype)
     rows = experts.x.detach()
 
     def limit() -> None:
@@ -197,7 +212,7 @@ def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
             rows @ weight
 
     paths = runnable_paths(rows)
-    ways: dict[str, Callable[[], Outputs]] = {ONE: experts.of_one, TWO: experts.of_two}
+    ways: dict[str, Callable[[], Outputs]] = {one: experts.of_one, two: experts.of_two}
     for path in paths:  # as in a model, where the routing is made once for all layers
         routing = experts.routing.by(path)
         ways[path] = functools.partial(route, experts.x, routing, experts.text, experts.visual)
@@ -213,7 +228,7 @@ def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
     for name, forward in ways.items():
         run = functools.partial(experts.run, forward)
         subjects.append(Subject(name, run, notes, is_captured=is_captured))
-    return measure("experts", subjects, setting, baseline=ONE, shapes=cell.shapes, layers=1)
+    return measure(what, subjects, setting, baseline=one, shapes=cell.shapes, layers=1)
 
 
 def bench_experts(setting: Setting) -> Iterator[BenchRow]:
@@ -247,7 +262,8 @@ def largest_gap(path: str, cell: Cell, dtype: torch.dtype, device: torch.device)
 
 def check_paths(dtype: torch.dtype, device: torch.device) -> list[Target]:
     """Whether every runnable path gives eager's values and gradients on ragged cells."""
-    cells = [Cell(513, 1, 136, 200), Cell(513, 512, 136, 200), Cell(1025, 768, 256, 520)]
+    widths = ((513, 1, 136, 200), (513, 512, 136, 200), (1025, 768, 256, 520))
+    cells = [Cell(*sizes) for sizes in widths] + [Cell(*sizes[:3]) for sizes in widths]
     probe = torch.empty(1, 1, dtype=dtype, device=device)
     name = str(dtype).removeprefix("torch.")
     where = "" if device.type == "cpu" else "GPU: "

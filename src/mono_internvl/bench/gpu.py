@@ -19,6 +19,7 @@ import torch
 
 from mono_internvl.bench.decode import bench_graph
 from mono_internvl.bench.experts import (
+    FFN,
     FORWARD,
     LIMIT,
     PATHS,
@@ -114,6 +115,7 @@ def run_small_cells(device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for path in runnable_paths(torch.empty(1, 1, dtype=dtype, device=place)):
             largest_gap(path, Cell(37, 20, 40, 72), dtype, place)
+            largest_gap(path, Cell(37, 20, 40), dtype, place)
 
 
 def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
@@ -121,7 +123,7 @@ def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
     cells: dict[tuple[object, ...], dict[str, float]] = {}
     widths: set[str] = set()
     for row in rows:
-        if row.what == "experts":
+        if row.what == FFN:
             widths.add(f"width {row.shapes['width']}, ffn width {row.shapes['ffn_width']}")
             key = (*row.shapes.values(), row.notes["pass"])
             cells.setdefault(key, {})[row.subject] = row.p50

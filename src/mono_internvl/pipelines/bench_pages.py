@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mono_internvl.bench.experts import ONE
+from mono_internvl.bench.experts import FFN, PROJECTION
 from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read_rows
 from mono_internvl.errors import ConfigError
 
@@ -39,35 +39,46 @@ def comparison_block(what: str) -> Callable[[Path], str]:
 
 def experts_block(results: Path) -> str:
     """Expert layers: a line for a cell of the grid, a column for each way to compute it."""
-    runs: dict[tuple[Any, ...], dict[str, BenchRow]] = {}
+    kinds: dict[str, dict[tuple[Any, ...], dict[str, BenchRow]]] = {}
     for row in read_rows(results / BENCH_ROWS):
-        if row.what == "experts":
+        if row.what in (FFN, PROJECTION):
             run = (row.device, row.command, row.commit, row.dtype, row.date)
-            runs.setdefault((*run, *row.shapes.values(), row.notes["pass"]), {})[row.subject] = row
-    if not runs:
+            cell = (*run, *row.shapes.values(), row.notes["pass"])
+            kinds.setdefault(row.what, {}).setdefault(cell, {})[row.subject] = row
+    if not kinds:
         return NOTHING
-    subjects = list(dict.fromkeys(name for cell in runs.values() for name in cell if name != ONE))
+    alone = [cell[_baseline(cell)] for cells in kinds.values() for cell in cells.values()]
+    origins = dict.fromkeys(f"- {_clock(one)}, {_origin(one)}\n" for one in alone)
+    tables = "\n".join(_table_of_cells(list(cells.values())) for cells in kinds.values())
+    return (
+        f"{tables}\nMedian time of one layer, then ratios to it, each the median over "
+        f"interleaved rounds.\n\n{''.join(origins)}"
+    )
+
+
+def _table_of_cells(cells: list[dict[str, BenchRow]]) -> str:
+    first = _baseline(cells[0])
+    subjects = list(dict.fromkeys(name for cell in cells for name in cell if name != first))
     lines = []
-    for cell in runs.values():
-        one = cell[ONE]
-        shapes = one.shapes
+    for cell in cells:
+        one = cell[first]
         ratios = (cell[name].ratio if name in cell else None for name in subjects)
+        widths = [one.shapes["width"], one.shapes.get("ffn_width", one.shapes["width"])]
         lines.append(
             (
                 one.dtype,
-                f"{shapes['width']:,} to {shapes['ffn_width']:,}",
+                " to ".join(f"{width:,}" for width in widths),
                 one.notes["pass"],
-                f"{shapes['tokens']:,}, {shapes['visual_tokens']:,}",
+                f"{one.shapes['tokens']:,}, {one.shapes['visual_tokens']:,}",
                 f"{1e3 * one.p50:.4g} ms",
                 *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             )
         )
-    head = ("dtype", "widths", "pass", "rows, visual", ONE, *subjects)
-    origins = {f"- {_clock(cell[ONE])}, {_origin(cell[ONE])}\n": None for cell in runs.values()}
-    return (
-        f"{_table(head, lines)}\nMedian time of one layer, then ratios to it, each the median over "
-        f"interleaved rounds.\n\n{''.join(origins)}"
-    )
+    return _table(("dtype", "widths", "pass", "rows, visual", first, *subjects), lines)
+
+
+def _baseline(cell: dict[str, BenchRow]) -> str:
+    return str(next(iter(cell.values())).baseline)
 
 
 def profile_block(results: Path) -> str:
