@@ -36,8 +36,9 @@ class Crossover:
 
 # Empty by measurement on a CPU (the rows of `bench experts` in results/bench.jsonl, a table in
 # docs/experts.md: 256 and 1,024 rows, a quarter and three quarters visual, two widths): grouped
-# takes 0.95 to 1.06 of eager's time forward and 1.01 to 1.12 with the backward pass. An in-place
-# SwiGLU without a backward pass gained nothing either: 0.99 to 1.03 of eager's time.
+# takes 0.95 to 1.07 of eager's time forward; with the backward pass 0.97 to 1.03 for projections
+# and 0.99 to 1.18 for feed-forward experts, one scattering cell aside. An in-place SwiGLU without
+# a backward pass gained nothing either: 0.99 to 1.03 of eager's time.
 # Empty on CUDA because nothing has been measured there.
 CROSSOVERS: tuple[Crossover, ...] = ()
 
