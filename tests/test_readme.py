@@ -68,7 +68,7 @@ NOT_EXECUTED = {
     "torchrun --no-python --nproc-per-node 8 mono-internvl train sft --model MODEL "
     "--data my-data/meta.json --device cuda": "needs eight GPUs",
     "pytest -m gpu tests/experts": "needs a GPU",
-    "mono-internvl bench gpu --size 2b --device cuda --json": "needs a GPU",
+    "mono-internvl bench gpu --out results": "needs a GPU",
     "mono-internvl quickstart": MINUTES,
     "mono-internvl quickstart --quick --out runs/quick": MINUTES,
     "mono-internvl quickstart --llm scratch --out runs/scratch": MINUTES,
