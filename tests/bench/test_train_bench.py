@@ -61,6 +61,9 @@ def test_owed_attention_is_causal_and_thrice_where_something_learns() -> None:
     assert step_flops(config, ["lm_head.weight"], sample).attention == once
     learned = ["model.projector.fc1.weight"]
     assert step_flops(config, learned, sample).attention == 3 * once
+    config.text_config.sliding_window, config.text_config.sliding_layers = 5, [1, 0]
+    once = pair * (sum(range(1, 6)) + 11 * 5 + 13 + 14 + 15)
+    assert step_flops(config, ["lm_head.weight"], sample).attention == once
 
 
 def test_operations_of_what_is_not_counted_are_refused() -> None:

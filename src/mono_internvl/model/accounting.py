@@ -165,7 +165,7 @@ def prompt_costs(
     )
     # Scores and values, a multiplication and an addition each, for one query and one key.
     pair = 4 * text.num_attention_heads * text.head_dim
-    windows = _windows(text, tokens + 1)
+    windows = attention_windows(text, tokens + 1)
     head = 2 * text.vocab_size * text.hidden_size
     prefill = Flops(
         **_vision_flops(model, config, tiles),
@@ -189,8 +189,13 @@ def prompt_costs(
     )
 
 
-def _windows(text: MonoInternVLTextConfig, unlimited: int) -> list[int]:
-    """For each layer the most positions that one of its queries sees."""
+def attention_windows(text: MonoInternVLTextConfig, unlimited: int) -> list[int]:
+    """For each layer the most positions that one of its queries sees.
+
+    Args:
+        text: Of the decoder.
+        unlimited: What stands for a layer without a sliding window.
+    """
     window = text.sliding_window
     return [
         window if window is not None and slides(text, layer) else unlimited

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.model.accounting import skeleton
+from mono_internvl.model.accounting import attention_windows, skeleton
 from mono_internvl.model.configuration import MonoInternVLConfig
 
 
@@ -29,7 +29,7 @@ class StepFlops:
     Attributes:
         patch_embedding: Convolution of all tiles.
         linear: Projector, projections and experts of all layers, head.
-        attention: Scores and weighted values of all layers, causal.
+        attention: Scores and weighted values of all layers, causal, no further than a window.
     """
 
     patch_embedding: int
@@ -100,6 +100,7 @@ def step_flops(
     tokens, labelled = visual + text, sample.labelled_tokens
     text_config = config.text_config
     pair = 4 * text_config.num_attention_heads * text_config.head_dim
+    windows = attention_windows(text_config, tokens)
     for number, layer in enumerate(layers):
         name = f"model.language_model.layers.{number}"
         is_last = number == len(layers) - 1
@@ -115,7 +116,8 @@ def step_flops(
             if "self_attn.q_proj" in parts:
                 queries = range(tokens - 1 - labelled, tokens - 1) if is_last else range(tokens)
                 passes = 3 if count.has_learned_before else 1
-                attention += passes * pair * sum(place + 1 for place in queries)
+                seen = (min(place + 1, windows[number]) for place in queries)
+                attention += passes * pair * sum(seen)
     count.pass_by("model.language_model.norm")
     tied = "model.language_model.embed_tokens" if text_config.tie_word_embeddings else "lm_head"
     count.group("", {tied: (model.lm_head, labelled)})
