@@ -344,12 +344,10 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure speed: compared subjects interleaved in one run."""
-    from mono_internvl.bench.rows import check_folder, keep
+    from mono_internvl.bench.rows import keep
     from mono_internvl.pipelines.bench import bench as run_bench
 
     _quieten()
-    if out is not None:
-        check_folder(out)
     rows = run_bench(what, size=size, layers=layers, dtype=dtype, device=device, rounds=rounds)
     for row in rows if out is None else keep(out, rows):
         typer.echo(row.to_json() if as_json else row.to_line())

@@ -7,6 +7,8 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,20 +66,30 @@ def today() -> str:
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
-def origin(processes: int, device: str) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Origin:
     """What made the figures of a run.
 
-    Args:
+    Attributes:
+        command: That was typed.
         processes: That trained one model.
         device: Of training and evaluation.
-
-    Returns:
-        `command`, `processes`, `device`, `versions` (commit included) and `date`.
+        versions: Of what ran, commit included.
+        date: Day, as 2026-01-31.
     """
-    return {
-        "command": command(),
-        "processes": processes,
-        "device": device,
-        "versions": {**versions(), "commit": commit()},
-        "date": today(),
-    }
+
+    command: str
+    processes: int
+    device: str
+    versions: Mapping[str, str]
+    date: str
+
+
+def origin(processes: int, device: str) -> dict[str, Any]:
+    """The fields of an `Origin`, as they are now."""
+    made_by = {**versions(), "commit": commit()}
+    return vars(
+        Origin(
+            command=command(), processes=processes, device=device, versions=made_by, date=today()
+        )
+    )

@@ -6,9 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+import made_up
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -25,22 +27,7 @@ CPU = torch.device("cpu")
 ELSEWHERE = {"targets", "experts", "gpu"}
 """Comparisons whose rows are of another form, with tests of their own."""
 
-ROW = BenchRow(
-    what="a",
-    subject="b \u2028 \u00e9",
-    shapes={},
-    layers=0,
-    dtype="float32",
-    device="none",
-    p20=1.0,
-    p50=1.0,
-    p80=1.0,
-    n=1,
-    command="none",
-    commit="none",
-    versions={},
-    date="2026-01-31",
-)
+ROW = replace(made_up.ROW, what="a", subject="b \u2028 \u00e9")
 LINE = f"{ROW.to_json()}\n".encode()
 
 torch.set_num_threads(1)
@@ -297,7 +284,7 @@ def test_bench_takes_a_device_with_and_without_a_number(
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     settings: list[Setting] = []
     monkeypatch.setitem(COMPARISONS, "prefill", lambda setting: settings.append(setting) or [])
-    bench("prefill", size="tiny", device=name)
+    list(bench("prefill", size="tiny", device=name))
     assert chosen == [index]
     assert settings[0].device == torch.device("cuda", index)
     assert settings[0].command.endswith(f"--device {name}")

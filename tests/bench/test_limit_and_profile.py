@@ -11,6 +11,7 @@ from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.profile import ALL, PROFILED, bench_profile
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.targets import targets_of_2b
+from mono_internvl.errors import ConfigError
 
 SETTING = Setting(
     size_of("tiny"), torch.float32, torch.device("cpu"), 1, "mono-internvl bench profile"
@@ -46,6 +47,11 @@ def test_profile_says_where_all_of_the_time_went() -> None:
         assert {"products of weights", "attention"} <= {row.subject for row in kinds}
     convolutions = {row.what for row in found if row.subject == "convolution"}
     assert convolutions == set(tables) - {f"profile: {prefill.LLAMA}"}
+
+
+def test_profile_refuses_what_it_cannot_watch() -> None:
+    with pytest.raises(ConfigError, match=r"device='cuda:0'; .*device='cpu'"):
+        next(bench_profile(dataclasses.replace(SETTING, device=torch.device("cuda:0"))))
 
 
 def test_2b_is_judged_by_rows_of_its_size_only(rows: list[BenchRow]) -> None:

@@ -400,38 +400,38 @@ def test_left_padded_rows_equal_rows_alone(
         assert torch.equal(together[i, -8:], alone[0, -8:]), i
 
 
-@EACH
-@ATTENTION
-@torch.no_grad()
-def test_packed_segments_equal_segments_alone(attention: str, options: dict[str, Any]) -> None:
-    model = _model(options, attention)
-    parts = [
-        torch.cat((text_ids(2, 1), image_ids(1), text_ids(3, 2)), dim=1),
-        torch.cat((image_ids(2), text_ids(4, 3)), dim=1),
-    ]
+def _assert_packed_as_alone(
+    attention: str, options: dict[str, Any], parts: list[torch.Tensor]
+) -> None:
+    """Segments with one image and two give packed into a row what they give alone."""
+    model, pixels = _model(options, attention), tile_pixels(3)
     places = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
-    pixels = tile_pixels(3)
     together = model(torch.cat(parts, dim=1), pixel_values=pixels, position_ids=places).logits
     split = together.split([part.shape[1] for part in parts], dim=1)
     for part, own, found in zip(parts, (pixels[:1], pixels[1:]), split, strict=True):
         _assert_close(found, _reference(options, part, own))
+
+
+@EACH
+@ATTENTION
+@torch.no_grad()
+def test_packed_segments_equal_segments_alone(attention: str, options: dict[str, Any]) -> None:
+    parts = [
+        torch.cat((text_ids(2, 1), image_ids(1), text_ids(3, 2)), dim=1),
+        torch.cat((image_ids(2), text_ids(4, 3)), dim=1),
+    ]
+    _assert_packed_as_alone(attention, options, parts)
 
 
 @EACH
 @ATTENTION
 @torch.no_grad()
 def test_image_ends_with_its_packed_segment(attention: str, options: dict[str, Any]) -> None:
-    model = _model(options, attention)
     parts = [  # cut inside their images: no text stands between the two
         torch.cat((text_ids(2, 1), image_ids(1)[:, :-1]), dim=1),
         torch.cat((image_ids(2)[:, 1:], text_ids(4, 3)), dim=1),
     ]
-    places = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
-    pixels = tile_pixels(3)
-    together = model(torch.cat(parts, dim=1), pixel_values=pixels, position_ids=places).logits
-    split = together.split([part.shape[1] for part in parts], dim=1)
-    for part, own, found in zip(parts, (pixels[:1], pixels[1:]), split, strict=True):
-        _assert_close(found, _reference(options, part, own))
+    _assert_packed_as_alone(attention, options, parts)
 
 
 def test_steps_are_drawn_for_each_segment_of_a_packed_row() -> None:

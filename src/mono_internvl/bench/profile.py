@@ -6,14 +6,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mono_internvl.bench.models import Setting
 from mono_internvl.bench.prefill import BEST, BLOCKED_ONLY, LLAMA, PLAIN, prefill_subjects
-from mono_internvl.bench.rows import BenchRow, device_name
-from mono_internvl.bench.timing import Subject, percentile
-from mono_internvl.provenance import commit, today, versions
+from mono_internvl.bench.rows import BenchRow
+from mono_internvl.bench.timing import Subject, fields_of, percentile
+from mono_internvl.errors import ConfigError
 
 PROFILED = (LLAMA, PLAIN, BLOCKED_ONLY, BEST)
 ALL = "all"
@@ -21,15 +20,12 @@ KINDS = {
     "products of weights": ("mm", "addmm", "_grouped_mm", "mkldnn_linear"),
     "attention": (
         "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
         "bmm",
         "baddbmm",
         "_softmax",
         "masked_fill_",
     ),
-    "convolution": ("mkldnn_convolution", "_slow_conv2d_forward", "cudnn_convolution"),
+    "convolution": ("mkldnn_convolution", "_slow_conv2d_forward"),
     "gathering and joining rows": (
         "index_select",
         "index",
@@ -51,14 +47,20 @@ def bench_profile(setting: Setting) -> Iterator[BenchRow]:
     """Seconds of each kind of work, a table for each subject, one thread's own time per operator.
 
     Profiling slows what it watches, most of all many small operators: shares say more than seconds.
-    On an accelerator the time is the device's.
+
+    Raises:
+        ConfigError: On an accelerator, whose kernels no operator owns.
     """
+    if setting.device.type != "cpu":
+        raise ConfigError(
+            f"device={str(setting.device)!r}; `bench profile` watches a CPU: device='cpu'"
+        )
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop
     subjects = [one for one in prefill_subjects(setting, False) if one.name in PROFILED]
     seconds: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(setting.rounds + 1):  # the first is not counted
         for subject in subjects:
-            found = _profiled(subject, setting.device)
+            found = _profiled(subject)
             if number:
                 seconds[subject.name].append(found)
     for subject in subjects:
@@ -72,34 +74,23 @@ def bench_profile(setting: Setting) -> Iterator[BenchRow]:
                 subject=kind,
                 shapes=dict(setting.size.shapes),
                 layers=setting.size.layers,
-                dtype=str(setting.dtype).removeprefix("torch."),
-                device=device_name(setting.device),
                 p20=percentile(values, 0.2),
                 p50=percentile(values, 0.5),
                 p80=percentile(values, 0.8),
                 n=len(values),
-                clock="cpu" if setting.device.type == "cpu" else "wall",
                 baseline=ALL,
                 ratio=percentile([found.get(kind, 0.0) / found[ALL] for found in rounds], 0.5),
                 notes=dict(subject.notes) if kind == ALL else {},
-                command=setting.command,
-                commit=commit(),
-                versions=versions(),
-                date=today(),
+                **fields_of(setting),
             )
 
 
-def _profiled(subject: Subject, device: torch.device) -> dict[str, float]:
+def _profiled(subject: Subject) -> dict[str, float]:
     """Seconds by kind of one run, and their sum."""
-    is_cpu = device.type == "cpu"
-    activities = [ProfilerActivity.CPU] if is_cpu else [ProfilerActivity.CUDA]
-    with profile(activities=activities) as watched:
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
         subject.run()
-        if not is_cpu:
-            torch.cuda.synchronize(device)
     found: dict[str, float] = defaultdict(float)
     for event in watched.key_averages():
-        own = event.self_cpu_time_total if is_cpu else event.self_device_time_total
-        found[_KIND_OF.get(event.key, OTHER)] += own / 1e6
+        found[_KIND_OF.get(event.key, OTHER)] += event.self_cpu_time_total / 1e6
     found[ALL] = sum(found.values())
     return dict(found)

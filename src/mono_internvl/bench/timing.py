@@ -132,10 +132,9 @@ def measure(
         layers: For the rows, where they are not the size's.
         unit: Of the percentiles; "s" or what a subject's `units` make of it.
     """
-    device = setting.device
-    timings = interleaved(subjects, setting.rounds, device)
-    clock = "cpu" if device.type == "cpu" else "wall"
-    name = device_name(device)
+    timings = interleaved(subjects, setting.rounds, setting.device)
+    made_with = fields_of(setting)
+    clock = made_with["clock"]
     per_unit = {
         subject.name: [t / subject.units for t in getattr(timings[subject.name], clock)]
         for subject in subjects
@@ -150,27 +149,34 @@ def measure(
                 subject=subject.name,
                 shapes=dict(setting.size.shapes if shapes is None else shapes),
                 layers=setting.size.layers if layers is None else layers,
-                dtype=str(setting.dtype).removeprefix("torch."),
-                device=name,
                 unit=unit,
                 p20=percentile(values, 0.2),
                 p50=percentile(values, 0.5),
                 p80=percentile(values, 0.8),
                 n=len(values),
-                clock=clock,
                 wall_p50=percentile(timing.wall, 0.5) / subject.units,
                 cpu_p50=percentile(timing.cpu, 0.5) / subject.units,
                 baseline=baseline,
                 ratio=percentile([mine / base for mine, base in pairs], 0.5),
                 gflop=timing.gflop / subject.units,
                 notes=dict(subject.notes),
-                command=setting.command,
-                commit=commit(),
-                versions=versions(),
-                date=today(),
+                **made_with,
             )
         )
     return rows
+
+
+def fields_of(setting: Setting) -> dict[str, Any]:
+    """The fields of a row that say with what and by what it was made."""
+    return {
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "device": device_name(setting.device),
+        "clock": "cpu" if setting.device.type == "cpu" else "wall",
+        "command": setting.command,
+        "commit": commit(),
+        "versions": versions(),
+        "date": today(),
+    }
 
 
 def repeats_for(seconds: float) -> int:

@@ -63,7 +63,7 @@ def bench(
     """Run one comparison.
 
     Returns:
-        Its rows, most of them measured while they are asked for.
+        Its rows; nothing is measured before the first is asked for.
 
     Args:
         what: One of `COMPARISONS`.
@@ -95,4 +95,8 @@ def bench(
         command += f" --device {device}"
         place = torch.device(place.type, place.index or 0)
         torch.cuda.set_device(place)  # events, graphs and kernels go to the current one
-    return COMPARISONS[what](Setting(chosen, DTYPES[dtype], place, rounds, command))
+    return _measured(what, Setting(chosen, DTYPES[dtype], place, rounds, command))
+
+
+def _measured(what: str, setting: Setting) -> Rows:
+    yield from COMPARISONS[what](setting)

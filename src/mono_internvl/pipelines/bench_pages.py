@@ -10,8 +10,8 @@ from typing import Any
 from mono_internvl.bench.experts import FFN, PROJECTION
 from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read_rows
 from mono_internvl.errors import ConfigError
+from mono_internvl.pipelines.markdown import NOTHING, in_words, table
 
-NOTHING = "*No measured row is committed for this block yet; nothing is claimed here.*\n"
 TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "images")
 """Comparisons that have a block `bench-NAME`."""
 
@@ -168,7 +168,7 @@ def _clock(row: BenchRow) -> str:
 
 def _origin(row: BenchRow) -> str:
     """What gives the row again."""
-    versions = ", ".join(f"{name} {version}" for name, version in row.versions.items())
+    versions = in_words(row.versions)
     return f"`{row.command}`, {row.device}, {versions}, commit {row.commit}, {row.date}"
 
 
@@ -192,5 +192,4 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table without the columns in which nothing stands."""
     columns = zip(head, *rows, strict=True)
     first, *body = zip(*(column for column in columns if any(column[1:])), strict=True)
-    lines = [first, ["---"] * len(first), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table(first, body, numbers=False)

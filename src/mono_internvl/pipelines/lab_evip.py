@@ -41,7 +41,7 @@ from mono_internvl.pipelines.quickstart import (
     collect,
     train_and_evaluate,
 )
-from mono_internvl.provenance import command
+from mono_internvl.provenance import Origin, command
 from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
 from mono_internvl.recipes.miniature_plus_plus import plus_plus
 from mono_internvl.training.distributed import run_processes, run_side_by_side
@@ -244,11 +244,11 @@ def _measured(arm: Arm, seed: int, folder: Path) -> MeasuredRun:
             minutes = _training_minutes(folder / stage["name"])
             figures["training, CPU minutes"] = Figure(minutes)
         stages[stage["name"]] = figures
-    origin = {
-        name: metrics[name]
-        for name in ("quick", "command", "processes", "device", "versions", "date")
-    }
-    return MeasuredRun(arm=arm.name, title=arm.title, seed=seed, stages=stages, **origin)
+    origin = {field.name: metrics[field.name] for field in dataclasses.fields(Origin)}
+    quick = metrics["quick"]
+    return MeasuredRun(
+        arm=arm.name, title=arm.title, seed=seed, quick=quick, stages=stages, **origin
+    )
 
 
 def _training_minutes(folder: Path) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,20 @@ from typing import Any
 from mono_internvl import miniature
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import WorldFiles, WorldSize
-from mono_internvl.miniature.english import ASSETS
 from mono_internvl.miniature.targets import mean_scores
 from mono_internvl.model.accounting import parameter_table, prompt_costs
 from mono_internvl.model.checkpoint import read_config
 from mono_internvl.pipelines.evaluate import evaluate
 from mono_internvl.pipelines.lab_pages import origin_of, twin_page
 from mono_internvl.pipelines.language import give_eyes
-from mono_internvl.pipelines.quickstart import METRICS, SETTINGS
+from mono_internvl.pipelines.quickstart import (
+    METRICS,
+    SETTINGS,
+    SHIPPED_LANGUAGE_MODEL,
+    read_rows,
+)
 from mono_internvl.pipelines.train import train_stages
-from mono_internvl.provenance import origin
+from mono_internvl.provenance import Origin, origin
 from mono_internvl.recipes.miniature_modular import (
     MINIATURE_MODULAR,
     QUICK_MINIATURE_MODULAR,
@@ -40,7 +43,6 @@ from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.job_folder import begin, check_settings, exclusive, write_whole
 from mono_internvl.training.recipe import Recipe
 
-SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
 _OTHER_RUN = "compare with a finished quickstart of the same world, or leave --against out"
 TEXT_TOKENS = 32
 """Text tokens of the prompt whose operations are compared; about a question of the miniature."""
@@ -103,8 +105,8 @@ class KindRow:
     blind: float | None
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Origin):
     """What `comparison.json` holds.
 
     Attributes:
@@ -114,11 +116,6 @@ class Comparison:
         monolithic: The quickstart's model's size; None without one.
         kinds: Scores, by kind.
         against: What made the quickstart's model; None without one.
-        command: That computed this.
-        processes: Training processes.
-        device: Of training and evaluation.
-        versions: Of what computed it, commit included.
-        date: Day, as 2026-01-31.
     """
 
     quick: bool
@@ -127,11 +124,6 @@ class Comparison:
     monolithic: ModelRow | None
     kinds: tuple[KindRow, ...]
     against: str | None
-    command: str
-    processes: int
-    device: str
-    versions: Mapping[str, str]
-    date: str
 
 
 def modular_twin(
@@ -207,7 +199,7 @@ def _answers(
     ):
         out = run / "predictions" / f"{name}.jsonl"
         evaluate(model, data, blind=blind, device=device, out=out, per_kind=per_kind)
-        rows += _read_rows(out)
+        rows += read_rows(out)
     return rows
 
 
@@ -218,11 +210,7 @@ def _last_predictions(quickstart_run: Path, plan: ModularPlan) -> list[dict[str,
             raise ConfigError(
                 f"{needed}: not there; let the quickstart of that folder finish first"
             )
-    return _read_rows(file)
-
-
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return read_rows(file)
 
 
 def _kind_rows(

@@ -11,11 +11,14 @@ from statistics import fmean
 from typing import Any
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.pipelines.markdown import NOTHING, in_words
+from mono_internvl.pipelines.markdown import head as table_head
+from mono_internvl.pipelines.markdown import line as table_line
+from mono_internvl.provenance import Origin
 
 RUNS_FILE, TWIN_FILE = "evip-plus-plus.jsonl", "modular.json"
 """Names under `results/` of what the two labs leave behind."""
 
-NOTHING = "*No measured row is committed for this block yet; nothing is claimed here.*\n"
 QUICK_NOTE = "A quick run: it shows that everything runs, its scores mean nothing.\n"
 _IDENTICAL, _SAMPLES, _MINUTES = "text-only logits as before", "samples", "training, CPU minutes"
 
@@ -33,8 +36,8 @@ class Figure:
     items: int | None = None
 
 
-@dataclass(frozen=True)
-class MeasuredRun:
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun(Origin):
     """One arm of `lab evip-plus-plus` with one seed.
 
     Attributes:
@@ -44,11 +47,6 @@ class MeasuredRun:
         quick: Whether it is a check that everything runs.
         stages: Name of a stage -> name of a measure -> what was measured after it. CPU minutes are
             left out where a kill has lost some.
-        command: That made it.
-        processes: Training processes.
-        device: It was made on.
-        versions: Of what made it, commit included.
-        date: Day, as 2026-01-31.
     """
 
     arm: str
@@ -56,11 +54,6 @@ class MeasuredRun:
     seed: int
     quick: bool
     stages: Mapping[str, Mapping[str, Figure]]
-    command: str
-    processes: int
-    device: str
-    versions: Mapping[str, str]
-    date: str
 
 
 def stage_label(stage: str) -> str:
@@ -74,9 +67,9 @@ def origin_of(made: Mapping[str, Any]) -> str:
     Args:
         made: With `command`, `processes`, `device`, `versions` and `date`.
     """
-    of = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     many = "es" if made["processes"] != 1 else ""
     count = f"{made['processes']} process{many} a model"
+    of = in_words(made["versions"])
     return f"`{made['command']}`, {count}, {made['device']}, {of}, {made['date']}"
 
 
@@ -173,40 +166,40 @@ def evip_page(runs: Sequence[MeasuredRun]) -> str:
 
 
 def _scores(arms: _Arms) -> list[str]:
-    lines = _head(["", *arms.titles.values()])
+    lines = table_head(["", *arms.titles.values()])
     for kind in arms.kinds:
         cells = [_cell(arms.values(arm, kind, [arms.last])) for arm in arms.titles]
-        lines.append(_line([arms.label(kind), *cells]))
+        lines.append(table_line([arms.label(kind), *cells]))
     return lines
 
 
 def _differences(arms: _Arms) -> list[str]:
     first, *others = arms.titles
     titles = [f"{arms.titles[arm]}, minus {arms.titles[first]}" for arm in others]
-    lines = _head(["", *titles])
+    lines = table_head(["", *titles])
     for kind in arms.kinds:
         own = arms.values(first, kind, [arms.last])
         cells = []
         for arm in others:
             pairs = zip(arms.values(arm, kind, [arms.last]), own, strict=True)
             cells.append(_cell([None if None in p else p[0] - p[1] for p in pairs], "+"))  # type: ignore[operator]
-        lines.append(_line([kind.replace("_", " "), *cells]))
+        lines.append(table_line([kind.replace("_", " "), *cells]))
     return lines
 
 
 def _costs(arms: _Arms) -> list[str]:
-    lines = _head(["", *arms.titles.values()])
+    lines = table_head(["", *arms.titles.values()])
     for stage in (*arms.pretraining, arms.last):
         cells = []
         for arm in arms.titles:
             same = arms.values(arm, _IDENTICAL, [stage])
             cells.append(", ".join("-" if x is None else "yes" if x else "no" for x in same))
         label = f"text-only logits bit for bit as at the start, after {stage_label(stage)}"
-        lines.append(_line([label, *cells]))
+        lines.append(table_line([label, *cells]))
     rows = [(f"pre-training {_SAMPLES}", _SAMPLES), (f"pre-{_MINUTES}", _MINUTES)]
     for label, measure in rows:
         cells = [_cell(arms.values(arm, measure, arms.pretraining)) for arm in arms.titles]
-        lines.append(_line([label, *cells]))
+        lines.append(table_line([label, *cells]))
     return lines
 
 
@@ -234,11 +227,11 @@ def twin_page(comparison: Mapping[str, Any]) -> str:
     names = ["modular", "monolithic"] if has_other else ["modular"]
     lines = [QUICK_NOTE] if comparison["quick"] else []
     head = ["held-out, one seed", "records", *names, "modular, image hidden"]
-    lines += _head(head)
+    lines += table_head(head)
     for row in comparison["kinds"]:
         cells = [_share(row[name]) for name in (*names, "blind")]
-        lines.append(_line([row["kind"].replace("_", " "), str(row["items"]), *cells]))
-    lines += ["", *_head(["", *names])]
+        lines.append(table_line([row["kind"].replace("_", " "), str(row["items"]), *cells]))
+    lines += ["", *table_head(["", *names])]
     for label, field in (
         ("parameters", "parameters"),
         ("of them: patch embedding, tower, projector, visual experts", "eyes"),
@@ -246,7 +239,7 @@ def twin_page(comparison: Mapping[str, Any]) -> str:
     ):
         scale = 1e6 if field == "prefill_flops" else 1
         cells = [f"{comparison[name][field] / scale:,.0f}" for name in names]
-        lines.append(_line([label, *cells]))
+        lines.append(table_line([label, *cells]))
     origin = f"{origin_of(comparison)}."
     if has_other:
         origin += f" The monolithic model: {comparison['against']}."
@@ -299,14 +292,6 @@ LAB_BLOCKS: dict[str, Callable[[Path], str]] = {
     "modular": twin_block,
 }
 """Name of a block -> what writes it from the folder of measured files."""
-
-
-def _head(cells: Sequence[str]) -> list[str]:
-    return [_line(cells), _line(["---", *["---:"] * (len(cells) - 1)])]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _share(value: float | None) -> str:

@@ -284,7 +284,7 @@ def collect(
 ) -> dict[str, Any]:
     """Everything that was measured, from the files of a finished run: `metrics.json`."""
     names = (START, *(stage.name for stage in plan.recipe.stages))
-    rows = {name: _read_rows(run / "predictions" / f"{name}.jsonl") for name in names}
+    rows = {name: read_rows(run / "predictions" / f"{name}.jsonl") for name in names}
     text = {name: json.loads((run / name / "text.json").read_text()) for name in names}
     costs = {name: _cpu_minutes(run / name) for name in names}
     cpu_minutes = sum(costs.values())
@@ -369,8 +369,9 @@ def _cpu_minutes(folder: Path) -> float:
     return sum(sum(json.loads(file.read_text()).values()) for file in files) / 60
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The predictions in a file, as they are written."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _show_targets(console: Console, metrics: dict[str, Any], llm: str) -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from mono_internvl.pipelines.bench_pages import (
     targets_block,
 )
 from mono_internvl.pipelines.lab_pages import LAB_BLOCKS, stage_label
+from mono_internvl.pipelines.markdown import NOTHING, in_words, table
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ _BLOCK = re.compile(
     re.DOTALL,
 )
 _MARKER = re.compile(r"<!-- /?results\b.*?-->")
-_NOTHING = "*No measured row is committed for this block yet; nothing is claimed here.*\n"
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def read_rows(results: Path) -> list[Row]:
 def _targets(results: Path) -> str:
     metrics = _quickstart(results)
     if metrics is None:
-        return _NOTHING
+        return NOTHING
     rows = [
         (
             target["name"],
@@ -161,13 +161,13 @@ def _targets(results: Path) -> str:
         )
         for target in metrics["targets"]
     ]
-    return _table(("held-out figure", "must", "aim", "reached", "met"), rows) + _origin(metrics)
+    return table(("held-out figure", "must", "aim", "reached", "met"), rows) + _origin(metrics)
 
 
 def _stages(results: Path) -> str:
     metrics = _quickstart(results)
     if metrics is None:
-        return _NOTHING
+        return NOTHING
     stages = metrics["stages"]
     last = stages[-1]["scores"]
     kinds = list(dict.fromkeys(kind for stage in stages for kind in stage["scores"]))
@@ -179,13 +179,13 @@ def _stages(results: Path) -> str:
     labels = [stage_label(stage["name"]) for stage in stages]
     final = labels[-1]
     head = ("kind", *labels, f"{final}, aligned", f"{final}, blind", "chance")
-    return _table(head, rows) + _origin(metrics)
+    return table(head, rows) + _origin(metrics)
 
 
 def _language(results: Path) -> str:
     metrics = _quickstart(results)
     if metrics is None:
-        return _NOTHING
+        return NOTHING
     stages = metrics["stages"]
     names = list(dict.fromkeys(name for stage in stages for name in stage["text"]))
     rows = [
@@ -194,14 +194,14 @@ def _language(results: Path) -> str:
     said = {True: "yes", False: "no"}
     identical = [said.get(stage["text_logits_identical"], "") for stage in stages]
     rows.append(("text-only logits as before", *identical))
-    return _table(("on text", *(stage_label(s["name"]) for s in stages)), rows) + _origin(metrics)
+    return table(("on text", *(stage_label(s["name"]) for s in stages)), rows) + _origin(metrics)
 
 
 def _output(name: str) -> Callable[[Path], str]:
     def block(results: Path) -> str:
         file = results / f"{name}.txt"
         if not file.is_file():
-            return _NOTHING
+            return NOTHING
         return f"```text\n{file.read_text('utf-8').strip()}\n```\n"
 
     return block
@@ -211,8 +211,8 @@ def _group(name: str) -> Callable[[Path], str]:
     def block(results: Path) -> str:
         rows = [row for row in read_rows(results) if row.group == name]
         if not rows:
-            return _NOTHING
-        return _table(
+            return NOTHING
+        return table(
             ("what", "value", "command", "device", "versions", "commit", "date"),
             [
                 (
@@ -220,7 +220,7 @@ def _group(name: str) -> Callable[[Path], str]:
                     f"{_figure(row.value)} {row.unit}".strip(),
                     f"`{row.command}`",
                     row.device,
-                    _versions(row.versions),
+                    in_words(row.versions),
                     row.commit,
                     row.date,
                 )
@@ -272,13 +272,9 @@ def _origin(metrics: Mapping[str, Any]) -> str:
     return (
         f"\n`{metrics['command']}`: {count} process{'es' if count != 1 else ''} on "
         f"{metrics['device']}, {metrics['cpu_minutes']:.1f} CPU minutes; "
-        f"{_versions(metrics['versions'])}; all rows in "
+        f"{in_words(metrics['versions'])}; all rows in "
         f"`results/{QUICKSTART}`.\n"
     )
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _bound(target: Mapping[str, Any], name: str) -> str:
@@ -304,11 +300,6 @@ def _figure(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:

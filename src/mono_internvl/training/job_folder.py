@@ -66,7 +66,8 @@ def begin(file: Path, settings: Mapping[str, Any]) -> None:
     """
     if file.exists():
         check_settings(file, settings, f"choose another --out folder or delete {file.parent}")
-    write_whole(file, json.dumps(dict(settings), indent=2))
+    else:
+        write_whole(file, json.dumps(dict(settings), indent=2))
 
 
 def check_settings(file: Path, expected: Mapping[str, Any], next_step: str) -> None:
