@@ -99,8 +99,8 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Ask about images: one question, or a conversation."""
+    from mono_internvl.generation.sampling import Sampling
     from mono_internvl.serving.loading import load
-    from mono_internvl.serving.sampling import Sampling
 
     _quieten()
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)

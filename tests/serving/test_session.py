@@ -12,9 +12,9 @@ from PIL import Image
 from mono_internvl import ChatSession, load
 from mono_internvl.errors import ConfigError, ImageError, PromptError
 from mono_internvl.experts import Routing
+from mono_internvl.generation.sampling import Sampling
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.serving.sampling import Sampling
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[1] / "parity" / "golden")
 PYTHON = GOLDEN / "python"

@@ -23,12 +23,12 @@ from transformers import BatchFeature, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.generation.sampling import GREEDY, Sampling
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import parse_boxes
 from mono_internvl.model.shared_prefix import digest
-from mono_internvl.serving.sampling import GREEDY, Sampling
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
