@@ -16,7 +16,15 @@ import torch
 from typer.testing import CliRunner
 
 from mono_internvl.bench.models import Setting, size_of
-from mono_internvl.bench.rows import BenchRow, Target, check_folder, keep, read_rows
+from mono_internvl.bench.rows import (
+    BenchRow,
+    Target,
+    check_folder,
+    device_name,
+    instructions,
+    keep,
+    read_rows,
+)
 from mono_internvl.bench.timing import Subject, interleaved, measure, percentile, repeats_for
 from mono_internvl.bench.train import peak_bytes
 from mono_internvl.cli import app
@@ -50,14 +58,20 @@ def test_subjects_take_turns_and_begin_in_turn() -> None:
 def test_measured_ratio_is_that_of_the_work() -> None:
     rows = measure(
         "burning",
-        [Subject("one", lambda: _burn(0.01)), Subject("two", lambda: _burn(0.04), units=2)],
+        [
+            Subject("one", lambda: _burn(0.01), peer="not measured"),
+            Subject("two", lambda: _burn(0.04), units=2),
+            Subject("like two", lambda: _burn(0.02), peer="two"),
+        ],
         Setting(size_of("tiny"), torch.float32, CPU, 3, "none"),
         baseline="one",
         shapes={"tokens": 1},
         layers=0,
     )
-    one, two = rows
+    one, two, like_two = rows
     assert one.ratio == 1.0 and two.ratio == pytest.approx(2.0, rel=0.2)
+    assert one.peer is one.peer_ratio is two.peer is None
+    assert like_two.peer == "two" and like_two.peer_ratio == pytest.approx(1.0, rel=0.2)
     assert two.p20 <= two.p50 <= two.p80
     assert two.p50 == pytest.approx(0.02, rel=0.2)  # of one of its two units
     assert two.n == 3 and two.clock == "cpu" and two.commit and two.versions["torch"]
@@ -258,13 +272,32 @@ def test_bench_command_prints_rows(what: str) -> None:
 def test_bench_targets_are_all_judged(tmp_path: Path) -> None:
     found = list(bench("targets", size="tiny", rounds=1))
     targets = [row for row in found if isinstance(row, Target)]
-    assert len(targets) == len({target.name for target in targets}) == 16
-    assert [t.name for t in targets if t.value is None] == [t.name for t in targets[-2:]]
+    assert len(targets) == len({target.name for target in targets}) == 26
+    assert [t.name for t in targets if t.value is None] == [t.name for t in targets[-5:]]
+    assert {t.device for t in targets} == {device_name(CPU)}
     assert all((t.met is None) == (t.value is None) for t in targets)
     for _ in range(2):
         list(keep(tmp_path, found))
-    assert len(read_rows(tmp_path / "bench.jsonl")) == 2 * (len(found) - 16)
-    assert len((tmp_path / "targets.jsonl").read_text().splitlines()) == 16
+    assert len(read_rows(tmp_path / "bench.jsonl")) == 2 * (len(found) - 26)
+    assert len((tmp_path / "targets.jsonl").read_text().splitlines()) == 26
+
+
+def test_targets_of_another_device_stay(tmp_path: Path) -> None:
+    for device, value in (("laptop", 0.5), ("server", 2.0), ("laptop", 0.75)):
+        list(keep(tmp_path, [Target.judge("x", "<=", 1.0, value, "", device)]))
+    lines = (tmp_path / "targets.jsonl").read_text().splitlines()
+    found = [Target(**json.loads(line)) for line in lines]
+    assert [(t.device, t.value) for t in found] == [("laptop", 0.75), ("server", 2.0)]
+
+
+def test_device_names_the_instructions_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    flags = ["avx2", "avx512f", "avx512_bf16", "amx_bf16"]
+    assert instructions(flags) == "AVX512_BF16, AMX_BF16"
+    assert instructions(["avx2"]) == torch.backends.cpu.get_cpu_capability()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert instructions(flags) == "limited to AVX2"
+    assert "(limited to AVX2), " in device_name(CPU)
 
 
 def test_peak_bytes_sees_what_a_run_allocates() -> None:

@@ -21,7 +21,12 @@ SETTING = Setting(
 @pytest.fixture(scope="module")
 def rows() -> list[BenchRow]:
     return prefill.bench_prefill(
-        SETTING, with_variants=False, only=(prefill.LLAMA, prefill.BEST, prefill.DENSE)
+        SETTING,
+        with_variants=False,
+        only=(
+            *(prefill.LLAMA, prefill.LLAMA_BLOCKED, prefill.PLAIN, prefill.BLOCKED_ONLY),
+            *(prefill.BEST, prefill.DENSE),
+        ),
     )
 
 
@@ -56,19 +61,22 @@ def test_profile_refuses_what_it_cannot_watch() -> None:
 
 def test_2b_is_judged_by_rows_of_its_size_only(rows: list[BenchRow]) -> None:
     assert targets_of_2b(rows) == []
-    ratios = {prefill.LLAMA: 1.0, prefill.BEST: 0.8, prefill.DENSE: 1.7}
+    ratios = {prefill.BEST: 0.8, prefill.DENSE: 1.7}
+    alike = {prefill.PLAIN: 1.01, prefill.BLOCKED_ONLY: 1.25, prefill.DENSE: 1.75}
     of_2b = [
         dataclasses.replace(
             row,
             layers=24,
             dtype="bfloat16",
             shapes={**row.shapes, "width": 2048},
-            ratio=ratios[row.subject],
+            ratio=ratios.get(row.subject, 1.0),
+            peer_ratio=alike.get(row.subject),
         )
         for row in rows
     ]
-    first, second = targets_of_2b(of_2b)
-    assert (first.value, first.met) == (0.8, True)
-    assert (second.value, second.met) == (2.125, True)
+    judged = targets_of_2b(of_2b)
+    assert [target.value for target in judged] == [1.01, 1.25, 1.75, 0.8, 2.125]
+    assert [target.met for target in judged] == [True, False, True, True, True]
+    assert {target.device for target in judged} == {rows[0].device}
     for wrong in ({"layers": 8}, {"dtype": "float32"}, {"clock": "wall"}):
         assert targets_of_2b([dataclasses.replace(row, **wrong) for row in of_2b]) == []

@@ -1,6 +1,10 @@
 """What is compared computes the same thing."""
 
+from typing import Any
+
+import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mono_internvl.bench.models import (
     last_logits_of_llama,
@@ -11,16 +15,28 @@ from mono_internvl.bench.models import (
     random_model,
     size_of,
 )
+from mono_internvl.model.blocked_attention import BLOCKED, blocked_attention_forward
 
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("attention", ["sdpa", BLOCKED])
 @torch.inference_mode()
-def test_llama_computes_what_ours_does_on_text() -> None:
+def test_llama_computes_what_ours_does_on_text(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[None] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        return blocked_attention_forward(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, BLOCKED, counted)
     size = size_of("tiny")
     ours = random_model(size, "v1", torch.float32, CPU, "sdpa")
     ids = prompt_of(size, ours.config, torch.float32, CPU).input_ids[:, :3]
-    theirs = last_logits_of_llama(plain_llama(ours), ids)
+    theirs = last_logits_of_llama(plain_llama(ours, attention), ids)
+    assert len(calls) == (size.layers if attention == BLOCKED else 0)
     assert torch.allclose(ours(ids).logits[:, -1], theirs, atol=1e-5)
 
 

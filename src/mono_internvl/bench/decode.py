@@ -21,8 +21,9 @@ STEPS = 8
 QUESTIONS, QUESTION_TOKENS, ANSWER_TOKENS = 3, 24, 8
 
 LLAMA_DYNAMIC = "Llama of transformers, dynamic cache"
+LLAMA_BLOCKED = "Llama of transformers, dynamic cache, blocked"
 LLAMA_STATIC = "Llama of transformers, static cache"
-OURS = "ours v1, blocked"
+OURS_SDPA, OURS = "ours v1, sdpa", "ours v1, blocked"
 STATIC, GRAPH = "ours v1, static cache", "ours v1, static cache, CUDA graph"
 WITHOUT, WITH = "image read for each question", "image read once"
 
@@ -36,6 +37,7 @@ def bench_decode(setting: Setting) -> list[BenchRow]:
     size, dtype, device = setting.size, setting.dtype, setting.device
     ours = random_model(size, "v1", dtype, device, "sdpa")
     blocked, llama = twin(ours, BLOCKED), plain_llama(ours)
+    llama_blocked = plain_llama(ours, BLOCKED)
     text = ours.config.text_config
     context = torch.randn(
         1, size.kv_heads, size.tokens, text.head_dim, dtype=dtype, device=device
@@ -50,7 +52,12 @@ def bench_decode(setting: Setting) -> list[BenchRow]:
         return nn.functional.linear(x[:, -1], model.lm_head.weight).float()
 
     def subject(
-        name: str, model: Any, step: Callable[[Any, Cache], Tensor], is_static: bool, attention: str
+        name: str,
+        model: Any,
+        step: Callable[[Any, Cache], Tensor],
+        is_static: bool,
+        attention: str,
+        peer: str | None = None,
     ) -> Subject:
         caches: list[Cache] = []
 
@@ -73,15 +80,16 @@ def bench_decode(setting: Setting) -> list[BenchRow]:
                 step(model, caches[0])
 
         notes = {"attention": attention, "context_tokens": size.tokens}
-        return Subject(name, run, notes, before=fill, units=STEPS)
+        return Subject(name, run, notes, before=fill, units=STEPS, peer=peer)
 
     return measure(
         "decode",
         [
             subject(LLAMA_DYNAMIC, llama, of_llama, False, "sdpa"),
             subject(LLAMA_STATIC, llama, of_llama, True, "sdpa"),
-            subject("ours v1, sdpa", ours, of_ours, False, "sdpa"),
-            subject(OURS, blocked, of_ours, False, BLOCKED),
+            subject(LLAMA_BLOCKED, llama_blocked, of_llama, False, BLOCKED),
+            subject(OURS_SDPA, ours, of_ours, False, "sdpa", peer=LLAMA_DYNAMIC),
+            subject(OURS, blocked, of_ours, False, BLOCKED, peer=LLAMA_BLOCKED),
         ],
         setting,
         baseline=LLAMA_DYNAMIC,

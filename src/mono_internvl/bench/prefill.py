@@ -23,8 +23,9 @@ from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.model.blocked_attention import BLOCKED
 
-LLAMA = "Llama of transformers, same weights, head on one row"
-PLAIN = "ours v1"
+LLAMA = "Llama of transformers, sdpa"
+LLAMA_BLOCKED = "Llama of transformers, blocked"
+PLAIN = "ours v1, sdpa"
 BLOCKED_ONLY = "ours v1, blocked"
 BEST = "ours v1, blocked, skip"
 NEWER = "ours v1.5, blocked, skip"
@@ -46,9 +47,10 @@ def bench_prefill(
         only: Names of the subjects to time; all unless given.
 
     Returns:
-        Rows of Llama (the baseline), ours, ours 1.5, and the dense way with sdpa and as the
-        official code runs it (eager attention, logits of every row), each with the share of one
-        large product's rate that it reaches.
+        Rows of Llama with sdpa (the baseline) and with our blocked attention, ours with either,
+        each compared as well with the Llama that attends alike, ours 1.5, and the dense way with
+        sdpa and as the official code runs it (eager attention, logits of every row), each with the
+        ratio of one large product's rate that it reaches.
     """
     subjects = [
         subject
@@ -64,24 +66,28 @@ def prefill_subjects(setting: Setting, with_variants: bool = True) -> list[Subje
     size, dtype, device = setting.size, setting.dtype, setting.device
     ours = random_model(size, "v1", dtype, device, "sdpa")
     prompt = prompt_of(size, ours.config, dtype, device)
-    llama, blocked = plain_llama(ours), twin(ours, BLOCKED)
+    blocked = twin(ours, BLOCKED)
     dense, dense_eager = make_dense(ours, "sdpa"), make_dense(ours, "eager")
 
-    def subject(name: str, model: Any, attention: str, has_skip: bool) -> Subject:
+    def subject(name: str, model: Any, attention: str, has_skip: bool, peer: str = "") -> Subject:
         run = functools.partial(last_logits_of_ours, model, prompt, has_skip)
-        return Subject(name, run, {"attention": attention, "last_layer_skip": has_skip})
+        notes = {"attention": attention, "last_layer_skip": has_skip}
+        alike = LLAMA_BLOCKED if attention == BLOCKED else LLAMA
+        return Subject(name, run, notes, peer=peer or alike)
+
+    def plain(name: str, attention: str) -> Subject:
+        llama = plain_llama(ours, attention)
+        run = functools.partial(last_logits_of_llama, llama, prompt.input_ids)
+        return Subject(name, run, {"attention": attention})
 
     subjects = [
-        Subject(
-            LLAMA,
-            functools.partial(last_logits_of_llama, llama, prompt.input_ids),
-            {"attention": "sdpa"},
-        ),
+        plain(LLAMA, "sdpa"),
+        plain(LLAMA_BLOCKED, BLOCKED),
         subject(PLAIN, ours, "sdpa", False),
-        subject("ours v1, skip", ours, "sdpa", True),
+        subject("ours v1, sdpa, skip", ours, "sdpa", True),
         subject(BLOCKED_ONLY, blocked, BLOCKED, False),
         subject(BEST, blocked, BLOCKED, True),
-        subject(DENSE, dense, "sdpa", False),
+        subject(DENSE, dense, "sdpa", False, peer=PLAIN),
         Subject(
             OFFICIAL,
             functools.partial(all_logits_of_ours, dense_eager, prompt),

@@ -6,9 +6,10 @@ import dataclasses
 import fcntl
 import json
 import logging
+import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class BenchRow:
         cpu_p50: Median of CPU seconds; on an accelerator, of the host that launches.
         baseline: Subject that `ratio` compares with.
         ratio: Median over the interleaved rounds of this subject / baseline.
+        peer: Subject that runs the same kernels, where there is one: the like-for-like comparison.
+        peer_ratio: Median over the interleaved rounds of this subject / peer.
         gflop: Multiplications and additions of all weight matrices in one run, 1e9.
         notes: Further settings by name: attention, last_layer_skip, threads, ...
         command: What gives the row again.
@@ -70,6 +73,8 @@ class BenchRow:
     cpu_p50: float | None = None
     baseline: str | None = None
     ratio: float | None = None
+    peer: str | None = None
+    peer_ratio: float | None = None
     gflop: float | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
     command: str
@@ -99,6 +104,7 @@ class Target:
         value: What was measured; None where it was not.
         met: Whether the value keeps the bound; None where there is no value.
         note: Conditions, or why there is no value.
+        device: What it was measured on.
     """
 
     name: str
@@ -106,14 +112,22 @@ class Target:
     value: float | None
     met: bool | None
     note: str = ""
+    device: str = ""
 
     @classmethod
     def judge(
-        cls, name: str, sign: str, bound: float, value: float | None, note: str = ""
+        cls,
+        name: str,
+        sign: str,
+        bound: float,
+        value: float | None,
+        note: str = "",
+        device: str = "",
     ) -> Target:
         """The target `value` `sign` `bound`, with `sign` one of "<=" and ">="."""
         met = None if value is None else (value <= bound if sign == "<=" else value >= bound)
-        return cls(name, f"{sign} {bound:g}", None if value is None else round(value, 4), met, note)
+        rounded = None if value is None else round(value, 4)
+        return cls(name, f"{sign} {bound:g}", rounded, met, note, device)
 
     def to_json(self) -> str:
         """The target as one line of JSON."""
@@ -126,10 +140,28 @@ class Target:
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's own name, or the processor's with the number of threads in use."""
+    """The accelerator's own name, or the processor's with instructions and threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} thread(s)"
+    name, flags = _processor()
+    return f"{name} ({instructions(flags)}), {torch.get_num_threads()} thread(s)"
+
+
+def instructions(flags: Collection[str]) -> str:
+    """The instructions that decide how fast products are, as a row names them.
+
+    Args:
+        flags: Of the processor, as /proc/cpuinfo has them.
+
+    Returns:
+        Those for bf16 products where there are any, else the widest vectors that PyTorch uses;
+        where the environment keeps PyTorch from using all of them, what it is limited to: such a
+        row imitates another processor.
+    """
+    if limit := os.environ.get("ATEN_CPU_CAPABILITY"):
+        return f"limited to {limit.upper()}"
+    products = [name for name in ("avx512_bf16", "amx_bf16") if name in flags]
+    return ", ".join(products).upper() or str(torch.backends.cpu.get_cpu_capability())
 
 
 def read_rows(file: Path) -> list[BenchRow]:
@@ -169,8 +201,8 @@ def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> Iterator[BenchRow |
 
     Args:
         folder: Measured rows are added to its `bench.jsonl`. Targets replace those of the same
-            name in its `targets.jsonl`, others of which stay, when the last row was passed on; one
-            that was not measured does not replace one that was.
+            name and device in its `targets.jsonl`, others of which stay, when the last row was
+            passed on; one that was not measured does not replace one that was.
         rows: May be measured while they are asked for.
 
     Raises:
@@ -188,11 +220,12 @@ def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> Iterator[BenchRow |
         yield row
     if targets:
         with _locked(folder):
-            found = {target.name: target for target in _read_targets(folder)}
+            found = {(t.name, t.device): t for t in _read_targets(folder)}
             for target in targets:
-                known = found.get(target.name)
+                key = (target.name, target.device)
+                known = found.get(key)
                 if known is None or known.value is None or target.value is not None:
-                    found[target.name] = target
+                    found[key] = target
             lines = "\n".join(target.to_json() for target in found.values())
             write_whole(folder / TARGETS, lines)
 
@@ -244,10 +277,12 @@ def _end_last_line(file: IO[bytes]) -> None:
         file.flush()
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
+def _processor() -> tuple[str, list[str]]:
+    """Name and flags."""
+    info, found = Path("/proc/cpuinfo"), dict[str, str]()
     if info.is_file():
         for line in info.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    return name, found.get("flags", "").split()

@@ -44,6 +44,7 @@ class Subject:
         units: What one run yields (tokens, images); times are divided by it.
         is_captured: Whether an accelerator replays it as a graph; it must not wait for the device
             nor make tensors whose contents matter later.
+        peer: Name of the subject that runs the same kernels: what it is like for like with.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Subject:
     before: Callable[[], object] | None = None
     units: float = 1.0
     is_captured: bool = False
+    peer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,6 @@ def measure(
     rows = []
     for subject in subjects:
         values, timing = per_unit[subject.name], timings[subject.name]
-        pairs = zip(values, per_unit[baseline], strict=True)
         rows.append(
             BenchRow(
                 what=what,
@@ -157,13 +158,22 @@ def measure(
                 wall_p50=percentile(timing.wall, 0.5) / subject.units,
                 cpu_p50=percentile(timing.cpu, 0.5) / subject.units,
                 baseline=baseline,
-                ratio=percentile([mine / base for mine, base in pairs], 0.5),
+                ratio=_ratio(values, per_unit[baseline]),
+                peer=subject.peer if subject.peer in per_unit else None,
+                peer_ratio=_ratio(values, per_unit[subject.peer])
+                if subject.peer in per_unit
+                else None,
                 gflop=timing.gflop / subject.units,
                 notes=dict(subject.notes),
                 **made_with,
             )
         )
     return rows
+
+
+def _ratio(values: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios of the rounds."""
+    return percentile([mine / other for mine, other in zip(values, others, strict=True)], 0.5)
 
 
 def fields_of(setting: Setting) -> dict[str, Any]:
