@@ -26,7 +26,16 @@ class PromptError(MonoInternVLError, ValueError):
 
 
 class SampleError(MonoInternVLError, ValueError):
-    """A training or evaluation record is malformed; the message starts with `file:line:`."""
+    """A training or evaluation record is malformed; the message starts with `file:line:`.
+
+    Args:
+        message: Which record, what was found, what was expected.
+        reason: What is wrong in a word or two, alike for all records that are bad alike.
+    """
+
+    def __init__(self, message: str, reason: str = "malformed") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class RecipeError(MonoInternVLError, ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import pickle
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,30 +98,40 @@ def test_pixels_follow_the_rows_and_images_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "complaint"),
-    [("1:40:0", "41 tokens, more than max_tokens=20"), ("3:0:0", "no answer token")],
+    ("bad", "complaint", "reason"),
+    [
+        ("1:40:0", "41 tokens, more than max_tokens=20", "too long"),
+        ("3:0:0", "no answer token", "nothing to learn"),
+    ],
 )
-def test_bad_sample_raises_or_is_skipped_and_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, bad: str, complaint: str
+def test_bad_sample_raises_or_is_skipped_and_said(
+    tmp_path: Path, bad: str, complaint: str, reason: str
 ) -> None:
     with pytest.raises(SampleError, match=rf"s\.jsonl:2: {complaint}"):
         _stream(tmp_path, "1:2:0", bad)[0]
-    with caplog.at_level(logging.WARNING):
-        batch = _stream(tmp_path, "1:2:0", bad, on_bad_sample="skip")[0]
+    batch = _stream(tmp_path, "1:2:0", bad, on_bad_sample="skip")[0]
     assert batch.record_ids == ("r0",)
-    assert [complaint in message for message in batch.skipped] == [True]
-    assert complaint in caplog.text
+    (skipped,) = batch.skipped
+    assert (skipped.source, skipped.reason) == ("s", reason)
+    assert skipped.message.startswith(f"{tmp_path / 's.jsonl'}:2: {complaint}")
 
 
-@pytest.mark.parametrize("error", [ImageError("broken picture"), PromptError("no such control")])
-def test_encoder_errors_name_the_record(tmp_path: Path, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImageError("broken picture"), "image damaged"),
+        (PromptError("no such control"), "prompt refused"),
+    ],
+)
+def test_encoder_errors_name_the_record(tmp_path: Path, error: Exception, reason: str) -> None:
     def encode(sample: Sample) -> _Encoded:
         raise error
 
     stream = _stream(tmp_path, "1:2:0")
     stream.encode = encode
-    with pytest.raises(SampleError, match=rf"s\.jsonl:1: {error}"):
+    with pytest.raises(SampleError, match=rf"s\.jsonl:1: {error}") as raised:
         stream[0]
+    assert pickle.loads(pickle.dumps(raised.value)).reason == reason, "it may come from a worker"
 
 
 def test_batch_whose_samples_are_all_bad_takes_what_follows(tmp_path: Path) -> None:

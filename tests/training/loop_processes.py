@@ -23,10 +23,12 @@ KILLED = tiny_runs.tiny_stage(batch_size=2, steps=60, checkpoint_every=10)
 """The stage that is killed and goes on in two processes."""
 
 
-def train_each(runs: list[tuple[Stage, Path]], start: Path, data: Path) -> None:
+def train_each(
+    runs: list[tuple[Stage, Path]], start: Path, data: Path, device: str = "cpu"
+) -> None:
     """Train stages one after another, each from the same checkpoint."""
     for stage, run in runs:
-        train_stage(stage, start, data, run)
+        train_stage(stage, start, data, run, device=device)
 
 
 def train_in(processes: int, stage: Stage, run: Path, start: Path, data: Path) -> None:

@@ -24,10 +24,12 @@ from mono_internvl.training.job_folder import exclusive
 from mono_internvl.training.loop import StageResult, train_stage
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Rule, Stage
+from mono_internvl.training.rules import apply_rules
 from mono_internvl.training.state import (
     OPTIMIZER_FILE,
     STATE_FILE,
     latest_state,
+    load_optimizer,
     truncate_metrics,
 )
 
@@ -400,6 +402,26 @@ def test_damaged_state_is_named(
         train_stage(stage, start, data, run)
 
 
+def test_moments_are_loaded_to_where_the_optimizer_wants_them(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    """A fused step on a GPU wants its count there, too; the meta device stands for a GPU."""
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
+    _interrupt(monkeypatch, 6, stage, start, data, run)
+    model = load_model(start).to("meta")
+    groups = apply_rules(model, model.config, stage)
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW([parameters[n] for group in groups for n in group.names])
+    optimizer.param_groups[0]["fused"] = True  # a constructor would refuse this device
+    load_optimizer(run / "step_00000004", model, optimizer)
+    assert len(optimizer.state) == sum(len(group.names) for group in groups) > 20
+    for parameter, moments in optimizer.state.items():
+        assert {key: x.device.type for key, x in moments.items()} == dict.fromkeys(
+            ("step", "exp_avg", "exp_avg_sq"), "meta"
+        )
+        assert moments["exp_avg"].shape == parameter.shape
+
+
 def test_moments_of_other_parameters_are_refused(
     monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -438,10 +460,42 @@ def test_bad_samples_raise_or_are_skipped_and_counted(
     stage = tiny_runs.tiny_stage(steps=29, batch_size=1)
     with pytest.raises(SampleError, match=r"(images\.jsonl:(4|8)|text\.jsonl:11): "):
         train_stage(stage, start, folder, tmp_path / "raise")
-    skipping = dataclasses.replace(stage, on_bad_sample="skip")
+    skipping = dataclasses.replace(stage, on_bad_sample="skip", max_skipped_ratio=1.0)
     rows = tiny_runs.metric_rows(train_stage(skipping, start, folder, tmp_path / "skip").metrics)
     assert len(rows) == 29
     assert sum(row["skipped"] for row in rows) >= 3
+
+
+def test_too_many_skipped_records_stop_the_run_which_may_go_on_with_a_higher_limit(
+    start: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    for number in range(6):
+        (folder / f"images/{number}.png").unlink()
+    for number in range(6, 9):
+        (folder / f"images/{number}.png").write_bytes(b"not a picture")
+    stage = tiny_runs.tiny_stage(
+        steps=30, batch_size=8, on_bad_sample="skip", max_skipped_ratio=0.2, checkpoint_every=5
+    )
+    with pytest.raises(SampleError, match=r"2\d of 1?\d\d records .* max_skipped_ratio=0\.2, for"):
+        train_stage(stage, start, folder, tmp_path / "run")
+    assert "images                image missing" in caplog.text
+    assert "images                image damaged" in caplog.text
+    stopped = latest_state(tmp_path / "run")
+    assert stopped is not None and stopped.skipped["skipped"] > 0
+    resumed = dataclasses.replace(stage, max_skipped_ratio=0.5)
+    parts = train_stage(resumed, start, folder, tmp_path / "run")
+    assert parts.resumed_at == stopped.step
+    whole = train_stage(resumed, start, folder, tmp_path / "whole")
+    _assert_same_run(whole, parts)
+    rows = tiny_runs.metric_rows(whole.metrics)
+    kept = [state.read_state(result.checkpoint).skipped for result in (whole, parts)]
+    for counts in kept:
+        for kind in counts["kinds"]:
+            assert ".jsonl:" in kind.pop("first")
+    assert kept[0] == kept[1], "a resumed run keeps its counts"
+    assert kept[0]["skipped"] == sum(row["skipped"] for row in rows)
+    assert kept[0]["records"] >= 240
 
 
 def test_rules_and_data_are_checked_before_anything_is_written(

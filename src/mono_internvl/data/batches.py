@@ -5,7 +5,6 @@ Legend: B samples, T tokens (padded to the longest), S tile side.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -20,8 +19,6 @@ from mono_internvl.data.samples import Sample, read_sample
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import ImageError, PromptError, RecipeError, SampleError
 from mono_internvl.model.processing import IGNORED_LABEL
-
-logger = logging.getLogger(__name__)
 
 LossWeighting = Literal["token", "square", "sample"]
 OnBadSample = Literal["raise", "skip"]
@@ -42,6 +39,21 @@ class EncodedSample(Protocol):
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A record that was left out.
+
+    Attributes:
+        source: Name of its source.
+        reason: As `SampleError` has it.
+        message: What is wrong, beginning with `file:line:`.
+    """
+
+    source: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one process.
 
@@ -53,7 +65,7 @@ class Batch:
         num_tokens: Tokens that are not padding.
         num_images: Images.
         record_ids: Of the samples, in order.
-        skipped: Messages of the records left out (`on_bad_sample="skip"`).
+        skipped: The records left out (`on_bad_sample="skip"`).
     """
 
     input_ids: Tensor
@@ -63,7 +75,7 @@ class Batch:
     num_tokens: int
     num_images: int
     record_ids: tuple[str, ...]
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class BatchPlan:
         max_tokens: Longest sample; a longer one is a bad sample.
         pad_token_id: Fills the right end of `input_ids`.
         loss_weighting: Weight of a label: "token" 1, "sample" 1/x, "square" 1/sqrt(x) for x labels.
-        on_bad_sample: "raise" stops at the first, "skip" leaves it out, logs and counts it.
+        on_bad_sample: "raise" stops at the first, "skip" leaves it out and says so in the batch.
         window: Steps within which samples of like length are grouped.
         num_steps: Steps of the run. Its last window ends there, so that a run of whole epochs sees
             every record equally often.
@@ -137,7 +149,7 @@ class BatchStream(Dataset[Batch]):
         every = plan.accumulation * plan.world_size
         positions = self._batches_of_window(window)[place][first::every]
         encoded: list[EncodedSample] = []
-        skipped: list[str] = []
+        skipped: list[Skipped] = []
         ids: list[str] = []
         # A process without any sample could not take part in the step: the records that follow
         # stand in, so what they are is still a function of `number` alone.
@@ -153,11 +165,11 @@ class BatchStream(Dataset[Batch]):
             except SampleError as error:
                 if plan.on_bad_sample == "raise":
                     raise
-                logger.warning("skipped %s", error)
-                skipped.append(str(error))
+                skipped.append(Skipped(self.sources[source].name, error.reason, str(error)))
         if not encoded:
             raise SampleError(
-                f"micro-batch {number}: all {len(skipped)} records are bad, first: {skipped[0]}"
+                f"micro-batch {number}: all {len(skipped)} records are bad, first: "
+                f"{skipped[0].message}"
             )
         return self._collate(encoded, tuple(ids), tuple(skipped))
 
@@ -178,19 +190,27 @@ class BatchStream(Dataset[Batch]):
     def _encode(self, sample: Sample) -> EncodedSample:
         try:
             encoded = self.encode(sample)
-        except (ImageError, PromptError) as error:
-            raise SampleError(f"{sample.where}: {error}") from error
+        except ImageError as error:
+            raise SampleError(f"{sample.where}: {error}", reason="image damaged") from error
+        except PromptError as error:
+            raise SampleError(f"{sample.where}: {error}", reason="prompt refused") from error
         if len(encoded.input_ids) > self.plan.max_tokens:
             raise SampleError(
                 f"{sample.where}: {len(encoded.input_ids)} tokens, more than max_tokens="
-                f"{self.plan.max_tokens}; raise max_tokens, lower max_tiles, or skip bad samples"
+                f"{self.plan.max_tokens}; raise max_tokens, lower max_tiles, or skip bad samples",
+                reason="too long",
             )
         if not (encoded.labels != IGNORED_LABEL).any():
-            raise SampleError(f"{sample.where}: no answer token to learn from")
+            raise SampleError(
+                f"{sample.where}: no answer token to learn from", reason="nothing to learn"
+            )
         return encoded
 
     def _collate(
-        self, encoded: list[EncodedSample], record_ids: tuple[str, ...], skipped: tuple[str, ...]
+        self,
+        encoded: list[EncodedSample],
+        record_ids: tuple[str, ...],
+        skipped: tuple[Skipped, ...],
     ) -> Batch:
         longest = max(len(sample.input_ids) for sample in encoded)
         shape = (len(encoded), longest)

@@ -74,7 +74,8 @@ def _image_paths(record: Record, root: Path) -> tuple[Path, ...]:
     for path in paths:
         if not path.is_file():
             raise SampleError(
-                f"{record.where}: image {path} does not exist; check the source's root"
+                f"{record.where}: image {path} does not exist; check the source's root",
+                reason="image missing",
             )
     return paths
 

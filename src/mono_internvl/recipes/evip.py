@@ -31,6 +31,7 @@ EVIP = Recipe(
             max_tokens=1425,
             max_tiles=4,
             checkpoint_every=1000,
+            on_bad_sample="skip",
         ),
         Stage(
             name="s12",
@@ -44,6 +45,7 @@ EVIP = Recipe(
             max_tokens=1925,
             max_tiles=6,
             checkpoint_every=1000,
+            on_bad_sample="skip",
         ),
         Stage(
             name="s13",
@@ -57,6 +59,7 @@ EVIP = Recipe(
             max_tokens=4096,
             max_tiles=12,
             checkpoint_every=1000,
+            on_bad_sample="skip",
         ),
         Stage(
             name="s2",
@@ -71,6 +74,7 @@ EVIP = Recipe(
             max_tokens=8192,
             max_tiles=24,
             checkpoint_every=500,
+            on_bad_sample="skip",
         ),
     ),
 )

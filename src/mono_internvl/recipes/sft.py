@@ -22,6 +22,7 @@ SFT = Recipe(
             max_tokens=2048,
             max_tiles=6,
             checkpoint_every=500,
+            on_bad_sample="skip",
         ),
     ),
 )

@@ -36,6 +36,7 @@ from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute
 from mono_internvl.training.rules import LearnedGroup, apply_rules
+from mono_internvl.training.skipped import SkipCounts
 from mono_internvl.training.state import (
     SavedState,
     digest_of_data,
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 _DEFAULTS = {"recompute": "none"}
 """Fields of a stage that were added later, with what held before."""
+_LIMITS = ("max_skipped_ratio",)
+"""Fields that say when a run stops and not what it computes: it may go on with others."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def train_stage(
 
     Raises:
         RecipeError: The rules do not fit the model.
-        SampleError: A bad record, unless the stage skips them.
+        SampleError: A bad record, or where the stage skips them too many of them.
         TrainingStateError: The folder holds a run of another stage, begun from another checkpoint
             or on other data, or is in use; the disk is full, or the loss is not finite.
     """
@@ -138,14 +141,17 @@ class _Loop:
         if stage.recompute != "none":
             enable_recompute(self.model, stage.recompute)
         self.processor: MonoInternVLProcessor = MonoInternVLProcessor.from_pretrained(folder)
+        skipped = self.resumed.skipped if self.resumed else {}
+        self.skipped = SkipCounts.from_dict(skipped, stage.max_skipped_ratio)
 
     def _resumable(self) -> SavedState | None:
         state = read_state(self.final) if self.final.exists() else latest_state(self.run)
         # A field that is younger than the state had its default.
         begun = {**_DEFAULTS, **state.stage} if state is not None else self.fields
-        if begun != self.fields:
-            names = set(begun) | set(self.fields)
-            name = next(n for n in sorted(names) if begun.get(n) != self.fields.get(n))
+        names = (set(begun) | set(self.fields)) - set(_LIMITS)
+        changed = [name for name in sorted(names) if begun.get(name) != self.fields.get(name)]
+        if changed:
+            name = changed[0]
             raise TrainingStateError(
                 f"{self.run}: holds a run with {name}={begun.get(name)!r}, this stage has "
                 f"{self.fields.get(name)!r}; choose another output folder or delete this one"
@@ -262,22 +268,33 @@ class _Loop:
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        counts = all_sum(
-            torch.tensor(
-                [sum(getattr(b, name) for b in micro) for name in ("num_tokens", "num_images")]
-                + [sum(len(b.skipped) for b in micro)]
-            )
-        ).tolist()
+        counts = self._count(micro)
         return {
             "step": step + 1,
             "loss": loss.item(),
             "learning_rate_share": share,
             "grad_norm": norm.item(),
-            "tokens": counts[0],
-            "images": counts[1],
-            "skipped": counts[2],
+            **counts,
             "seconds": time.perf_counter() - began,
         }
+
+    def _count(self, micro: Sequence[Batch]) -> dict[str, int]:
+        """What all processes read in a step; stops a run that leaves too much of it out."""
+        skipped = [record for batch in micro for record in batch.skipped]
+        self.skipped.note(skipped)
+        tokens, images, num_good, num_bad = all_sum(
+            torch.tensor(
+                [
+                    sum(batch.num_tokens for batch in micro),
+                    sum(batch.num_images for batch in micro),
+                    sum(len(batch.record_ids) for batch in micro),
+                    len(skipped),
+                ]
+            )
+        ).tolist()
+        self.skipped.add(num_good + num_bad, num_bad)
+        self.skipped.check()
+        return {"tokens": tokens, "images": images, "skipped": num_bad}
 
     def _backward(self, learner: nn.Module, batch: Batch, denominator: Tensor) -> Tensor:
         device = torch.device(self.device)
@@ -296,7 +313,14 @@ class _Loop:
     def _save(self, folder: Path, optimizer: torch.optim.Optimizer | None, step: int) -> None:
         if rank() == 0:
             save_state(
-                folder, self.model, self.processor, optimizer, step, self.fields, self.inputs
+                folder,
+                self.model,
+                self.processor,
+                optimizer,
+                step,
+                self.fields,
+                self.inputs,
+                self.skipped.to_dict(),
             )
         self._remove_states_but(folder)
         barrier()

@@ -62,7 +62,7 @@ class StageProgress:
         self.run = _RUN.get()
         self.is_live = self.console.is_terminal and not self.run
         self.loss: float | None = None
-        self.tokens = self.images = 0
+        self.tokens = self.images = self.skipped = 0
         self.began = time.perf_counter()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -89,12 +89,15 @@ class StageProgress:
         loss = row["loss"]
         self.loss = loss if self.loss is None else _SMOOTHING * self.loss + (1 - _SMOOTHING) * loss
         self.tokens, self.images = self.tokens + row["tokens"], self.images + row["images"]
+        self.skipped += row["skipped"]
         self.done = row["step"]
         seconds = max(1e-9, time.perf_counter() - self.began)
         text = (
             f"loss {self.loss:.3f}  {self.tokens / seconds:,.0f} tokens/s  "
             f"{self.images / seconds:,.0f} images/s"
         )
+        if self.skipped:
+            text += f"  {self.skipped:,} skipped"
         self.bar.update(self.task, completed=self.done, text=text)
         tenth = max(1, self.stage.steps // 10)
         if not self.quiet and not self.is_live and self.done % tenth == 0:

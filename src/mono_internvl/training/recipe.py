@@ -37,7 +37,10 @@ _COUNTS = {
     "loader_workers": 0,
 }
 """Fields that count something, and the least they may be."""
-_SHARES = ("epochs", "warmup_share", "final_rate_share", "weight_decay", "eps")
+_AMOUNTS = ("epochs", "weight_decay", "eps")
+"""Fields that are finite and not negative."""
+_RATIOS = ("warmup_share", "final_rate_share", "max_skipped_ratio")
+"""Fields that are a part of something: from 0 to 1."""
 _FOLDER_NAME = re.compile(r"\w[\w.+-]*")
 
 
@@ -58,7 +61,7 @@ class Rule:
             raise RecipeError(
                 f"rule pattern={self.pattern!r}; expected a regular expression, write it as text"
             )
-        if self.learning_rate is not None and not _is_share(self.learning_rate):
+        if self.learning_rate is not None and not _is_amount(self.learning_rate):
             raise RecipeError(
                 f"rule {self.pattern!r}: learning_rate={self.learning_rate!r}; expected a finite "
                 "number >= 0, or None to freeze"
@@ -91,6 +94,7 @@ class Stage:
         seed: Of the data order.
         checkpoint_every: Steps between saved states; 0 saves at the end only.
         on_bad_sample: "raise" or "skip".
+        max_skipped_ratio: Of all records read, how many may be skipped before the run stops.
         loader_workers: Reader processes per training process; 0 reads in the loop.
         recompute: What the backward pass computes again to save memory: "none", "selective" (norms,
             rotations, SwiGLU, softmax) or "full" (whole layers).
@@ -119,6 +123,7 @@ class Stage:
     seed: int = 0
     checkpoint_every: int = 0
     on_bad_sample: OnBadSample = "raise"
+    max_skipped_ratio: float = 0.1
     loader_workers: int = 0
     recompute: Recompute = "none"
 
@@ -130,12 +135,22 @@ class Stage:
                 raise RecipeError(
                     f"stage {self.name!r}: {name}={value!r}; give an integer >= {least}"
                 )
-        for name in _SHARES:
-            if not _is_share(getattr(self, name)):
+        for name in _AMOUNTS:
+            if not _is_amount(getattr(self, name)):
                 raise RecipeError(
                     f"stage {self.name!r}: {name}={getattr(self, name)!r}; give a finite number >= "
                     "0"
                 )
+        for name in _RATIOS:
+            if not (_is_amount(value := getattr(self, name)) and value <= 1):
+                raise RecipeError(
+                    f"stage {self.name!r}: {name}={value!r}; give a number from 0 to 1"
+                )
+        is_pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        if not is_pair or not all(_is_amount(beta) and beta < 1 for beta in self.betas):
+            raise RecipeError(
+                f"stage {self.name!r}: betas={self.betas!r}; give two numbers from 0 to below 1"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise RecipeError(
@@ -144,9 +159,10 @@ class Stage:
                 )
         if not self.steps and not self.epochs:
             raise RecipeError(f"stage {self.name!r}: steps=0 and epochs=0; give one of them")
-        if not self.clip_norm > 0:  # nan is not above 0 either
+        if not (_is_amount(self.clip_norm) and self.clip_norm) and self.clip_norm != math.inf:
             raise RecipeError(
-                f"stage {self.name!r}: clip_norm={self.clip_norm}; give a number > 0, inf for none"
+                f"stage {self.name!r}: clip_norm={self.clip_norm!r}; give a number > 0, inf for "
+                "none"
             )
         if self.batch_size % self.accumulation:
             raise RecipeError(
@@ -209,7 +225,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-def _is_share(value: Any) -> bool:
+def _is_amount(value: Any) -> bool:
     """Whether a value is a finite number that is not negative."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 <= value < math.inf

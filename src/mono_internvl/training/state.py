@@ -42,12 +42,14 @@ class SavedState:
         stage: The stage's fields as they were.
         inputs: Digests of what the run was begun from, by name; see `digest_of_start` and
             `digest_of_data`. A name that is not there was not known.
+        skipped: Counts of records left out, see `SkipCounts`; empty if they were not kept.
     """
 
     folder: Path
     step: int
     stage: dict[str, Any]
     inputs: dict[str, str]
+    skipped: dict[str, Any]
 
 
 def save_state(
@@ -58,6 +60,7 @@ def save_state(
     step: int,
     stage: Mapping[str, Any],
     inputs: Mapping[str, str],
+    skipped: Mapping[str, Any],
 ) -> SavedState:
     """Write a state whole or not at all.
 
@@ -69,6 +72,7 @@ def save_state(
         step: Optimizer steps taken.
         stage: Fields of the stage, for the check at resume.
         inputs: Digests of start and data, for the same check.
+        skipped: Counts of records left out so far.
 
     Raises:
         TrainingStateError: The disk is full or does not take it; states before this one are whole.
@@ -76,7 +80,13 @@ def save_state(
     temporary = _hidden(folder, "new")
     shutil.rmtree(temporary, ignore_errors=True)
     made_by = {**versions(), "commit": commit()}
-    state = {"step": step, "stage": dict(stage), "inputs": dict(inputs), "versions": made_by}
+    state = {
+        "step": step,
+        "stage": dict(stage),
+        "inputs": dict(inputs),
+        "skipped": dict(skipped),
+        "versions": made_by,
+    }
     try:
         temporary.mkdir(parents=True)
         model.save_pretrained(temporary)
@@ -94,7 +104,7 @@ def save_state(
             f"{folder}: state of step {step} not written ({error}); make room on the disk and "
             "start again, the run goes on from the state before"
         ) from error
-    return SavedState(folder, step, dict(stage), dict(inputs))
+    return SavedState(folder, step, dict(stage), dict(inputs), dict(skipped))
 
 
 def remove_state(folder: Path) -> None:
@@ -134,7 +144,11 @@ def read_state(folder: Path) -> SavedState:
     try:
         state = json.loads((folder / STATE_FILE).read_text())
         return SavedState(
-            folder, int(state["step"]), dict(state["stage"]), dict(state.get("inputs", {}))
+            folder,
+            int(state["step"]),
+            dict(state["stage"]),
+            dict(state.get("inputs", {})),
+            dict(state.get("skipped", {})),
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TrainingStateError(
@@ -198,27 +212,26 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
             f"{folder / OPTIMIZER_FILE}: not readable ({error}); delete the folder to start over"
         ) from error
     names = {id(p): name for name, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            moments = {
-                key: tensors.pop(f"{name}|{key}", None) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
-            for key, tensor in moments.items():
-                if tensor is None:
-                    raise TrainingStateError(f"{folder}: no {key} for parameter {name}")
-                if key != "step" and tensor.shape != parameter.shape:
-                    raise TrainingStateError(
-                        f"{folder}: {key} of {name} is {tuple(tensor.shape)}, the parameter "
-                        f"{tuple(parameter.shape)}; delete the folder to start over"
-                    )
-            optimizer.state[parameter] = {
-                key: tensor if key == "step" else tensor.to(parameter.device)
-                for key, tensor in moments.items()
-                if tensor is not None
-            }
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for number, parameter in enumerate(parameters):  # so does `state_dict` number them
+        name = names[id(parameter)]
+        state[number] = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            tensor = tensors.pop(f"{name}|{key}", None)
+            if tensor is None:
+                raise TrainingStateError(f"{folder}: no {key} for parameter {name}")
+            if key != "step" and tensor.shape != parameter.shape:
+                raise TrainingStateError(
+                    f"{folder}: {key} of {name} is {tuple(tensor.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}; delete the folder to start over"
+                )
+            state[number][key] = tensor
     if tensors:
         raise TrainingStateError(f"{folder}: moments of unknown parameter {min(tensors)}")
+    # PyTorch knows where each belongs: a fused step wants its count beside the parameter, another
+    # one on the CPU.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def truncate_metrics(path: Path, steps: int) -> None:

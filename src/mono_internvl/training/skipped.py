@@ -1,0 +1,106 @@
+"""Records that a run leaves out: counted, said, and not too many of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mono_internvl.data.batches import Skipped
+from mono_internvl.errors import SampleError
+
+logger = logging.getLogger(__name__)
+
+_LEAST_RECORDS = 100
+"""The ratio is that of at least so many records: two bad ones among the first ten say little."""
+_LOGGED_ONE_BY_ONE = 10
+"""Of each source and reason; after them, every tenfold number is said."""
+
+
+@dataclass
+class _Kind:
+    """Skipped records of one source with one reason."""
+
+    number: int
+    first: str
+
+
+@dataclass
+class SkipCounts:
+    """What was skipped since a stage began, a resumed one included.
+
+    Attributes:
+        max_ratio: Of `num_skipped` to `num_records`, beyond which `check` raises.
+        num_records: Records that all processes read, good and bad.
+        num_skipped: The bad ones among them.
+        kinds: By source and reason, those that this process met; a resumed run goes on from those
+            of the first process.
+    """
+
+    max_ratio: float
+    num_records: int = 0
+    num_skipped: int = 0
+    kinds: dict[tuple[str, str], _Kind] = field(default_factory=dict)
+
+    def note(self, skipped: Iterable[Skipped]) -> None:
+        """Count and log what this process left out."""
+        for record in skipped:
+            key = (record.source, record.reason)
+            kind = self.kinds.setdefault(key, _Kind(0, record.message))
+            kind.number += 1
+            if kind.number <= _LOGGED_ONE_BY_ONE:
+                logger.warning("skipped %s", record.message)
+            elif str(kind.number).rstrip("0") == "1":
+                number = f"{kind.number:,}"
+                logger.warning("skipped %s of %s (%s), last %s", number, *key, record.message)
+
+    def add(self, num_records: int, num_skipped: int) -> None:
+        """Count what all processes read and left out in a step."""
+        self.num_records += num_records
+        self.num_skipped += num_skipped
+
+    def check(self) -> None:
+        """Stop where too much is left out; the counts by source and reason are logged before.
+
+        Raises:
+            SampleError: More than `max_ratio` of the records were skipped.
+        """
+        allowed = self.max_ratio * max(self.num_records, _LEAST_RECORDS)
+        if self.num_skipped <= allowed:
+            return
+        logger.error("skipped records as this process met them:\n%s", self.table())
+        worst = max(self.kinds.values(), key=lambda kind: kind.number, default=None)
+        example = f", for example {worst.first}" if worst else ""
+        raise SampleError(
+            f"{self.num_skipped:,} of {self.num_records:,} records were skipped, more than "
+            f"max_skipped_ratio={self.max_ratio:g}{example}; mend the data, or raise "
+            "max_skipped_ratio and start again to go on"
+        )
+
+    def table(self) -> str:
+        """A line per source and reason: how many, and the first of them."""
+        rows = sorted(self.kinds.items(), key=lambda item: -item[1].number)
+        return "\n".join(
+            f"{kind.number:>12,}  {source:<20}  {reason:<16}  {kind.first}"
+            for (source, reason), kind in rows
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a saved state."""
+        return {
+            "records": self.num_records,
+            "skipped": self.num_skipped,
+            "kinds": [
+                {"source": source, "reason": reason, "number": kind.number, "first": kind.first}
+                for (source, reason), kind in self.kinds.items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any], max_ratio: float) -> SkipCounts:
+        """The counts of a saved state; an older one without counts begins at none."""
+        counts = cls(max_ratio, saved.get("records", 0), saved.get("skipped", 0))
+        for row in saved.get("kinds", ()):
+            counts.kinds[row["source"], row["reason"]] = _Kind(row["number"], row["first"])
+        return counts
