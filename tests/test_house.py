@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "provenance": set(),
     "experts": set(),
+    "compute": {"experts.crossovers"},
     "model": {"experts"},
     "generation": {"model", "experts"},
     "data": {"model.processing", "model.image_processing"},
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
         "bench",
     },
 }
-COMMON = {"errors", "provenance"}
+COMMON = {"errors", "provenance", "compute"}
 LAYERLESS = {"cli", "__init__", "__main__"}
 
 

@@ -283,7 +283,7 @@ def quickstart(
     ask: Annotated[bool, typer.Option(help="End with three questions.")] = True,
 ) -> None:
     """Give a small language model eyes: data, four stages, evaluation, report."""
-    from mono_internvl.model.devices import choose_device
+    from mono_internvl.compute import choose_device
     from mono_internvl.pipelines.quickstart import quickstart as run_quickstart
 
     _quieten()
@@ -365,7 +365,7 @@ def lab_modular(
     seed: Annotated[int, typer.Option(help="Of the rendered world.")] = 0,
 ) -> None:
     """Train the modular twin of the quickstart's model on the same data."""
-    from mono_internvl.model.devices import choose_device
+    from mono_internvl.compute import choose_device
     from mono_internvl.pipelines.lab_modular import modular_twin
 
     _quieten()
@@ -388,7 +388,7 @@ def lab_evip_plus_plus(
     device: Device = "cpu",
 ) -> None:
     """Compare EViP, EViP++ at equal data and EViP++ at 42 % of it, over seeds."""
-    from mono_internvl.model.devices import choose_device
+    from mono_internvl.compute import choose_device
     from mono_internvl.pipelines.lab_evip import compare_pretraining
 
     _quieten()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mono_internvl import compute
 from mono_internvl.errors import CheckpointError, RecipeError, SampleError, TrainingStateError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
@@ -149,6 +150,53 @@ def test_state_without_a_later_field_is_resumed(start: Path, data: Path, tmp_pat
             edited += 1
     assert edited
     assert train_stage(stage, start, data, tmp_path / "run").resumed_at == 2
+
+
+def _slow_bf16(monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
+    monkeypatch.setattr(compute, "bf16_cost", lambda device_type: cost)
+
+
+def _precision_of(result: StageResult) -> str:
+    saved = state.read_state(result.checkpoint)
+    assert saved is not None
+    return str(saved.stage["precision"])
+
+
+@pytest.mark.parametrize(("cost", "precision"), [(0.2, "bf16"), (40.0, "fp32")])
+def test_stage_computes_in_what_the_machine_multiplies_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    start: Path,
+    data: Path,
+    tmp_path: Path,
+    cost: float,
+    precision: str,
+) -> None:
+    _slow_bf16(monkeypatch, cost)
+    stage = tiny_runs.tiny_stage(steps=2, precision="auto")
+    asked = dataclasses.replace(stage, precision=precision)
+    chosen = train_stage(stage, start, data, tmp_path / "chosen")
+    assert _precision_of(chosen) == precision
+    _assert_same_run(chosen, train_stage(asked, start, data, tmp_path / "asked"))
+
+
+@pytest.mark.parametrize("begun", ["bf16", "fp32"])
+def test_resumed_run_keeps_the_precision_it_began_with(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path, begun: str
+) -> None:
+    # States written before "auto" was known say "bf16": so does one whose stage asked for it.
+    before = tiny_runs.tiny_stage(precision=begun)
+    whole = train_stage(before, start, data, tmp_path / "whole")
+    run = tmp_path / "run"
+    _interrupt(monkeypatch, 6, before, start, data, run)
+    _slow_bf16(monkeypatch, 40.0 if begun == "bf16" else 0.2)  # another machine
+    after = dataclasses.replace(before, precision="auto")
+    result = train_stage(after, start, data, run)
+    assert result.resumed_at == 4
+    assert _precision_of(result) == begun
+    _assert_same_run(whole, result)
+    other = dataclasses.replace(before, precision="fp32" if begun == "bf16" else "bf16")
+    with pytest.raises(TrainingStateError, match=f"precision='{begun}'"):
+        train_stage(other, start, data, run)
 
 
 def _text_logits(checkpoint: Path, attention: str) -> Tensor:

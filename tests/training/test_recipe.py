@@ -209,7 +209,7 @@ def test_override_parses_every_kind_of_field() -> None:
         ({"steps": "many"}, "steps=many: expected int"),
         ({"steps": "1.5"}, "expected int"),
         ({"weight_decay": "x"}, "expected float"),
-        ({"precision": "fp8"}, "expected one of bf16, fp32"),
+        ({"precision": "fp8"}, "expected one of auto, bf16, fp32"),
         ({"batch_size": "0"}, "batch_size=0"),
     ],
 )

@@ -19,8 +19,8 @@ from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.serve import bench_serve
 from mono_internvl.bench.targets import bench_targets, targets_of_2b
 from mono_internvl.bench.train import bench_train
+from mono_internvl.compute import choose_device
 from mono_internvl.errors import ConfigError
-from mono_internvl.model.devices import choose_device
 from mono_internvl.recipes.evip import EVIP
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

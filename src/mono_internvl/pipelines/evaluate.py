@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from mono_internvl.compute import choose_device
 from mono_internvl.errors import ConfigError, SampleError
 from mono_internvl.evaluation.metrics import score
 from mono_internvl.evaluation.run import (
@@ -18,7 +19,6 @@ from mono_internvl.evaluation.run import (
 )
 from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.checkpoint import resolve_checkpoint
-from mono_internvl.model.devices import choose_device
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from mono_internvl.compute import choose_device
 from mono_internvl.errors import MonoInternVLError
-from mono_internvl.model.devices import choose_device
 
 # Read by the new processes when they start: no hints about parameters without gradient, no bars of
 # several processes through each other; and glibc keeps freed activations instead of returning
@@ -54,16 +54,25 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def from_first(text: str) -> str:
+    """What the first process says, in every process."""
+    said = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(said)
+    return said[0]
+
+
 def own_device(device: str) -> str:
-    """The device of this process: "cuda" is a GPU for each process of this machine, in turn.
+    """The device of this process: "cuda" or "xpu" is one for each process here, in turn.
 
     Raises:
         ConfigError: There is no such device.
     """
     chosen = str(choose_device(device))
-    if chosen != "cuda":
+    if chosen not in ("cuda", "xpu"):
         return chosen
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
+    count = max(1, getattr(torch, chosen).device_count())
+    return f"{chosen}:{int(os.environ.get('LOCAL_RANK', '0')) % count}"
 
 
 @contextmanager

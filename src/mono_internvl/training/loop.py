@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from mono_internvl.compute import ComputePlan, default_attention, make_plan
 from mono_internvl.data.batches import Batch, BatchPlan, BatchStream
 from mono_internvl.data.order import mix
 from mono_internvl.data.samples import Sample
@@ -30,7 +31,14 @@ from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import TrainingStateError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.training.distributed import all_sum, barrier, own_device, rank, world_size
+from mono_internvl.training.distributed import (
+    all_sum,
+    barrier,
+    from_first,
+    own_device,
+    rank,
+    world_size,
+)
 from mono_internvl.training.job_folder import exclusive
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
@@ -83,6 +91,7 @@ def train_stage(
     *,
     device: str = "cpu",
     attention: str | None = None,
+    plan: ComputePlan | None = None,
 ) -> StageResult:
     """Train one stage; go on where a killed run of the same stage stopped.
 
@@ -92,8 +101,9 @@ def train_stage(
         data: Folder that `stage.data` is relative to.
         run: Output folder: `checkpoint/`, `metrics.jsonl`, and `step_*` states while it runs.
         device: "cpu", "cuda" (one GPU for each process) or "cuda:1".
-        attention: Attention implementation; by default eager in bf16 on a CPU (where sdpa is slow),
-            else transformers' choice.
+        attention: Attention implementation; the plan's unless given.
+        plan: What to compute with where the stage says "auto"; made here unless given. A run that
+            goes on keeps the precision it began with.
 
     Raises:
         RecipeError: The rules do not fit the model.
@@ -106,32 +116,43 @@ def train_stage(
             stack.enter_context(exclusive(run))
             sweep(run)
         barrier()
-        return _Loop(stage, start, data, run, own_device(device), attention).train()
+        return _Loop(stage, start, data, run, own_device(device), attention, plan).train()
 
 
 class _Loop:
     """One run of one stage; the state of `train_stage`."""
 
     def __init__(
-        self, stage: Stage, start: Path, data: Path, run: Path, device: str, attention: str | None
+        self,
+        stage: Stage,
+        start: Path,
+        data: Path,
+        run: Path,
+        device: str,
+        attention: str | None,
+        plan: ComputePlan | None,
     ):
         self.sources = read_meta(data / stage.data)
         num_records = sum(round(len(source) * source.repeat) for source in self.sources)
-        self.stage = stage = stage.resolved(num_records)
         self.run, self.device = run, device
-        self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
         self.final, self.metrics = run / "checkpoint", run / "metrics.jsonl"
+        found = read_state(self.final) if self.final.exists() else latest_state(self.run)
+        precision = _precision(stage, found, plan, device)
+        self.stage = stage = dataclasses.replace(stage.resolved(num_records), precision=precision)
+        self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
         self.inputs = {
             "data": digest_of_data(data / stage.data, [source.path for source in self.sources])
         }
         if (begun_from := digest_of_start(Path(start))) is not None:
             self.inputs["start checkpoint"] = begun_from
-        self.resumed = self._resumable()
+        self.resumed = self._resumable(found)
         if device == "cpu" and stage.precision == "bf16":
-            attention = attention or "eager"
             # oneDNN compiles its bf16 products for every shape and by default keeps 1,024 of them;
             # batches differ in length, so that a long run would keep gigabytes.
             os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+        if attention is None and plan is not None:
+            attention = plan.with_precision(precision).attention
+        attention = attention or default_attention(device, precision)
         folder = self.resumed.folder if self.resumed else start
         self.model: MonoInternVLForConditionalGeneration = (
             MonoInternVLForConditionalGeneration.from_pretrained(
@@ -144,8 +165,7 @@ class _Loop:
         skipped = self.resumed.skipped if self.resumed else {}
         self.skipped = SkipCounts.from_dict(skipped, stage.max_skipped_ratio)
 
-    def _resumable(self) -> SavedState | None:
-        state = read_state(self.final) if self.final.exists() else latest_state(self.run)
+    def _resumable(self, state: SavedState | None) -> SavedState | None:
         # A field that is younger than the state had its default.
         begun = {**_DEFAULTS, **state.stage} if state is not None else self.fields
         names = (set(begun) | set(self.fields)) - set(_LIMITS)
@@ -330,6 +350,18 @@ class _Loop:
             for folder in self.run.glob("step_*"):
                 if folder != kept:
                     remove_state(folder)
+
+
+def _precision(
+    stage: Stage, begun: SavedState | None, plan: ComputePlan | None, device: str
+) -> Any:
+    """The stage's precision in every process alike: asked for, kept from a state, or the plan's."""
+    if stage.precision != "auto":
+        return stage.precision
+    if begun is not None and "precision" in begun.stage:
+        return begun.stage["precision"]
+    precision = (plan or make_plan(device)).precision if rank() == 0 else ""
+    return from_first(precision)
 
 
 def optimizer_of(

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mono_internvl.compute import Precision
 from mono_internvl.data.batches import LossWeighting, OnBadSample
 from mono_internvl.errors import RecipeError
 from mono_internvl.training.recompute import Recompute
 
 _CHOICES = {
     "schedule": ("constant", "cosine"),
-    "precision": ("bf16", "fp32"),
+    "precision": get_args(Precision),
     "loss_weighting": get_args(LossWeighting),
     "on_bad_sample": get_args(OnBadSample),
     "recompute": get_args(Recompute),
@@ -90,7 +91,8 @@ class Stage:
         max_tokens: Longest sample, visual tokens included.
         max_tiles: Most tiles per image, thumbnail not counted; shared by the images of a sample.
         loss_weighting: See `BatchPlan`.
-        precision: "bf16" autocasts over fp32 weights; "fp32" does not.
+        precision: "bf16" autocasts over fp32 weights; "fp32" does not; "auto" takes what the
+            machine multiplies faster, see `mono_internvl.compute`, and keeps it when resumed.
         seed: Of the data order.
         checkpoint_every: Steps between saved states; 0 saves at the end only.
         on_bad_sample: "raise" or "skip".
@@ -119,7 +121,7 @@ class Stage:
     max_tokens: int = 2048
     max_tiles: int = 12
     loss_weighting: LossWeighting = "token"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "auto"
     seed: int = 0
     checkpoint_every: int = 0
     on_bad_sample: OnBadSample = "raise"
