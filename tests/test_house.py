@@ -18,6 +18,7 @@ PACKAGE = "mono_internvl"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "provenance": set(),
+    "door": set(),
     "experts": set(),
     "compute": {"experts.crossovers"},
     "model": {"experts"},
@@ -25,8 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"model.processing", "model.image_processing"},
     "training": {"model", "data"},
     "recipes": {"training.recipe", "model.configuration"},
-    "evaluation": {"model", "data"},
-    "serving": {"model", "generation"},
+    "evaluation": {"model", "generation", "data"},
+    "serving": {"model", "generation", "door"},
     "visual": {"model"},
     "miniature": {"data"},
     "bench": {"model", "experts", "data", "training"},

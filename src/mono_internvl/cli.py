@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mono_internvl.errors import MonoInternVLError
-from mono_internvl.serving.terminal import Picture, answer, converse, print_json, show_error
+from mono_internvl.door import pass_through
+from mono_internvl.serving.terminal import Picture, answer, converse, print_json
 
 if TYPE_CHECKING:
     from mono_internvl.pipelines.convert import RoundTrip
@@ -37,21 +37,14 @@ Revision = Annotated[
 Experts = Annotated[
     str, typer.Option(metavar="PATH", help="auto, eager, grouped, triton or dense.")
 ]
+WorldSeed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the rendered world.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 
 
 def main() -> None:
-    """Run the command line; errors of this package become one line and exit code 1."""
+    """Run the command line; a user's mistake becomes one line and exit code 1 or 2."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    try:
-        app(arguments)
-    except MonoInternVLError as error:
-        if "--debug" in sys.argv[1:]:
-            raise
-        show_error(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(pass_through(lambda: app(arguments), is_debug="--debug" in sys.argv[1:]))
 
 
 def _print_version(is_asked: bool) -> None:
@@ -279,7 +272,7 @@ def quickstart(
     processes: Annotated[int | None, typer.Option(min=1, help="Training processes.")] = None,
     device: Device = "cpu",
     llm: Annotated[str, typer.Option(help="shipped, scratch, or a folder.")] = "shipped",
-    seed: Annotated[int, typer.Option(help="Of the rendered world.")] = 0,
+    seed: WorldSeed = 0,
     ask: Annotated[bool, typer.Option(help="End with three questions.")] = True,
 ) -> None:
     """Give a small language model eyes: data, four stages, evaluation, report."""
@@ -362,7 +355,7 @@ def lab_modular(
     quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the rendered world.")] = 0,
+    seed: WorldSeed = 0,
 ) -> None:
     """Train the modular twin of the quickstart's model on the same data."""
     from mono_internvl.compute import choose_device

@@ -20,7 +20,8 @@ def command() -> str:
     for word in sys.argv[1:]:
         option, sign, value = word.rpartition("=")
         words.append(f"{option}{sign}{Path(value).name if Path(value).is_absolute() else value}")
-    return shlex.join(words)
+    # A name that is not UTF-8 is written escaped: this goes into files that are.
+    return shlex.join(words).encode("utf-8", "backslashreplace").decode()
 
 
 @cache

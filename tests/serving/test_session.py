@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mono_internvl import ChatSession, load
-from mono_internvl.errors import ConfigError, ImageError, PromptError
+from mono_internvl.errors import CheckpointError, ConfigError, ImageError, PromptError
 from mono_internvl.experts import Routing
 from mono_internvl.generation.sampling import Sampling
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
@@ -414,9 +414,23 @@ def _broken(tmp_path):
 @pytest.mark.parametrize(
     ("question", "options", "error", "message"),
     [
-        ("  ", {}, PromptError, "empty"),
+        ("  ", {}, PromptError, "question='  '"),
         ("<image> and <image>", {}, PromptError, "2 <image> placeholders but 0 images"),
+        (None, {}, PromptError, "question=None"),
+        ("Hi?", {"images": None}, PromptError, "NoneType"),
+        ("Hi?", {"max_tiles": 1.5}, ConfigError, "max_tiles=1.5; expected an integer"),
+        ("Hi?", {"max_tiles": "2"}, ConfigError, "max_tiles='2'; expected an integer"),
         ("Hi?", {"temperature": -1}, ConfigError, "temperature=-1"),
+        ("Hi?", {"temperature": "1"}, ConfigError, "temperature='1'"),
+        ("Hi?", {"temperature": float("nan")}, ConfigError, "temperature=nan"),
+        ("Hi?", {"temperature": 1e-300}, ConfigError, "temperature=1e-300; expected 0 .greedy"),
+        ("Hi?", {"repetition_penalty": 1e-300}, ConfigError, "penalty=1e-300; expected a number"),
+        ("Hi?", {"top_k": 1.5}, ConfigError, "top_k=1.5; expected an integer"),
+        ("Hi?", {"max_new_tokens": "5"}, ConfigError, "max_new_tokens='5'"),
+        ("Hi?", {"max_new_tokens": None}, ConfigError, "max_new_tokens=None"),
+        ("Hi?", {"max_new_tokens": 3.5}, ConfigError, "max_new_tokens=3.5"),
+        ("Hi?", {"seed": 2**64}, ConfigError, "seed=18446744073709551616"),
+        ("Hi?", {"seed": "x"}, ConfigError, "seed='x'"),
         ("Hi?", {"top_p": 0}, ConfigError, "top_p=0"),
         ("Hi?", {"max_new_tokens": 0}, ConfigError, "max_new_tokens=0"),
         ("Hi?", {"beams": 4}, ConfigError, "beams"),
@@ -475,6 +489,25 @@ def test_session_refuses_a_foreign_processor(parts):
 
 
 # ------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_session_refuses_logits_that_are_not_numbers(checkpoint, temperature):
+    session = load(checkpoint, device="cpu")
+    with torch.no_grad():
+        session.model.get_output_embeddings().weight[3, 3] = float("nan")
+    with pytest.raises(CheckpointError, match=r"not finite numbers in torch\.float32"):
+        session.ask("Hello?", temperature=temperature)
+    assert session.ids == ()
+
+
+def test_sampling_least_temperature_in_half_precision(parts):
+    options = Sampling(temperature=1e-4, seed=2**64 - 1, max_new_tokens=3)
+    model, processor = parts
+    session = ChatSession(model, processor, sampling=options)
+    logits = torch.tensor([[-60.0, 50.0, 60.0]], dtype=torch.float16)
+    chosen = session._choose(logits, options.logits_processors(), True, None)
+    assert chosen == 2
 
 
 def test_sampling_seed_repeats_an_answer(parts):

@@ -12,7 +12,7 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from transformers import BatchFeature, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.generation.finite_logits import check_finite
 from mono_internvl.generation.sampling import GREEDY, Sampling
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
@@ -135,6 +136,7 @@ class ChatSession:
         sampling: Sampling = GREEDY,
     ) -> None:
         _check_belong_together(model, processor)
+        _check_max_tiles(max_tiles)
         self.model = model.eval()
         self.processor = processor
         self.system = system
@@ -205,7 +207,8 @@ class ChatSession:
             PromptError: The question is empty or too long, or images and placeholders differ in
                 number.
             ImageError: An image cannot be decoded.
-            ConfigError: A sampling option is out of range or unknown.
+            ConfigError: A sampling option or `max_tiles` is out of range or unknown.
+            CheckpointError: The model's logits are not numbers.
         """
         with contextlib.closing(
             self.ask_stream(question, images, max_tiles=max_tiles, **sampling)
@@ -235,6 +238,7 @@ class ChatSession:
                 f"{', '.join(field.name for field in dataclasses.fields(Sampling))}"
             )
         options = dataclasses.replace(self.sampling, **sampling)
+        _check_max_tiles(max_tiles)
         with self._exclusive():
             return (yield from self._take_turn(question, images, max_tiles, options))
 
@@ -324,11 +328,12 @@ class ChatSession:
         generator: torch.Generator | None,
     ) -> int:
         """The next token from (1, V) logits."""
+        check_finite(logits)
         if processors:
-            logits = processors(torch.tensor([self._ids], device=logits.device), logits)
+            logits = processors(torch.tensor([self._ids], device=logits.device), logits.float())
         if not is_random:
             return int(logits.argmax(-1))
-        return int(torch.multinomial(logits.softmax(-1)[0], 1, generator=generator))
+        return int(torch.multinomial(logits.float().softmax(-1)[0], 1, generator=generator))
 
     # ------------------------------------------------------------------ the cache
 
@@ -429,9 +434,9 @@ class _TextStream:
 
 
 def _user_message(question: str, images: Sequence[Any]) -> dict[str, Any]:
-    if not question.strip():
-        raise PromptError("question: empty; expected some text, for example 'What is shown?'")
-    if isinstance(images, str | bytes | Path):
+    if not isinstance(question, str) or not question.strip():
+        raise PromptError(f"question={question!r:.60}; expected some text: 'What is shown?'")
+    if isinstance(images, str | bytes | Path) or not isinstance(images, Iterable):
         raise PromptError(f"images is one {type(images).__name__}; expected a list of images")
     pictures = [{"type": "image", "image": load_image(image)} for image in images]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}
@@ -440,6 +445,14 @@ def _user_message(question: str, images: Sequence[Any]) -> dict[str, Any]:
 def _last_logits(logits: Tensor | None) -> Tensor:
     assert logits is not None
     return logits[:, -1]  # (1, V)
+
+
+def _check_max_tiles(max_tiles: Any) -> None:
+    is_count = isinstance(max_tiles, int) and not isinstance(max_tiles, bool) and max_tiles >= 1
+    if max_tiles is not None and not is_count:
+        raise ConfigError(
+            f"max_tiles={max_tiles!r}; expected an integer >= 1, or None for the processor's own"
+        )
 
 
 def _check_belong_together(

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mono_internvl.errors import MonoInternVLError, PromptError
+from mono_internvl.door import one_line
+from mono_internvl.errors import ImageError, MonoInternVLError, PromptError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,8 +47,13 @@ class Picture:
         """
         from mono_internvl.model.image_processing import load_image
 
-        is_uri = name.startswith("data:")
-        return cls(name, load_image(name if is_uri else Path(name).expanduser()))
+        if name.startswith("data:"):
+            return cls(name, load_image(name))
+        try:
+            path = Path(name).expanduser()
+        except RuntimeError as error:
+            raise ImageError(f"{name}: {error}; give the path without ~") from error
+        return cls(name, load_image(path))
 
 
 def answer(
@@ -136,12 +142,17 @@ def transcript(session: ChatSession) -> str:
 
 def show_error(error: MonoInternVLError) -> None:
     """One line on standard error, red in a terminal."""
-    typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
+    typer.secho(f"error: {one_line(error)}", fg=typer.colors.RED, err=True)
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """A JSON document on standard output."""
-    typer.echo(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
+    """A JSON document on standard output; what that cannot encode is escaped as JSON does it."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=indent, default=str)
+    typer.echo(text)
 
 
 def _lines(is_terminal: bool) -> Generator[str, None, None]:

@@ -107,7 +107,7 @@ def run_processes(function: Callable[..., Any], processes: int, *args: Any) -> N
     arguments must be picklable; an exception in any process ends all and is raised here.
 
     Raises:
-        MonoInternVLError: As `function` raised it in one of the processes.
+        MonoInternVLError, OSError: As `function` raised it in one of the processes.
     """
     if processes == 1:
         with process_group():
@@ -130,7 +130,7 @@ def run_side_by_side(
     process ends all and is raised here.
 
     Raises:
-        MonoInternVLError: As `function` raised it in one of the processes.
+        MonoInternVLError, OSError: As `function` raised it in one of the processes.
     """
     count = min(processes, len(tasks))
     if count <= 1:
@@ -163,7 +163,7 @@ def _started(number: int, target: Callable[..., None], args: tuple[Any, ...], er
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         target(number, *args)
-    except MonoInternVLError as error:
+    except (MonoInternVLError, OSError) as error:
         errors.put(error)
         raise
 
