@@ -18,16 +18,18 @@ from mono_internvl.model.checkpoint import (
     digest,
     expected_shapes,
     fuse_wqkv,
-    iterate_tensors,
-    read_headers,
     released_name,
-    resolve_checkpoint,
-    safetensors_files,
     split_wqkv,
     to_released,
 )
 from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration, MonoInternVLModel
+from mono_internvl.model.weight_files import (
+    iterate_tensors,
+    read_headers,
+    resolve_checkpoint,
+    safetensors_files,
+)
 
 Model = MonoInternVLForConditionalGeneration
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -245,11 +247,11 @@ def _only_pickle(folder: Path) -> None:
         ),
         (lambda folder: (folder / WEIGHTS).unlink(), "no model.safetensors"),
         (_drop_shard, "shard model-0000.* is missing"),
-        (_spoil_index, "not a safetensors index"),
-        (_binary_index, "not a safetensors index"),
+        (_spoil_index, "index.json: not"),
+        (_binary_index, "index.json: not"),
         (_name_shard(7), "shard 7; expected the name of a file"),
         (_name_shard(None), "shard None; expected the name of a file"),
-        (_name_shard([1]), "not a safetensors index"),
+        (_name_shard([1]), r"shard \[1\]; expected the name"),
         (_name_shard("../model.safetensors"), "shard '../model.safetensors'; expected the name"),
         (_name_shard("/etc/passwd"), "shard '/etc/passwd'; expected the name"),
         (_name_shard(".."), "shard '..'; expected the name"),

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.model.files import read_json
+from mono_internvl.model.weight_files import WeightFiles
 
 # Released module path -> ours. Paths of a decoder layer are relative to it; a tuple is the
 # interleaved wqkv, which splits into three.
@@ -41,6 +39,9 @@ TOP_LEVEL: dict[str, str] = {
     "language_model.model.norm": "model.language_model.norm",
     "language_model.output": "lm_head",
 }
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Types of stored weights, in safetensors' names."""
+
 LAYERS = ("language_model.model.layers", "model.language_model.layers")
 IN_LAYER: dict[str, str | tuple[str, str, str]] = {
     "attention.wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -64,10 +65,6 @@ IN_LAYER: dict[str, str | tuple[str, str, str]] = {
     "ffn_norm": "post_attention_layernorm",
     "ffn_norm_ve": "post_attention_layernorm_visual",
 }
-# Rotary tables that some exporters save; they hold no weights.
-IGNORED_KEYS = re.compile(r"rotary_emb\.inv_freq$")
-
-SNAPSHOT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")
 
 
 # ------------------------------------------------------------------------ the interleaved wqkv
@@ -221,65 +218,7 @@ def to_released(
     return out
 
 
-# ----------------------------------------------------------------------------------- the files
-
-
-_SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Header entry of one stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: str
-
-
-def resolve_checkpoint(
-    name_or_path: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-    token: str | None = None,
-) -> Path:
-    """The local folder of a checkpoint: the path itself, or a hub id's snapshot.
-
-    Of a hub repository only data is fetched (safetensors, JSON, tokenizer): no pickles, no code.
-
-    Raises:
-        CheckpointError: Neither a folder nor an id that can be had.
-    """
-    path = Path(name_or_path)
-    if path.is_dir():
-        return path
-    if path.exists() or path.is_absolute() or str(name_or_path).startswith((".", "~")):
-        raise CheckpointError(f"{name_or_path}: not a folder; give a checkpoint folder or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                str(name_or_path),
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-                allow_patterns=list(SNAPSHOT_FILES),
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{name_or_path}: no such folder, and not available as hub id at revision "
-            f"{revision or 'main'} ({type(error).__name__}: {_first_line(error)}); check the name, "
-            "or download the checkpoint and give its folder"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "no message")
+# ------------------------------------------------------------------------------ verification
 
 
 def read_config(folder: Path) -> MonoInternVLConfig:
@@ -290,109 +229,55 @@ def read_config(folder: Path) -> MonoInternVLConfig:
         ConfigError: It is of another architecture or asks for what is not implemented.
     """
     file = folder / "config.json"
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{file}: not a readable config.json ({error}); expected a checkpoint folder"
-        ) from error
-    if not isinstance(stored, dict):
-        raise CheckpointError(
-            f"{file}: a JSON {type(stored).__name__}; expected an object, restore the file"
-        )
+    stored = read_json(file)
     if stored.get("model_type") != MonoInternVLConfig.model_type:
         raise ConfigError(
             f"{file}: model_type={stored.get('model_type')!r} is not supported; expected "
             f"{MonoInternVLConfig.model_type!r}, the layout of the released checkpoints; "
             "`mono-internvl init --llm` makes one of a language model"
         )
-    return MonoInternVLConfig.from_pretrained(str(folder))
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, as its index names them.
-
-    Raises:
-        CheckpointError: There are none, the index is damaged, or a file it names is missing or lies
-            outside of the folder.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{index}: not a safetensors index ({error}); restore the file"
-            ) from error
-        for name in names:
-            if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
-                raise CheckpointError(
-                    f"{index}: shard {name!r}; expected the name of a file in this folder, restore "
-                    "the index"
-                )
-        files = [folder / name for name in sorted(names)]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: shard {missing[0]} named by {index.name} is missing; copy it from the "
-                "checkpoint"
-            )
-        return files
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    found = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.pt*")
-    )
-    hint = f"; {found[0]} is a pickle, which is never loaded" if found else ""
-    raise CheckpointError(
-        f"{folder}: no model.safetensors and no {index.name}{hint}; get the safetensors files of "
-        "the checkpoint"
-    )
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: not a readable safetensors file ({error}); copy it again"
-        ) from error
-
-
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Name, shape and dtype of every stored tensor, without reading its data."""
-    headers: dict[str, TensorInfo] = {}
-    for file in safetensors_files(folder):
-        with _opened(file) as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                part = handle.get_slice(key)
-                headers[key] = TensorInfo(tuple(part.get_shape()), part.get_dtype(), file.name)
-    return {key: info for key, info in headers.items() if not IGNORED_KEYS.search(key)}
+    config: MonoInternVLConfig = MonoInternVLConfig.from_dict(stored, name_or_path=str(folder))
+    return config
 
 
 def expected_shapes(model: nn.Module, config: MonoInternVLConfig) -> dict[str, tuple[int, ...]]:
-    """Released key -> shape of every tensor a checkpoint of this model must hold."""
-    state = dict(model.named_parameters(remove_duplicate=False))
+    """Released key -> shape of every tensor a checkpoint of this model must hold.
+
+    Args:
+        model: With its language-model head or without; the checkpoint holds the head in any case.
+        config: Of the model.
+    """
+    text = config.text_config
+    shapes = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    if not any(name.startswith("model.") for name in shapes):
+        shapes = {f"model.{name}": shape for name, shape in shapes.items()}
+    shapes["lm_head.weight"] = torch.Size((text.vocab_size, text.hidden_size))
     if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    meta = {name: torch.empty(p.shape, device="meta") for name, p in state.items()}
+        del shapes["lm_head.weight"]
+    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     return {key: tuple(tensor.shape) for key, tensor in to_released(meta, config).items()}
 
 
-def verify_checkpoint(folder: Path, model: nn.Module, config: MonoInternVLConfig) -> None:
+def verify_checkpoint(
+    weights: WeightFiles, model: nn.Module, config: MonoInternVLConfig, folder: Path
+) -> None:
     """Hold the stored tensors against what the configuration asks for, before any is loaded.
 
+    Args:
+        weights: Read from the headers.
+        model: With its language-model head or without.
+        config: Of the model.
+        folder: Named in messages.
+
     Raises:
-        CheckpointError: A tensor is missing, unexpected or mis-shaped; says which, how many, and
-            the nearest name.
+        CheckpointError: A tensor is missing, unexpected, mis-shaped or of a type that weights do
+            not have; says which, how many, and the nearest name.
     """
-    stored, expected = read_headers(folder), expected_shapes(model, config)
+    stored, expected = weights.tensors, expected_shapes(model, config)
     missing = [key for key in expected if key not in stored]
     unexpected = [key for key in stored if key not in expected]
     shapes = [key for key in expected if key in stored and stored[key].shape != expected[key]]
+    dtypes = [key for key in expected if key in stored and stored[key].dtype not in WEIGHT_DTYPES]
     problems = []
     if missing:
         near = difflib.get_close_matches(missing[0], unexpected or list(stored), n=1)
@@ -408,6 +293,11 @@ def verify_checkpoint(folder: Path, model: nn.Module, config: MonoInternVLConfig
             f"{len(shapes)} of another shape, first {key}: stored {stored[key].shape}, "
             f"expected {expected[key]}"
         )
+    if dtypes:
+        problems.append(
+            f"{len(dtypes)} of a type that is not read, first {dtypes[0]}: "
+            f"{stored[dtypes[0]].dtype}, expected {', '.join(WEIGHT_DTYPES)}"
+        )
     if problems:
         raise CheckpointError(
             f"{folder}: {'; '.join(problems)}. Expected {len(expected)} tensors for the "
@@ -415,19 +305,6 @@ def verify_checkpoint(folder: Path, model: nn.Module, config: MonoInternVLConfig
             f"{', '.join(config.visual_experts) or 'none'}); use weights and config.json of one "
             "checkpoint"
         )
-
-
-def iterate_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor, one at a time.
-
-    Raises:
-        CheckpointError: A file cannot be read.
-    """
-    for file in safetensors_files(folder):
-        with _opened(file) as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                if not IGNORED_KEYS.search(key):
-                    yield key, handle.get_tensor(key)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

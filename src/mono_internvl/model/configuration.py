@@ -313,9 +313,9 @@ class MonoInternVLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers does it; `attn_implementation` counts if asked for, not in a file."""
+        """As transformers does it; how to compute counts if asked for, not in a file."""
         asked = kwargs.get("attn_implementation")
-        result = super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(_facts_of_the_model(config_dict), **kwargs)
         if asked is not None:
             config = result[0] if isinstance(result, tuple) else result
             config._attn_implementation = asked
@@ -354,6 +354,31 @@ _OWN_FIELDS = tuple(
     for name in MonoInternVLConfig.__annotations__
     if name not in ("text_config", "vision_config")
 )
+
+_FACTS = {*_OWN_FIELDS, "text_config", "vision_config", "dtype", "torch_dtype", "architectures"}
+_NOT_OF_THE_MODEL = frozenset(
+    (
+        *("attn_implementation", "experts_implementation", "fusion_config", "distributed_config"),
+        *("transformers_weights", "per_layer_config", "quantization_config", "kernel_config"),
+    )
+)
+
+
+def _facts_of_the_model(stored: dict[str, Any]) -> dict[str, Any]:
+    """What a stored configuration says about the model, without what it tells a loader to do.
+
+    In transformers' own form a file could name other weights, kernels to fetch, patches to apply.
+    The released form (with `llm_config`) is read field by field anyway, and kept for writing.
+    """
+    if "llm_config" in stored:
+        return dict(stored)
+    facts = {k: v for k, v in stored.items() if k in _FACTS}
+    for name in ("text_config", "vision_config"):
+        if isinstance(fields := facts.get(name), dict):
+            facts[name] = {
+                k: v for k, v in fields.items() if k[:1] != "_" and k not in _NOT_OF_THE_MODEL
+            }
+    return facts
 
 
 def _sub_config(cls: type[PreTrainedConfig], value: Any, field: str) -> Any:

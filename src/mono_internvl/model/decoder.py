@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.utils import ModelOutput
@@ -21,6 +20,7 @@ from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTe
 from mono_internvl.model.decoder_knobs import LAYER_TYPES
 from mono_internvl.model.image_layout import ImageLayout, check_attention_and_cache
 from mono_internvl.model.layers import DecoderLayer, KeptRows, RMSNorm, rotary_embeddings, slides
+from mono_internvl.model.pretrained import WholeCheckpointModel
 from mono_internvl.model.visual_tokens import PatchEmbedder
 
 
@@ -46,7 +46,7 @@ class MonoInternVLOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class MonoInternVLPreTrainedModel(PreTrainedModel):
+class MonoInternVLPreTrainedModel(WholeCheckpointModel):
     """What transformers needs to know to host the model."""
 
     config_class = MonoInternVLConfig
@@ -61,6 +61,19 @@ class MonoInternVLPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint, see `WholeCheckpointModel`; `expert_path` as in `set_expert_path`.
+
+        Raises:
+            ExpertPathUnavailable: `expert_path` names a path that is not there.
+        """
+        expert_path = kwargs.pop("expert_path", "auto")
+        check_expert_path(expert_path)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).set_expert_path(expert_path)
+        return loaded
 
     def set_expert_path(self, name: str) -> None:
         """Choose how the experts are computed; a setting of this run, never of the checkpoint.

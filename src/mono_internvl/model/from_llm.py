@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from mono_internvl.errors import CheckpointError, ConfigError
-from mono_internvl.model.checkpoint import iterate_tensors, split_wqkv
+from mono_internvl.model.checkpoint import split_wqkv
 from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLVisionConfig
 from mono_internvl.model.llm_families import (
     SHARED_FIELDS,
@@ -34,6 +34,7 @@ from mono_internvl.model.llm_families import (
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.prompts import IMAGE_CONTEXT, VISUAL_TOKENS
 from mono_internvl.model.tokenization import MonoInternVLTokenizer, load_tokenizer
+from mono_internvl.model.weight_files import iterate_tensors
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from mono_internvl.model.checkpoint import released_name
 from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
 from mono_internvl.model.decoder_knobs import check_rope
 from mono_internvl.model.field_checks import checked_object
-from mono_internvl.model.tokenization import read_json
+from mono_internvl.model.files import read_json
 
 # What all families and our decoder call by the same name.
 SHARED_FIELDS = (

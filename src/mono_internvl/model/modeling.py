@@ -9,7 +9,6 @@ Legend: B batch, T tokens, D width, V vocabulary, S tile side.
 Source: arXiv 2410.08202, section 3.1; numbers as the released code gives them (`tests/parity`).
 """
 
-import copy
 from typing import Any, ClassVar
 
 import torch
@@ -20,14 +19,9 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
 from mono_internvl.errors import PromptError
-from mono_internvl.experts import Routing, check_expert_path
+from mono_internvl.experts import Routing
 from mono_internvl.model import register_auto_classes
-from mono_internvl.model.checkpoint import (
-    read_config,
-    register_conversion,
-    resolve_checkpoint,
-    verify_checkpoint,
-)
+from mono_internvl.model.checkpoint import register_conversion
 from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.decoder import (
     MonoInternVLOutput,
@@ -207,36 +201,6 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         self.model = MonoInternVLModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint in the released layout, all of it or nothing.
-
-        Args:
-            pretrained_model_name_or_path: Folder or hub id (`revision`, `cache_dir`, `token` and
-                `local_files_only` as usual); only safetensors files are read.
-            *args: As `PreTrainedModel.from_pretrained`.
-            **kwargs: As there: `dtype`, `device_map`, `attn_implementation`, ...; and
-                `expert_path`, see `set_expert_path`.
-
-        Raises:
-            CheckpointError: A tensor is missing, unexpected or mis-shaped.
-            ExpertPathUnavailable: `expert_path` names a path that is not there.
-            ConfigError: config.json asks for what is not implemented.
-        """
-        source = {k: kwargs.pop(k) for k in ("revision", "cache_dir", "token") if k in kwargs}
-        local = kwargs.pop("local_files_only", False)
-        expert_path = kwargs.pop("expert_path", "auto")
-        check_expert_path(expert_path)
-        folder = resolve_checkpoint(pretrained_model_name_or_path, local_files_only=local, **source)
-        config = kwargs.pop("config", None) or read_config(folder)
-        with torch.device("meta"):
-            skeleton = cls(copy.deepcopy(config))
-        verify_checkpoint(folder, skeleton, config)
-        kwargs["use_safetensors"] = True
-        loaded = super().from_pretrained(folder, *args, config=config, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).set_expert_path(expert_path)
-        return loaded
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """(tiles, visual tokens per tile, D) of (tiles, 3, S, S) pixels."""

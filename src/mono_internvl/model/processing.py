@@ -24,6 +24,7 @@ from mono_internvl.model.encoding import (
     encode_pieces,
     pad_left,
 )
+from mono_internvl.model.files import read_json
 from mono_internvl.model.image_processing import MonoInternVLImageProcessor, share_tiles
 from mono_internvl.model.prompts import (
     DEFAULT_SYSTEM_PROMPT,
@@ -44,7 +45,6 @@ from mono_internvl.model.tokenization import (
     MonoInternVLTokenizer,
     find_file,
     load_tokenizer,
-    read_json,
 )
 
 VISUAL_TOKEN_SIZE = 28

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from mono_internvl.errors import CheckpointError, PromptError
+from mono_internvl.model.files import read_json
 from mono_internvl.model.prompts import CHAT_TOKENS, VISUAL_TOKENS
 from mono_internvl.model.sentencepiece_bpe import (
     DecodingTable,
@@ -326,20 +327,6 @@ def find_file(path: str | Path, name: str, hub_options: dict[str, Any]) -> Path 
             "expected a checkpoint folder or a hub id"
         ) from error
     return Path(found) if found is not None else None
-
-
-def read_json(file: Path | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:  # ValueError: not JSON, or not UTF-8
-        raise CheckpointError(f"{file}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{file}: {type(value).__name__}; expected a JSON object, restore the file"
-        )
-    return value
 
 
 def _plain_tokenizer(fields: str) -> Tokenizer:

@@ -15,16 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mono_internvl.errors import CheckpointError
-from mono_internvl.model.checkpoint import (
-    digest,
-    read_headers,
-    resolve_checkpoint,
-    safetensors_files,
-)
+from mono_internvl.model.checkpoint import digest
 from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.model.files import read_json
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.tokenization import read_json
+from mono_internvl.model.weight_files import read_headers, resolve_checkpoint, safetensors_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

@@ -18,9 +18,9 @@ from mono_internvl.evaluation.run import (
     write_predictions,
 )
 from mono_internvl.model.blocked_attention import BLOCKED
-from mono_internvl.model.checkpoint import resolve_checkpoint
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.model.weight_files import resolve_checkpoint
 
 
 @dataclass(frozen=True)

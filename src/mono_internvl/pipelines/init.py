@@ -21,12 +21,13 @@ from mono_internvl.model.chat_templates import (
     TEMPLATE_DATE,
     adapt_template,
 )
-from mono_internvl.model.checkpoint import read_headers, resolve_checkpoint
 from mono_internvl.model.configuration import MonoInternVLVisionConfig
+from mono_internvl.model.files import read_json
 from mono_internvl.model.from_llm import MonolithicStart, monolithic_from_llm
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import DEFAULT_SYSTEM_PROMPT, TURN_END, TURN_START
-from mono_internvl.model.tokenization import TOKENIZER_CONFIG, read_json
+from mono_internvl.model.tokenization import TOKENIZER_CONFIG
+from mono_internvl.model.weight_files import read_headers, resolve_checkpoint
 
 DTYPES = {
     "float32": torch.float32,

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mono_internvl.compute import choose_device
 from mono_internvl.errors import RecipeError
-from mono_internvl.model.checkpoint import resolve_checkpoint
+from mono_internvl.model.weight_files import resolve_checkpoint
 from mono_internvl.recipes import RECIPES
 from mono_internvl.training.distributed import rank, run_processes
 from mono_internvl.training.loop import train_stage

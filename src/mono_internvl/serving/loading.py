@@ -8,9 +8,9 @@ from mono_internvl.compute import choose_device
 from mono_internvl.errors import ConfigError
 from mono_internvl.generation.sampling import GREEDY, Sampling
 from mono_internvl.model.blocked_attention import BLOCKED
-from mono_internvl.model.checkpoint import resolve_checkpoint
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.model.weight_files import resolve_checkpoint
 from mono_internvl.serving.session import ChatSession
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

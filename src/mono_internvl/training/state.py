@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, ProcessorMixin
 
 from mono_internvl.errors import TrainingStateError
-from mono_internvl.model.checkpoint import safetensors_files
+from mono_internvl.model.weight_files import safetensors_files
 from mono_internvl.provenance import commit, versions
 from mono_internvl.training.job_folder import write_whole
 
