@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "provenance": set(),
     "door": set(),
+    "json_lines": set(),
     "experts": set(),
     "compute": {"experts.crossovers"},
     "model": {"experts"},
@@ -45,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         "bench",
     },
 }
-COMMON = {"errors", "provenance", "compute"}
+COMMON = {"errors", "json_lines", "provenance", "compute"}
 LAYERLESS = {"cli", "__init__", "__main__"}
 
 

@@ -12,7 +12,7 @@ import tiny_runs
 import torch
 from torch import Tensor
 
-from mono_internvl.data.batches import Batch, BatchPlan, BatchStream
+from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
 from mono_internvl.data.samples import Sample
 from mono_internvl.data.sources import JsonlSource, read_meta
 from mono_internvl.errors import ImageError, PromptError, RecipeError, SampleError
@@ -114,6 +114,26 @@ def test_bad_sample_raises_or_is_skipped_and_said(
     (skipped,) = batch.skipped
     assert (skipped.source, skipped.reason) == ("s", reason)
     assert skipped.message.startswith(f"{tmp_path / 's.jsonl'}:2: {complaint}")
+
+
+def test_answer_that_cannot_fit_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
+    def encode(sample: Sample) -> _Encoded:
+        raise AssertionError("tokenized")
+
+    stream = _stream(tmp_path, "a " * 5_000_000)
+    stream.encode = encode
+    with pytest.raises(SampleError, match=r"s\.jsonl:1: 20,000,000 characters") as raised:
+        stream[0]
+    assert raised.value.reason == "too long"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_error_of_a_reader_arrives_as_it_was_raised(tmp_path: Path, workers: int) -> None:
+    stream = _stream(tmp_path, "1:2:0", "1:40:0")
+    with pytest.raises(SampleError) as raised:
+        list(read_ahead(stream, range(2), workers))
+    assert str(raised.value).startswith(f"{tmp_path / 's.jsonl'}:2: 41 tokens")
+    assert raised.value.reason == "too long" and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def test_resolved_turns_epochs_and_shares_into_steps() -> None:
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"checkpoint_every": -1}, "checkpoint_every=-1"),
         ({"recompute": "some"}, "recompute='some'"),
+        ({"batch_size": 1_000_000_000}, "batch_size=1000000000; give at most 1,048,576"),
         ({"loader_workers": -1}, "loader_workers=-1"),
         ({"clip_norm": 0.0}, "clip_norm=0"),
         ({"batch_size": 6, "accumulation": 4}, "not a multiple of accumulation=4"),

@@ -5,19 +5,30 @@ Legend: B samples, T tokens (padded to the longest), S tile side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from mono_internvl.data.order import Mixture, batch_positions
-from mono_internvl.data.samples import Sample, read_sample
+from mono_internvl.data.samples import (
+    MOST_CHARACTERS_OF_TOKEN,
+    Sample,
+    count_characters,
+    read_sample,
+)
 from mono_internvl.data.sources import JsonlSource
-from mono_internvl.errors import ImageError, PromptError, RecipeError, SampleError
+from mono_internvl.errors import (
+    ImageError,
+    MonoInternVLError,
+    PromptError,
+    RecipeError,
+    SampleError,
+)
 from mono_internvl.model.processing import IGNORED_LABEL
 
 LossWeighting = Literal["token", "square", "sample"]
@@ -111,8 +122,8 @@ class BatchPlan:
 class BatchStream(Dataset[Batch]):
     """Map-style view of the stream: `stream[n]` is the n-th micro-batch of this process.
 
-    A `DataLoader` over it with a range of numbers as sampler reads ahead in worker processes and
-    still resumes exactly: the state is n.
+    `read_ahead` reads a range of numbers in worker processes and still resumes exactly: the state
+    is n.
 
     Args:
         sources: Where records come from.
@@ -188,6 +199,13 @@ class BatchStream(Dataset[Batch]):
         return self._window[1]
 
     def _encode(self, sample: Sample) -> EncodedSample:
+        num_characters = count_characters(sample.messages)
+        if num_characters > self.plan.max_tokens * MOST_CHARACTERS_OF_TOKEN:
+            raise SampleError(
+                f"{sample.where}: {num_characters:,} characters are more than max_tokens="
+                f"{self.plan.max_tokens} can hold; shorten the record, or skip bad samples",
+                reason="too long",
+            )
         try:
             encoded = self.encode(sample)
         except ImageError as error:
@@ -236,3 +254,34 @@ class BatchStream(Dataset[Batch]):
             record_ids=record_ids,
             skipped=skipped,
         )
+
+
+def read_ahead(stream: BatchStream, numbers: range, workers: int) -> Iterator[Batch]:
+    """The micro-batches of some numbers, in order.
+
+    Args:
+        stream: Where they come from.
+        numbers: Which of them.
+        workers: Processes that read ahead; 0 reads here.
+
+    Raises:
+        SampleError: As the stream raised it, in whichever process.
+    """
+    outcomes = DataLoader(_Outcomes(stream), batch_size=None, sampler=numbers, num_workers=workers)
+    for outcome in outcomes:
+        if isinstance(outcome, MonoInternVLError):
+            raise outcome
+        yield outcome
+
+
+class _Outcomes(Dataset[Batch | MonoInternVLError]):
+    """A stream whose errors are values: what a worker raises arrives wrapped in its traceback."""
+
+    def __init__(self, stream: BatchStream):
+        self.stream = stream
+
+    def __getitem__(self, number: int) -> Batch | MonoInternVLError:
+        try:
+            return self.stream[number]
+        except MonoInternVLError as error:
+            return error

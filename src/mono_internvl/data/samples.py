@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,8 @@ from mono_internvl.data.sources import JsonlSource, Record
 from mono_internvl.errors import SampleError
 
 IMAGE_PLACEHOLDER = "<image>"
+MOST_CHARACTERS_OF_TOKEN = 256
+"""No vocabulary has a token of more; text beyond that many per token need not be tokenized."""
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -59,9 +61,24 @@ def read_sample(source: JsonlSource, index: int) -> Sample:
     if any(count and role != "user" for count, (role, _) in zip(counts, turns, strict=True)):
         raise SampleError(f"{record.where}: an <image> placeholder outside a human turn")
     remaining = iter(images)
+    for number, (role, text) in enumerate(turns):
+        if role == "user" and not text.strip():
+            raise SampleError(
+                f"{record.where}: question {number} is empty; write one, or remove the record"
+            )
     messages = [{"role": role, "content": _content(text, remaining)} for role, text in turns]
     return Sample(
         messages, images, str(record.value.get("id", index)), record.where, source.max_tiles
+    )
+
+
+def count_characters(messages: Iterable[Mapping[str, Any]]) -> int:
+    """Characters of all texts of messages."""
+    return sum(
+        len(content)
+        if isinstance(content, str)
+        else sum(len(part.get("text", "")) for part in content)
+        for content in (message["content"] for message in messages)
     )
 
 
@@ -69,12 +86,19 @@ def _image_paths(record: Record, root: Path) -> tuple[Path, ...]:
     value = record.value.get("image")
     names = [] if value is None or value == "" else value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in names):
-        raise SampleError(f"{record.where}: image={value!r}; expected a path or a list of paths")
+        raise SampleError(
+            f"{record.where}: image={_shortened(repr(value))}; expected a path or a list of paths"
+        )
     paths = tuple(root / name for name in names)
     for path in paths:
-        if not path.is_file():
+        try:
+            is_there = path.is_file()
+        except OSError:  # a name too long to be one, such as a data URI
+            is_there = False
+        if not is_there:
             raise SampleError(
-                f"{record.where}: image {path} does not exist; check the source's root",
+                f"{record.where}: image {_shortened(str(path))} does not exist; check the "
+                "source's root, and give the path of a file",
                 reason="image missing",
             )
     return paths
@@ -84,18 +108,20 @@ def _turns(record: Record) -> list[tuple[str, str]]:
     conversation = record.value.get("conversations")
     if not isinstance(conversation, list) or not conversation:
         raise SampleError(
-            f"{record.where}: conversations={conversation!r}; expected a list of turns"
+            f"{record.where}: conversations={_shortened(repr(conversation))}; expected a list of "
+            "turns"
         )
     turns = []
     for number, turn in enumerate(conversation):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise SampleError(f"{record.where}: turn {number} lacks a text 'value'")
-        if turn.get("from") not in _ROLES:
+        role = turn.get("from")
+        if not isinstance(role, str) or role not in _ROLES:
             raise SampleError(
-                f"{record.where}: turn {number} is from {turn.get('from')!r}; "
+                f"{record.where}: turn {number} is from {_shortened(repr(role))}; "
                 f"expected one of {', '.join(_ROLES)}"
             )
-        turns.append((_ROLES[turn["from"]], turn["value"]))
+        turns.append((_ROLES[role], turn["value"]))
     first = next((i for i, (role, _) in enumerate(turns) if role != "system"), 0)
     if turns[first][0] == "assistant":
         del turns[first]
@@ -105,6 +131,11 @@ def _turns(record: Record) -> list[tuple[str, str]]:
     if speakers[-1] != "assistant":
         raise SampleError(f"{record.where}: the last turn is the human's; nothing to learn from it")
     return turns
+
+
+def _shortened(text: str) -> str:
+    """At most 200 characters of a value in a message."""
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _content(text: str, images: Iterator[Path]) -> str | list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from mono_internvl.bench.experts import FFN, PROJECTION
 from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read_rows
 from mono_internvl.errors import ConfigError
+from mono_internvl.json_lines import read_lines
 from mono_internvl.pipelines.markdown import NOTHING, in_words, table
 
 TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "images")
@@ -114,7 +115,7 @@ def targets_block(results: Path) -> str:
     if not file.is_file():
         return NOTHING
     try:
-        targets = [Target(**json.loads(line)) for line in file.read_text("utf-8").splitlines()]
+        targets = [Target(**json.loads(line)) for line in read_lines(file)]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{file}: {error}; expected lines of `bench targets --json`") from error
     said = {True: "yes", False: "**no**", None: ""}

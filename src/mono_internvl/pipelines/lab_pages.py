@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.json_lines import read_lines
 from mono_internvl.pipelines.markdown import NOTHING, in_words
 from mono_internvl.pipelines.markdown import head as table_head
 from mono_internvl.pipelines.markdown import line as table_line
@@ -80,7 +81,7 @@ def read_runs(file: Path) -> list[MeasuredRun]:
         ConfigError: A line is no run.
     """
     runs = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(file), start=1):
         try:
             row = json.loads(line)
             stages = {

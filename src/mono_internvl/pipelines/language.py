@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mono_internvl.json_lines import read_lines
 from mono_internvl.miniature import WorldFiles
 from mono_internvl.miniature.english import load_english
 from mono_internvl.miniature.records import texts_of
@@ -70,7 +71,7 @@ def _random_start(world: WorldFiles, run: Path, start: Path) -> None:
     records = []
     meta = json.loads(world.language.read_text())
     for entry in meta.values():
-        lines = (world.root / entry["annotation"]).read_text().splitlines()
+        lines = read_lines(world.root / entry["annotation"])
         records += [json.loads(line) for line in lines]
     tokenizer = train_tokenizer([*texts_of(records), *load_english("train")])
     llama = run / "random-llama"

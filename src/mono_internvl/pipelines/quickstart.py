@@ -25,6 +25,7 @@ from mono_internvl.evaluation.run import (
     read_questions,
     write_predictions,
 )
+from mono_internvl.json_lines import read_lines
 from mono_internvl.miniature import WorldFiles, WorldSize
 from mono_internvl.miniature.english import ASSETS
 from mono_internvl.miniature.lexicon import COLOURS, NOVEL_PAIRS, POSITIONS, SEEN_PAIRS, SHAPES
@@ -371,7 +372,7 @@ def _cpu_minutes(folder: Path) -> float:
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The predictions in a file, as they are written."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in read_lines(file)]
 
 
 def _show_targets(console: Console, metrics: dict[str, Any], llm: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mono_internvl.errors import ConfigError
+from mono_internvl.json_lines import read_lines
 from mono_internvl.pipelines.bench_pages import (
     TABLES,
     comparison_block,
@@ -129,7 +130,7 @@ def read_rows(results: Path) -> list[Row]:
     if not file.is_file():
         return []
     rows = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(file), start=1):
         try:
             row = Row(**json.loads(line))
         except (TypeError, ValueError) as error:

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from mono_internvl.compute import ComputePlan, default_attention, make_plan
-from mono_internvl.data.batches import Batch, BatchPlan, BatchStream
+from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
 from mono_internvl.data.order import mix
 from mono_internvl.data.samples import Sample
 from mono_internvl.data.sources import read_meta
@@ -244,9 +243,7 @@ class _Loop:
         )
         stream = BatchStream(self.sources, self._encode, plan, stage.seed)
         numbers = range(first_step * stage.accumulation, stage.steps * stage.accumulation)
-        return iter(
-            DataLoader(stream, batch_size=None, sampler=numbers, num_workers=stage.loader_workers)
-        )
+        return read_ahead(stream, numbers, stage.loader_workers)
 
     def _encode(self, sample: Sample) -> Any:
         max_tiles = sample.max_tiles or self.stage.max_tiles

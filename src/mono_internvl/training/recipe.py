@@ -38,6 +38,8 @@ _COUNTS = {
     "loader_workers": 0,
 }
 """Fields that count something, and the least they may be."""
+_MOST_SAMPLES = 1 << 20
+"""Of a step; the positions of a window of steps are held in memory."""
 _AMOUNTS = ("epochs", "weight_decay", "eps")
 """Fields that are finite and not negative."""
 _RATIOS = ("warmup_share", "final_rate_share", "max_skipped_ratio")
@@ -137,6 +139,11 @@ class Stage:
                 raise RecipeError(
                     f"stage {self.name!r}: {name}={value!r}; give an integer >= {least}"
                 )
+        if self.batch_size > _MOST_SAMPLES:
+            raise RecipeError(
+                f"stage {self.name!r}: batch_size={self.batch_size}; give at most "
+                f"{_MOST_SAMPLES:,} samples of a step"
+            )
         for name in _AMOUNTS:
             if not _is_amount(getattr(self, name)):
                 raise RecipeError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from mono_internvl.errors import SampleError, TrainingStateError
+from mono_internvl.json_lines import read_lines
 
 START = "start"
 """Name of the stage before all training: the language model with fresh visual parts."""
@@ -246,7 +247,7 @@ def read_answers(run: Path, stage: str) -> list[Answer]:
 def _json_lines(path: Path) -> list[Mapping[str, object]]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = read_lines(path)
     rows: list[Mapping[str, object]] = []
     for number, line in enumerate(lines, start=1):
         try:
