@@ -477,7 +477,7 @@ def test_pages_are_up_to_date() -> None:
     assert not stale, f"{stale}: run python -m mono_internvl.pipelines.results"
 
 
-@pytest.mark.parametrize("name", list(results.BLOCKS))
+@pytest.mark.parametrize("name", sorted(results.BLOCKS.keys() - results.COMPUTED.keys()))
 def test_block_without_measurement_claims_nothing(name: str, tmp_path: Path) -> None:
     filled = results.fill(_page(name), tmp_path)
     assert "nothing is claimed here" in filled and "old" not in filled

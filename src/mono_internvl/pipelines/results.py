@@ -26,6 +26,7 @@ from mono_internvl.pipelines.bench_pages import (
     profile_block,
     targets_block,
 )
+from mono_internvl.pipelines.cost_pages import inference_block, training_block
 from mono_internvl.pipelines.lab_pages import LAB_BLOCKS, stage_label
 from mono_internvl.pipelines.markdown import NOTHING, in_words, table
 
@@ -232,6 +233,11 @@ def _group(name: str) -> Callable[[Path], str]:
     return block
 
 
+COMPUTED: dict[str, Callable[[Path], str]] = {
+    "costs-inference": inference_block,
+    "costs-training": training_block,
+}
+"""Blocks that are counted from configurations and recipes, whatever was measured."""
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "quickstart": _targets,
     "quickstart-stages": _stages,
@@ -243,6 +249,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "bench-targets": targets_block,
     "bench-experts": experts_block,
     "bench-profile": profile_block,
+    **COMPUTED,
     **{f"bench-{what}": comparison_block(what) for what in TABLES},
 }
 """Name of a block -> what writes it from the folder of measured files."""
