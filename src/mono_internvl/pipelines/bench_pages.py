@@ -1,8 +1,11 @@
-"""The tables of docs/performance.md, from the rows of `mono-internvl bench --out results`."""
+"""Tables of speed in the docs, from the rows of `mono-internvl bench WHAT --out results`."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,14 @@ from mono_internvl.bench.experts import FFN, PROJECTION
 from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read_rows
 from mono_internvl.errors import ConfigError
 from mono_internvl.json_lines import read_lines
+from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.pipelines.markdown import NOTHING, in_words, table
 
 TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "images")
 """Comparisons that have a block `bench-NAME`."""
 
 _HEAD = (
-    *("subject", "p50", "p20 to p80", "n", "ratio", "GFLOP, its ratio", "GFLOP/s"),
+    *("subject", "like for like", "p50", "p20 to p80", "n", "ratio", "GFLOP, its ratio", "GFLOP/s"),
     *("of one product's rate", "settings"),
 )
 _LIMIT = "share_of_gemm_rate"
@@ -36,6 +40,103 @@ def comparison_block(what: str) -> Callable[[Path], str]:
         return "\n".join(_table_of(rows) for rows in runs.values()) or NOTHING
 
     return block
+
+
+def llama_block(results: Path) -> str:
+    """Ours against transformers' Llama, a line for a run: like for like, then the best of each."""
+    runs: dict[tuple[Any, ...], list[BenchRow]] = {}
+    for row in read_rows(results / BENCH_ROWS):
+        if row.what in ("prefill", "decode"):
+            run = (row.what, row.layers, row.dtype, row.command, row.commit, row.device, row.date)
+            runs.setdefault(run, []).append(row)
+    if not runs:
+        return NOTHING
+    head = ("time of ours / Llama", "dtype", "layers, width", "both sdpa", "both blocked")
+    body = _table(
+        (*head, "best of each", "dense / ours, both sdpa", "processor"),
+        (
+            (
+                rows[0].what,
+                rows[0].dtype,
+                f"{rows[0].layers}, {rows[0].shapes['width']:,}",
+                *map(_ratio, _against_llama(rows)),
+                rows[0].device,
+            )
+            for rows in runs.values()
+        ),
+    )
+    return (
+        f"{body}\nCPU seconds; [measurements.md](measurements.md) has every row with its origin.\n"
+    )
+
+
+def _against_llama(rows: list[BenchRow]) -> tuple[float | None, ...]:
+    """Both sdpa, both blocked, the best of each; dense / ours, both sdpa."""
+    by_name = {row.subject: row for row in rows}
+
+    def alike(row: BenchRow | None) -> float | None:
+        """To the peer; of older rows, which have none, to the baseline if that attends alike."""
+        if row is None:
+            return None
+        if row.peer_ratio is not None:
+            return row.peer_ratio
+        base = by_name[str(row.baseline)]
+        return row.ratio if base.notes["attention"] == row.notes["attention"] else None
+
+    def attending(kind: str, attention: str) -> list[BenchRow]:
+        """Rows of one model, those first that compute every row."""
+        found = [
+            row
+            for row in rows
+            if re.match(rf"{kind}\b(?!\.)", row.subject) and row.notes["attention"] == attention
+        ]
+        return sorted(found, key=lambda row: bool(row.notes.get("last_layer_skip")))
+
+    ours = {way: attending("ours v1", way) for way in ("sdpa", BLOCKED)}
+    like = [alike(next(iter(ours[way]), None)) for way in ("sdpa", BLOCKED)]
+    best = min(row.ratio or math.inf for row in (*ours["sdpa"], *ours[BLOCKED]))
+    theirs = min(row.ratio or math.inf for row in attending("Llama", "sdpa"))
+    dense = next(iter(attending("dense v1", "sdpa")), None)
+    both = None
+    if dense is not None:
+        both = dense.peer_ratio or (dense.ratio or 0) / (ours["sdpa"][0].ratio or 1)
+    return *like, best / theirs, both
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def experts_summary_block(results: Path) -> str:
+    """Every cell of the expert layers in four lines: median and range of the ratios to eager."""
+    cells: dict[tuple[Any, ...], dict[str, BenchRow]] = {}
+    for row in read_rows(results / BENCH_ROWS):
+        if row.what in (FFN, PROJECTION) and row.clock == "cpu":
+            run = (row.device, row.command, row.commit, row.dtype, row.date)
+            key = (row.what, row.notes["pass"], *run, *row.shapes.values())
+            cells.setdefault(key, {})[row.subject] = row
+    groups: dict[tuple[str, str], list[dict[str, BenchRow]]] = {}
+    for (what, of_pass, *_), cell in cells.items():
+        name = "feed-forward" if what == FFN else "projection"
+        groups.setdefault((name, of_pass), []).append(cell)
+    if not groups:
+        return NOTHING
+    return _table(
+        ("layer", "pass", "cells", "grouped / eager", "dense / eager"),
+        (
+            (what, of_pass, str(len(found)), _spread(found, "grouped"), _spread(found, "dense"))
+            for (what, of_pass), found in groups.items()
+        ),
+    )
+
+
+def _spread(cells: list[dict[str, BenchRow]], subject: str) -> str:
+    ratios = [
+        (cell[subject].ratio or 0) / (cell["eager"].ratio or 1) for cell in cells if subject in cell
+    ]
+    if not ratios:
+        return ""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def experts_block(results: Path) -> str:
@@ -118,6 +219,16 @@ def targets_block(results: Path) -> str:
         targets = [Target(**json.loads(line)) for line in read_lines(file)]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{file}: {error}; expected lines of `bench targets --json`") from error
+    by_device: dict[str, list[Target]] = {}
+    for target in targets:
+        by_device.setdefault(target.device, []).append(target)
+    return "\n".join(
+        (f"**{device}**\n\n" if device else "") + _table_of_targets(of_device)
+        for device, of_device in by_device.items()
+    )
+
+
+def _table_of_targets(targets: list[Target]) -> str:
     said = {True: "yes", False: "**no**", None: ""}
     return _table(
         ("claim", "target", "measured", "met", "conditions"),
@@ -145,6 +256,7 @@ def _table_of(rows: list[BenchRow]) -> str:
         (
             (
                 row.subject,
+                "" if row.peer_ratio is None else f"{row.peer_ratio:.2f} of {row.peer}",
                 f"{row.p50:.4g} {row.unit}",
                 f"{row.p20:.4g} to {row.p80:.4g}",
                 str(row.n),

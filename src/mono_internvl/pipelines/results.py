@@ -23,6 +23,8 @@ from mono_internvl.pipelines.bench_pages import (
     TABLES,
     comparison_block,
     experts_block,
+    experts_summary_block,
+    llama_block,
     profile_block,
     targets_block,
 )
@@ -248,6 +250,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     **LAB_BLOCKS,
     "bench-targets": targets_block,
     "bench-experts": experts_block,
+    "bench-experts-summary": experts_summary_block,
+    "bench-llama": llama_block,
     "bench-profile": profile_block,
     **COMPUTED,
     **{f"bench-{what}": comparison_block(what) for what in TABLES},
