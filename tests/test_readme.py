@@ -349,6 +349,29 @@ def test_torch_of_the_readme_is_the_pinned_one() -> None:
     assert set(pins) == {pinned}
 
 
+def _ragged_rows(text: str) -> list[str]:
+    """Lines of Markdown tables with more or fewer cells than their head."""
+    wrong, width = [], 0
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            width = 0
+            continue
+        cells = len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line)))
+        width = width or cells
+        if cells != width:
+            wrong.append(line)
+    return wrong
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
+def test_tables_have_all_their_cells(page: Path) -> None:
+    assert not _ragged_rows(prose(page))
+
+
+def test_ragged_tables_are_found() -> None:
+    assert _ragged_rows("| a | b |\n|---|---|\n| c |\n| `x|y` | d |\n") == ["| c |"]
+
+
 def test_links_lead_somewhere() -> None:
     wrong = []
     for page in ALL_PAGES:
