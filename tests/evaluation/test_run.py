@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,154 @@ def test_evaluate_verb_prints_scores(checkpoint: Path, data: Path, tmp_path: Pat
     found = CliRunner().invoke(app, [*words, "--json", "--blind"])
     assert json.loads(found.stdout)["is_blind"] is True
     assert len((tmp_path / "p.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Lengths of the prompts of every batch that a model is asked."""
+    batches: list[list[int]] = []
+
+    def generate(model: Any, **batch: Any) -> Any:
+        batches.append(batch["attention_mask"].sum(1).tolist())
+        return original(model, **batch)
+
+    original = run_module.generate_sharing_prefixes
+    monkeypatch.setattr(run_module, "generate_sharing_prefixes", generate)
+    return batches
+
+
+def _ask(checkpoint: Path, file: Path, out: Path, **options: Any) -> Any:
+    return evaluate(checkpoint, file, device="cpu", out=out, max_new_tokens=12, **options)
+
+
+def _records(data: Path) -> list[dict[str, Any]]:
+    """Those of `questions.jsonl`, fit for a file elsewhere."""
+    records = [json.loads(line) for line in (data / "questions.jsonl").read_text().splitlines()]
+    return [
+        {**record, "image": str(data / record["image"])} if "image" in record else record
+        for record in records
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"conversations": [{"from": "human", "value": "say " * 4000}]}, "tokens but the model"),
+        ({"conversations": [{"from": "human", "value": "say " * 500}]}, "tokens but the model"),
+        ({"answer": None}, "no `answer`"),
+        ({"weight": float("nan")}, "JSON compliant"),
+    ],
+)
+def test_evaluate_checks_every_record_before_it_asks(
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    asked: list[list[int]],
+    change: dict[str, Any],
+    complaint: str,
+) -> None:
+    records = _records(data)
+    bad = {**records[0], **change}
+    if "conversations" in change:
+        bad["conversations"] = [*change["conversations"], records[0]["conversations"][-1]]
+    file = tiny_runs.write_lines(tmp_path / "q.jsonl", [*records, bad])
+    with pytest.raises(SampleError, match=rf"q\.jsonl:16: .*({complaint})"):
+        _ask(checkpoint, file, tmp_path / "p.jsonl")
+    assert asked == [] and not (tmp_path / "p.jsonl").exists()
+
+
+@pytest.mark.parametrize("out", [".", "file/p.jsonl", "/dev/null", "/proc/x", "n" * 300])
+def test_evaluate_checks_out_before_it_asks(
+    checkpoint: Path, data: Path, tmp_path: Path, asked: list[list[int]], out: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="not a file to write to"):
+        _ask(checkpoint, data / "questions.jsonl", tmp_path / out)
+    assert asked == []
+
+
+def test_evaluate_keeps_the_answers_beside_a_damaged_image(
+    checkpoint: Path, data: Path, tmp_path: Path, asked: list[list[int]]
+) -> None:
+    records = _records(data)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n")
+    pictures = [record for record in records if "image" in record]
+    whole, pictures[0]["image"] = Path(pictures[0]["image"]), str(broken)
+    file, out = tiny_runs.write_lines(tmp_path / "q.jsonl", records), tmp_path / "p.jsonl"
+    with pytest.raises(SampleError, match=r"1 of 15 records .* first .*q\.jsonl:2: .*broken\.png"):
+        _ask(checkpoint, file, out)
+    ids = [json.loads(line)["id"] for line in out.read_text().splitlines()]
+    assert ids == [r["id"] for r in records if r is not pictures[0]]
+    asked.clear()
+    broken.write_bytes(whole.read_bytes())
+    assert _ask(checkpoint, file, out).items == {"colour": 9, "copying": 6}
+    assert list(map(len, asked)) == [1], "only what was left is asked"
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_evaluate_goes_on_after_a_kill(
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    asked: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, out = data / "questions.jsonl", tmp_path / "p.jsonl"
+    whole = _ask(checkpoint, file, tmp_path / "whole.jsonl", batch_size=4)
+    num_batches = len(asked)
+    asked.clear()
+    generate = run_module.generate_sharing_prefixes
+
+    def killed(model: Any, **batch: Any) -> Any:
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return generate(model, **batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "generate_sharing_prefixes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            _ask(checkpoint, file, out, batch_size=4)
+    journal = tmp_path / ".p.jsonl.answers"
+    journal.write_text(journal.read_text() + '{"cut')
+    again = _ask(checkpoint, file, out, batch_size=4)
+    assert len(asked) == num_batches
+    assert again.scores == whole.scores
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_evaluate_other_settings_ask_anew(
+    checkpoint: Path, data: Path, tmp_path: Path, asked: list[list[int]]
+) -> None:
+    journal = tmp_path / ".p.jsonl.answers"
+    journal.write_text('{"model": "another"}\n{"aa": "stale"}\n')
+    assert _ask(checkpoint, data / "questions.jsonl", tmp_path / "p.jsonl").items["colour"] == 9
+    assert sum(map(len, asked)) == 15 and not journal.exists()
+
+
+def test_long_question_widens_no_other_prompt(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    questions: list[Question],
+    asked: list[list[int]],
+) -> None:
+    long = tiny_runs.text_record(99)
+    long["conversations"][0]["value"] = "say one " * 70
+    sample = questions[0].sample
+    messages = [{"role": "user", "content": long["conversations"][0]["value"]}]
+    other = Question(long, dataclasses.replace(sample, messages=[*messages, sample.messages[-1]]))
+    answer_all(model, processor, [*questions, other], **OPTIONS)
+    assert max(max(lengths) - min(lengths) for lengths in asked if len(lengths) > 1) < 300
+    assert max(map(max, asked)) > 300
+
+
+def test_predictions_with_line_separators_score_to_the_same_numbers(tmp_path: Path) -> None:
+    record = {**tiny_runs.text_record(0), "note": "a\u2028b\ud800"}
+    file = tmp_path / "p.jsonl"
+    write_predictions(file, [Prediction(record, "one\x85", 1.0, False)] * 2)
+    assert rescore(file) == {"copying": 1.0}
+    for bad in (b"\xff\xfe", b""):
+        file.write_bytes(bad)
+        if bad:
+            with pytest.raises(SampleError, match="not a readable predictions file"):
+                rescore(file)

@@ -6,20 +6,24 @@ image replaced by its mean colour: what remains is what the question alone gives
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers import LogitsProcessorList
 
 from mono_internvl.data.samples import Sample, read_sample
 from mono_internvl.data.sources import JsonlSource
-from mono_internvl.errors import SampleError
+from mono_internvl.errors import ImageError, SampleError
 from mono_internvl.evaluation.metrics import score
+from mono_internvl.evaluation.prompts import EncodedPrompt, Outcome, PromptEncoder, batches
+from mono_internvl.generation.context import most_tokens
+from mono_internvl.generation.finite_logits import FiniteLogits
+from mono_internvl.json_lines import to_line
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import IGNORED_LABEL, MonoInternVLProcessor
@@ -47,6 +51,10 @@ class Question:
     def prompt(self) -> list[dict[str, Any]]:
         """The conversation up to the answer."""
         return self.sample.messages[:-1]
+
+    def predict(self, text: str, is_blind: bool) -> Prediction:
+        """The prediction of an answer."""
+        return Prediction(self.record, text, score(self.record, text), is_blind)
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ def read_questions(
         per_kind: Most records of a kind.
 
     Raises:
-        SampleError: A record is malformed or has no `kind`.
+        SampleError: A record is malformed, has no `kind` or not what that needs to be scored, or
+            cannot be written down with its answer.
     """
     source = JsonlSource(file, root or file.parent)
     seen: dict[str, int] = defaultdict(int)
@@ -100,7 +109,12 @@ def read_questions(
             raise SampleError(f"{found.where}: kind={kind!r}; expected the name of a way to score")
         seen[kind] += 1
         if per_kind is None or seen[kind] <= per_kind:
-            questions.append(Question(record, read_sample(source, index)))
+            question = Question(record, read_sample(source, index))
+            try:
+                to_line(question.predict("", False).to_row())
+            except ValueError as error:
+                raise SampleError(f"{found.where}: {error}; correct the record") from error
+            questions.append(question)
     return questions
 
 
@@ -124,37 +138,92 @@ def answer_all(
         processor: Of the same checkpoint.
         questions: What to ask; the predictions come in this order.
         blind: Hide the images.
-        batch_size: Prompts at a time, left-padded.
+        batch_size: Most prompts at a time, left-padded.
         max_new_tokens: Longest answer.
         max_tiles: Most tiles per image; the processor's own unless given.
         precision: "bf16" autocasts over fp32 weights.
         on_batch: Told the number of answers so far.
+
+    Raises:
+        SampleError: A record cannot be asked: an image is damaged, or it is too long.
+        CheckpointError: The model's logits are not numbers.
+    """
+    found: dict[int, Prediction] = {}
+    for outcomes in ask_all(
+        model,
+        processor,
+        questions,
+        blind=blind,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        max_tiles=max_tiles,
+        precision=precision,
+    ):
+        for number, outcome in outcomes.items():
+            if isinstance(outcome, SampleError):
+                raise outcome
+            found[number] = questions[number].predict(outcome, blind)
+        if on_batch is not None:
+            on_batch(len(found))
+    return [found[number] for number in range(len(questions))]
+
+
+@torch.inference_mode()
+def ask_all(
+    model: MonoInternVLForConditionalGeneration,
+    processor: MonoInternVLProcessor,
+    questions: Sequence[Question],
+    *,
+    blind: bool = False,
+    batch_size: int = 64,
+    max_new_tokens: int = 96,
+    max_tiles: int | None = None,
+    precision: str = "bf16",
+    known: Container[int] = (),
+) -> Iterator[dict[int, Outcome]]:
+    """As `answer_all`, but what came of each batch as soon as it is there, by question's number.
+
+    A record that cannot be asked comes as its error; the others of its batch are asked.
+
+    Args:
+        known: Numbers of questions to leave out.
     """
     model.eval()
-    order = _order(questions)
-    found: dict[int, Prediction] = {}
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        prompts = [
-            _hide_images(questions[i].prompt) if blind else questions[i].prompt for i in numbers
-        ]
-        batch = processor.encode_prompts(prompts, max_tiles=max_tiles)
+    encoder = PromptEncoder(processor, most_tokens(model.config), max_new_tokens, max_tiles)
+    refused: dict[int, Outcome] = {}
+
+    def encoded() -> Iterator[EncodedPrompt]:
+        for number in _order(questions):
+            if number in known:
+                continue
+            question = questions[number]
+            try:
+                prompt = _hide_images(question.prompt) if blind else question.prompt
+                yield encoder.encode(number, prompt, question.sample.where)
+            except ImageError as error:
+                refused[number] = SampleError(f"{question.sample.where}: {error}")
+            except SampleError as error:
+                refused[number] = error
+
+    for batch in batches(encoded(), batch_size):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
             new = generate_sharing_prefixes(
                 model,
-                **batch,
+                **encoder.collate(batch),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=processor.stop_token_ids,
                 pad_token_id=processor.tokenizer.pad_token_id,
+                logits_processor=LogitsProcessorList([FiniteLogits()]),
             )
-        for i, row in zip(numbers, new, strict=True):
-            text = processor.decode_answer(row, keep_grounding=True)
-            record = questions[i].record
-            found[i] = Prediction(record, text, score(record, text), blind)
-        if on_batch is not None:
-            on_batch(len(found))
-    return [found[i] for i in range(len(questions))]
+        answers: dict[int, Outcome] = {
+            prompt.number: processor.decode_answer(row, keep_grounding=True)
+            for prompt, row in zip(batch, new, strict=True)
+        }
+        yield {**refused, **answers}
+        refused.clear()
+    if refused:
+        yield refused
 
 
 def _order(questions: Sequence[Question]) -> list[int]:
@@ -199,10 +268,11 @@ def perplexity(
 
 
 def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
-    """One JSON line per prediction."""
+    """One JSON line per prediction; the file is there whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(p.to_row(), ensure_ascii=False) + "\n" for p in predictions]
-    file.write_text("".join(rows), encoding="utf-8")
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text("".join(to_line(p.to_row()) for p in predictions), encoding="utf-8")
+    partial.replace(file)
 
 
 def _hide_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,17 +10,23 @@ import torch
 
 from mono_internvl.compute import choose_device
 from mono_internvl.errors import ConfigError, SampleError
+from mono_internvl.evaluation.journal import AnswerJournal, key_of
 from mono_internvl.evaluation.metrics import score
+from mono_internvl.evaluation.prompts import PromptEncoder
 from mono_internvl.evaluation.run import (
-    answer_all,
+    ask_all,
     mean_scores,
     read_questions,
     write_predictions,
 )
+from mono_internvl.generation.context import most_tokens
+from mono_internvl.json_lines import read_lines
 from mono_internvl.model.blocked_attention import BLOCKED
+from mono_internvl.model.checkpoint import read_config
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.weight_files import resolve_checkpoint
+from mono_internvl.training.state import digest_of_start
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ def evaluate(
 ) -> Evaluation:
     """Score a checkpoint on JSON lines whose records carry a `kind` and its true answer.
 
+    Records, their lengths and `out` are looked at before anything is asked. Answers are kept as
+    they are made: after a kill the same call goes on with the questions that are left.
+
     Args:
         model: Checkpoint folder or hub id.
         data: Records; image paths are relative to the file's folder.
@@ -62,27 +71,46 @@ def evaluate(
         device: "auto", "cpu", "cuda" or "cuda:1".
         out: File for the predictions; beside the checkpoint or, for a hub id, here unless given.
         per_kind: Only the first so many of each kind.
-        batch_size: Prompts at a time.
+        batch_size: Most prompts at a time; fewer where they are long.
         max_new_tokens: Longest answer.
         max_tiles: Most tiles per image; the processor's own unless given.
         precision: "bf16" autocasts over fp32 weights, "fp32" does not.
 
     Raises:
         CheckpointError: The checkpoint cannot be had.
-        SampleError: A record is malformed or cannot be scored.
-        ConfigError: Device or precision is unknown.
+        SampleError: A record is malformed, too long or cannot be scored; or, when all others are
+            answered, its image is damaged.
+        ConfigError: Device or precision is unknown, or `out` cannot be written.
     """
     if precision not in ("bf16", "fp32"):
         raise ConfigError(f"precision={precision!r}; expected bf16 or fp32")
+    for field, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{field}={value!r}; expected an integer >= 1")
     place, folder = choose_device(device), resolve_checkpoint(model)
     questions = read_questions(data, per_kind=per_kind)
     processor = MonoInternVLProcessor.from_pretrained(folder)
+    encoder = PromptEncoder(processor, most_tokens(read_config(folder)), max_new_tokens, max_tiles)
+    for question in questions:
+        encoder.check_text(question.prompt, question.sample.where)
+    name = f"predictions-{data.stem}{'-blind' if blind else ''}.jsonl"
+    file = out or (Path(model) / name if Path(model).is_dir() else Path(name))
+    settings = {
+        "model": digest_of_start(folder),
+        "blind": blind,
+        "max_new_tokens": max_new_tokens,
+        "max_tiles": max_tiles,
+        "precision": precision,
+    }
+    journal = AnswerJournal(file, settings)
     # In bf16 a CPU is slow with sdpa.
     attention = BLOCKED if place.type == "cpu" else None
     loaded = MonoInternVLForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention
     )
-    predictions = answer_all(
+    keys = [key_of(question) for question in questions]
+    refused: list[SampleError] = []
+    for outcomes in ask_all(
         loaded.to(place),
         processor,
         questions,
@@ -91,10 +119,22 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         max_tiles=max_tiles,
         precision=precision,
-    )
-    name = f"predictions-{data.stem}{'-blind' if blind else ''}.jsonl"
-    file = out or (Path(model) / name if Path(model).is_dir() else Path(name))
+        known={number for number, key in enumerate(keys) if key in journal.answers},
+    ):
+        refused += [outcome for outcome in outcomes.values() if isinstance(outcome, SampleError)]
+        journal.add({keys[n]: text for n, text in outcomes.items() if isinstance(text, str)})
+    predictions = [
+        question.predict(journal.answers[key], blind)
+        for question, key in zip(questions, keys, strict=True)
+        if key in journal.answers
+    ]
     write_predictions(file, predictions)
+    if refused:
+        raise SampleError(
+            f"{len(refused)} of {len(questions)} records could not be asked, first {refused[0]}; "
+            f"{file} holds the answers to the others, which another call does not ask again"
+        )
+    journal.close()
     means = mean_scores(predictions)
     return Evaluation(
         scores={kind: mean for kind, (mean, _) in means.items()},
@@ -111,7 +151,11 @@ def rescore(predictions: Path) -> dict[str, float]:
         SampleError: A line is not a prediction.
     """
     by_kind: dict[str, list[float]] = {}
-    for number, line in enumerate(predictions.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = read_lines(predictions)
+    except (OSError, ValueError) as error:
+        raise SampleError(f"{predictions}: not a readable predictions file ({error})") from error
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             by_kind.setdefault(row["kind"], []).append(score(row, row["prediction"]))

@@ -9,7 +9,6 @@ Legend: V vocabulary.
 
 import contextlib
 import dataclasses
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from transformers import BatchFeature, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.finite_logits import check_finite
 from mono_internvl.generation.sampling import GREEDY, Sampling
 from mono_internvl.model.image_processing import load_image
@@ -385,15 +385,7 @@ class ChatSession:
 
     def _room_after(self, num_prompt: int) -> int:
         """How many tokens an answer may have, its end not counted."""
-        text = self.model.config.get_text_config()
-        rope = text.rope_parameters
-        if rope["rope_type"] == "dynamic":
-            return sys.maxsize
-        stretch = rope.get("factor", 1.0) if rope["rope_type"] == "linear" else 1.0
-        limit = int(text.max_position_embeddings * stretch)
-        if rope["rope_type"] == "yarn":
-            trained = rope.get("original_max_position_embeddings", text.max_position_embeddings)
-            limit = max(limit, int(trained * rope["factor"]))
+        limit = most_tokens(self.model.config)
         if num_prompt + 2 > limit:
             raise PromptError(
                 f"the conversation has {num_prompt} tokens with this question, but the model reads "
