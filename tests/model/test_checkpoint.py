@@ -184,6 +184,19 @@ def test_loading_refuses_other_tensors(
         Model.from_pretrained(saved)
 
 
+@pytest.mark.parametrize("loader", [Model, MonoInternVLModel, AutoModelForImageTextToText])
+def test_loading_takes_fields_of_the_configuration(saved: Path, loader: Any) -> None:
+    options = {"image_attention": "bidirectional", "visual_position_steps": [0.25, 1]}
+    config = loader.from_pretrained(saved, **options).config
+    assert config.image_attention == "bidirectional"
+    assert config.visual_position_steps == (0.25, 1)
+    given = tiny_config()
+    model = Model.from_pretrained(saved, config=given, image_attention="bidirectional")
+    assert (model.config.image_attention, given.image_attention) == ("bidirectional", "causal")
+    with pytest.raises(ConfigError, match="image_attention='both'"):
+        loader.from_pretrained(saved, image_attention="both")
+
+
 def test_loading_refuses_modular_checkpoint_as_monolithic(saved: Path) -> None:
     file = saved / "config.json"
     config = json.loads(file.read_text())

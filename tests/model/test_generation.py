@@ -280,5 +280,60 @@ def test_generate_computes_last_logits_only() -> None:
 
 def test_generate_in_bf16() -> None:
     model, batch = tiny_model().to(torch.bfloat16), _batch()
-    out = model.generate(**batch, **GREEDY)
-    assert out.shape[1] == batch["input_ids"].shape[1] + 10
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    out = model.generate(**batch, **options)
+    assert out.sequences.shape[1] == batch["input_ids"].shape[1] + 10
+    exact = tiny_model().generate(**batch, **options)
+    # bf16 keeps 8 bits: the first logits differ by some hundredths of their spread, no more.
+    difference = (out.logits[0].float() - exact.logits[0]).abs().max()
+    assert difference < 0.1 * exact.logits[0].std()
+    with_other_images = tiny_model().generate(
+        **{**batch, "pixel_values": tile_pixels(3, seed=9)}, **options
+    )
+    assert (with_other_images.logits[0] - exact.logits[0]).abs().max() > 2 * difference
+
+
+def test_generate_refuses_places_without_images_beyond_a_cache() -> None:
+    model = tiny_model()
+    cache = DynamicCache(config=model.config)
+    first = model.generate(**_prompt(1), **GREEDY, past_key_values=cache)
+    question = torch.cat((text_ids(2, 7), image_ids(2), text_ids(3, 8)), dim=1)
+    ids = torch.cat((first, question), dim=1)
+    seen = cache.get_seq_length()
+    for turn, options in (
+        (ids, {}),
+        (ids, {"attention_mask": torch.ones_like(ids)}),
+        (ids[:, seen:], {"attention_mask": torch.ones_like(ids)}),
+    ):
+        with pytest.raises(PromptError, match="8 image tokens but the images give 0 features"):
+            model.generate(turn, past_key_values=cache, **options, **GREEDY)
+    assert cache.get_seq_length() == seen
+    text = torch.cat((first, text_ids(4, 9)), dim=1)  # images of the first turn are in the cache
+    model.generate(text, past_key_values=cache, **GREEDY)
+
+
+@ATTENTION
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"num_beams": 2}, {"num_return_sequences": 2}],
+    ids=str,
+)
+@pytest.mark.parametrize("has_ids", [False, True], ids=["embeds", "embeds_and_ids"])
+@torch.no_grad()
+def test_generate_from_embeddings_equals_from_ids(
+    attention: str, options: dict[str, Any], has_ids: bool
+) -> None:
+    model, batch = tiny_model(attention=attention), _batch()
+    greedy = {**GREEDY, "do_sample": "num_return_sequences" in options, "top_k": 1}
+    expected = model.generate(**batch, **greedy, **options)[:, batch["input_ids"].shape[1] :]
+    features = model.get_image_features(batch["pixel_values"]).flatten(0, 1)
+    embeds, is_visual = model.model.place_features(batch["input_ids"], features)
+    given: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+    if has_ids:  # they say which rows are visual, and stand before the answers
+        found = model.generate(batch["input_ids"], **given, **greedy, **options)
+        found = found[:, batch["input_ids"].shape[1] :]
+    else:
+        found = model.generate(**given, visual_token_mask=is_visual, **greedy, **options)
+    assert torch.equal(found, expected)
+    text = model.generate(**given, visual_token_mask=is_visual & False, **greedy, **options)
+    assert not torch.equal(text[:, -10:], expected), "the mask counts"

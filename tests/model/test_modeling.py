@@ -21,6 +21,7 @@ from transformers import DynamicCache, StaticCache
 
 from mono_internvl.errors import PromptError
 from mono_internvl.model.from_llm import copy_text_to_visual
+from mono_internvl.model.packing import packed_segments
 from mono_internvl.training.recompute import enable_recompute
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
@@ -162,6 +163,74 @@ def test_linear_rope_divides_positions() -> None:
     halves = torch.arange(9)[None] / 2  # positions may be floats
     _assert_close(linear(ids).logits, plain(ids, position_ids=halves).logits, 1e-6)
     assert (linear(ids).logits - plain(ids).logits).abs().max() > 0.01
+
+
+@ATTENTION
+@pytest.mark.parametrize("window", [None, 5], ids=["full", "sliding"])
+@pytest.mark.parametrize("has_cache", [False, True], ids=["no_cache", "cache"])
+@torch.no_grad()
+def test_packed_segments_are_kept_apart_beside_a_mask(
+    attention: str, window: int | None, has_cache: bool
+) -> None:
+    """A mask of ones, padding on either side and between, a cache to fill: all the same."""
+    layers = None if window is None else [1, 0]
+    model = tiny_model(attention=attention, sliding_layers=layers, sliding_window=window)
+    first, second = text_ids(5, 1), torch.cat((image_ids(1), text_ids(4, 2)), dim=1)
+    pixels, length = tile_pixels(1), second.shape[1]
+    alone = [model(first).logits, model(second, pixel_values=pixels).logits]
+    pad, none = torch.full((1, 2), 2), torch.zeros(1, 2, dtype=torch.long)
+    ones = [torch.ones_like(first), torch.ones_like(second)]
+    places = [torch.arange(5)[None], torch.arange(length)[None]]
+    for ids, mask, positions, starts in (
+        ([first, second], ones, places, (0, 5)),
+        ([pad, first, second], [none, *ones], [none, *places], (2, 7)),
+        ([first, pad, second, pad], [ones[0], none, ones[1], none],
+         [places[0], none + 1, places[1], none + 1], (0, 7)),
+    ):  # fmt: skip
+        logits = model(
+            torch.cat(ids, dim=1),
+            pixel_values=pixels,
+            attention_mask=torch.cat(mask, dim=1),
+            position_ids=torch.cat(positions, dim=1),
+            use_cache=has_cache,
+        ).logits
+        for start, expected in zip(starts, alone, strict=True):
+            _assert_close(logits[:, start : start + expected.shape[1]], expected)
+
+
+def test_packed_segments_are_counted_over_padding() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
+    positions = torch.tensor([[0, 0, 0, 1, 0, 9, 1, 2], [0, 1, 2, 0, 1, 0, 4, 5]])
+    assert packed_segments(positions, mask).tolist() == [
+        [0, 0, 0, 0, 1, 1, 1, 1],
+        [0, 0, 0, 1, 1, 2, 3, 3],
+    ]
+    holes = torch.tensor([[0, 1, 1, 0, 1, 1]])
+    assert packed_segments(torch.tensor([[1, 0, 1, 1, 2, 3]]), holes) is None
+    assert packed_segments(torch.arange(6)[None], holes) is None, "padding may take places"
+    assert packed_segments(torch.arange(6)[None], None) is None
+
+
+def test_packed_segments_beside_a_mask_are_refused_by_flash_attention() -> None:
+    model = tiny_model().model.language_model
+    model.config._attn_implementation = "flash_attention_2"
+    positions = torch.tensor([[0, 1, 0, 1]])
+    with pytest.raises(PromptError, match="flash attention sees packed segments"):
+        model(text_ids(4), attention_mask=torch.ones(1, 4), position_ids=positions)
+
+
+@torch.no_grad()
+def test_prefill_beyond_dynamic_scaling_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mono_internvl.model.image_layout._CHUNK_TOKENS", 8)
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model = tiny_model(rope_parameters=rope, max_position_embeddings=20)
+    for length in (20, 40):  # up to the trained length chunks change nothing
+        ids = text_ids(length)
+        found = model.prefill(ids, DynamicCache()).logits
+        _assert_close(found[:, -1], model(ids).logits[:, -1])
+    model.prefill(text_ids(20), DynamicCache(), chunk_tokens=7)
+    with pytest.raises(PromptError, match=r"chunk_tokens=7: with 40 tokens, more than .*=20"):
+        model.prefill(text_ids(40), DynamicCache(), chunk_tokens=7)
 
 
 @ATTENTION

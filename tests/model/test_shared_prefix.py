@@ -72,6 +72,45 @@ def test_shared_prefix_gives_the_same_logits() -> None:
     torch.testing.assert_close(first, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("attention", ["eager", "blocked"])
+@pytest.mark.parametrize("layers", [(1, 1), (1, 0)], ids=["all slide", "one slides"])
+@pytest.mark.parametrize("window", [9, 40])
+def test_shared_prefix_gives_the_same_answers_where_layers_slide(
+    attention: str, layers: tuple[int, int], window: int
+) -> None:
+    """Padding behind a shared image would fill the window; a wide one hides nothing."""
+    model = tiny_model(attention=attention, sliding_layers=list(layers), sliding_window=window)
+    batch = _batch()
+    expected = model.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
+    tiles: list[int] = []
+    model.model.vision_embedder.register_forward_hook(lambda m, args, o: tiles.append(len(args[0])))
+    assert torch.equal(generate_sharing_prefixes(model, **batch, **GREEDY), expected)
+    assert sum(tiles) == (6 if window == 9 else 4), "what is wide enough is still shared"
+
+
+def test_shared_prefix_keeps_the_form_of_generate() -> None:
+    model, batch = tiny_model(), _batch()
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    length = batch["input_ids"].shape[1]
+    for rows, tiles in ((slice(0, 6), slice(0, 6)), (slice(5, 6), slice(0, 0))):
+        some = {name: x[rows] for name, x in batch.items() if name != "pixel_values"}
+        pixels = batch["pixel_values"][tiles] if rows.start == 0 else None
+        images = {} if pixels is None else {"pixel_values": pixels}
+        expected = model.generate(**some, **images, **options)
+        found = generate_sharing_prefixes(model, **some, pixel_values=pixels, **options)
+        assert torch.equal(found.sequences, expected.sequences[:, length:])
+        torch.testing.assert_close(found.logits[-1], expected.logits[-1], atol=1e-5, rtol=0)
+
+
+def test_shared_prefix_counts_new_tokens_as_generate_does() -> None:
+    model, batch = tiny_model(), _batch()
+    length = batch["input_ids"].shape[1]
+    options = {"do_sample": False, "eos_token_id": -1, "max_length": length + 3}
+    expected = model.generate(**batch, **options)[:, length:]
+    assert expected.shape[1] == 3
+    assert torch.equal(generate_sharing_prefixes(model, **batch, **options), expected)
+
+
 @pytest.mark.parametrize("copies", [{"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}])
 def test_shared_prefix_gives_the_same_answers_by_beam_search(copies: dict[str, int]) -> None:
     model, batch = tiny_model(), _batch()
@@ -151,6 +190,19 @@ def test_padding_of_the_parts_does_not_reach_dynamic_scaling() -> None:
     logits.clear()
     generate_sharing_prefixes(model, **few, **one)
     torch.testing.assert_close(logits[-1], expected, atol=1e-5, rtol=0)
+
+
+def test_padding_of_the_parts_does_not_reach_dynamic_scaling_in_a_long_answer() -> None:
+    batch = _batch()
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0}
+    model = tiny_model(rope_parameters=rope, max_position_embeddings=22)
+    options = {**GREEDY, "output_logits": True, "return_dict_in_generate": True}
+    shared = share_prefixes(**batch, **SIZES)
+    assert shared is not None
+    assert batch["input_ids"].shape[1] < shared.input_ids.shape[1] <= 22, "prompts alone are short"
+    expected = model.generate(**batch, **options).logits[-1]
+    found = generate_sharing_prefixes(model, **batch, **options).logits[-1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_images_with_options_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -608,3 +608,27 @@ def test_session_reset_after_a_failed_question_starts_anew(session, picture, mon
     session.ask("What is this?", [picture])
     pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
     assert_cache_is_full_prefill(session, pixels)
+
+
+@pytest.mark.parametrize(("limit", "is_shared"), [(16, False), (108, False), (4096, True)])
+def test_session_reset_reads_anew_what_dynamic_scaling_turns_by_the_length(
+    parts, picture, monkeypatch, limit, is_shared
+):
+    """Of 93 and 109 tokens: both beyond the limit, only the second, none."""
+    text = parts[0].config.get_text_config()
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    monkeypatch.setattr(text, "rope_parameters", rope)
+    monkeypatch.setattr(text, "max_position_embeddings", limit)
+    question = "How many things are there in all of it?"
+    session, fresh = (
+        ChatSession(*parts, max_tiles=2, sampling=Sampling(max_new_tokens=4)) for _ in range(2)
+    )
+    expected = fresh.ask(question, [picture])
+    assert session.ask("What?", [picture]).tokens.prompt == 93
+    session.reset()
+    found = session.ask(question, [picture])
+    assert found.tokens.prompt == 109
+    assert (found.tokens.cached > 0) == is_shared
+    assert found.ids == expected.ids
+    for one, other in zip(session.cache.layers, fresh.cache.layers, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=TOLERANCE)

@@ -247,12 +247,6 @@ class MonoInternVLConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         if self.visual_experts is None:
             self.visual_experts = ("ffn",) if self.vision_config.kind == "patch" else ()
-        self.visual_experts = visual_expert_set(self.visual_experts)
-        if not isinstance(self.visual_position_steps, list | tuple):
-            raise ConfigError(
-                f"visual_position_steps={self.visual_position_steps!r}; expected a list of numbers"
-            )
-        self.visual_position_steps = tuple(self.visual_position_steps)
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size - IMAGE_TOKEN_OFFSET_FROM_END
         if self.force_image_size is None:
@@ -260,6 +254,12 @@ class MonoInternVLConfig(PreTrainedConfig):
         self._check()
 
     def _check(self) -> None:
+        self.visual_experts = visual_expert_set(self.visual_experts)
+        if not isinstance(self.visual_position_steps, list | tuple):
+            raise ConfigError(
+                f"visual_position_steps={self.visual_position_steps!r}; expected a list of numbers"
+            )
+        self.visual_position_steps = tuple(self.visual_position_steps)
         for name in ("force_image_size", "min_dynamic_patch", "max_dynamic_patch"):
             check_integer(name, getattr(self, name))
         if self.min_dynamic_patch > self.max_dynamic_patch:
@@ -313,13 +313,34 @@ class MonoInternVLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers does it; how to compute counts if asked for, not in a file."""
+        """As transformers does it; how to compute counts if asked for, not in a file.
+
+        Raises:
+            ConfigError: A field, of the file or among `kwargs`, is not what it may be.
+        """
         asked = kwargs.get("attn_implementation")
+        fields = cls.take_fields(kwargs)
         result = super().from_dict(_facts_of_the_model(config_dict), **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config.change(fields)
         if asked is not None:
-            config = result[0] if isinstance(result, tuple) else result
             config._attn_implementation = asked
         return result
+
+    @staticmethod
+    def take_fields(options: dict[str, Any]) -> dict[str, Any]:
+        """Move the fields of a configuration out of the options of a `from_pretrained`."""
+        return {name: options.pop(name) for name in list(options) if name in _OWN_FIELDS}
+
+    def change(self, fields: dict[str, Any]) -> None:
+        """Set fields of the top level, and check the whole again.
+
+        Raises:
+            ConfigError: A value, or what it makes of the others, is not what it may be.
+        """
+        for name, value in fields.items():
+            setattr(self, name, value)
+        self._check()
 
     def to_dict(self) -> dict[str, Any]:
         """This configuration in the released layout, with unknown released fields kept."""

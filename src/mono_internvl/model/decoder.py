@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
 from transformers.utils import ModelOutput
 
+from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing, check_expert_path
 from mono_internvl.model.blocked_attention import register_blocked_attention
 from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
 from mono_internvl.model.decoder_knobs import LAYER_TYPES
 from mono_internvl.model.image_layout import ImageLayout, check_attention_and_cache
 from mono_internvl.model.layers import DecoderLayer, KeptRows, RMSNorm, rotary_embeddings, slides
+from mono_internvl.model.packing import packed_segments
 from mono_internvl.model.pretrained import WholeCheckpointModel
 from mono_internvl.model.visual_tokens import PatchEmbedder
 
@@ -178,6 +184,9 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         segments = position_ids if is_marking else None
         if position_ids is None:
             position_ids = (torch.arange(tokens, device=x.device) + seen).expand(batch, -1)
+        packed = None
+        if segments is not None and not isinstance(attention_mask, dict):
+            packed = self._packed(segments, attention_mask, past_key_values, seen)
         seen_by = {
             "config": self.config,
             "inputs_embeds": x,
@@ -185,6 +194,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             "past_key_values": past_key_values,
             "position_ids": segments,
             "block_sequence_ids": layout.image_numbers,
+            "and_mask_function": None if packed is None else packed_sequence_mask_function(packed),
         }
         windows = [slides(self.config, i) for i in range(len(self.layers))]
         if isinstance(attention_mask, dict):  # made by `generate`, for layers of several kinds
@@ -231,6 +241,29 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             hidden_states=(*hidden_states[:-1], x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,  # type: ignore[arg-type]
         )
+
+    def _packed(
+        self, segments: Tensor, mask: Tensor | None, cache: Cache | None, seen: int | Tensor
+    ) -> Tensor | None:
+        """(B, T) numbers of packed segments, where transformers would not see them by itself.
+
+        Raises:
+            PromptError: With flash attention, which sees them in positions or padding in a mask.
+        """
+        if mask is None and cache is None:
+            return None
+        if cache is not None and (cache.is_compileable or seen):
+            return None  # a later turn, or a cache with room for more than these tokens
+        if mask is not None and (mask.dim() != 2 or mask.shape[1] != segments.shape[1]):
+            return None
+        packed = packed_segments(segments, mask)
+        if packed is not None and "flash" in (self.config._attn_implementation or ""):
+            raise PromptError(
+                "position_ids start anew within a row, beside an attention_mask or a cache: flash "
+                "attention sees packed segments in position_ids alone; leave the mask and the "
+                "cache out, or use attn_implementation='sdpa'"
+            )
+        return packed
 
     def _length(self, seen: int | Tensor, tokens: int, cache: Cache | None) -> int:
         """Tokens seen, this call included, for dynamic rotary scaling.

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.model.layers import is_scaled_dynamically
 
 _HISTORY = "mono_internvl_history"
 _CHUNK_TOKENS = 2048
@@ -147,19 +148,31 @@ def check_attention_and_cache(attention: str | None, cache: Cache | None) -> Non
 
 
 def chunk_ends(
-    config: MonoInternVLConfig, is_visual: Tensor, chunk_tokens: int | None
+    config: MonoInternVLConfig, is_visual: Tensor, chunk_tokens: int | None, num_seen: int = 0
 ) -> list[int]:
     """Where the chunks of a prompt end.
 
     Args:
-        config: With `image_attention="bidirectional"` an image must lie in one chunk.
+        config: With `image_attention="bidirectional"` an image must lie in one chunk. Beyond the
+            length that dynamic rotary scaling begins at, the whole prompt does.
         is_visual: (B, T) bool.
         chunk_tokens: Tokens of a chunk; None takes 2,048 and cuts behind an image, not in it.
+        num_seen: Tokens that the cache holds already.
 
     Raises:
-        PromptError: A chunk of the given size would end inside an image that must be whole.
+        PromptError: A chunk of the given size would end inside an image, or a prompt, that must be
+            whole.
     """
     length, size = is_visual.shape[1], chunk_tokens or _CHUNK_TOKENS
+    if is_scaled_dynamically(config.get_text_config(), num_seen + length):
+        if chunk_tokens is not None and chunk_tokens < length:
+            raise PromptError(
+                f"chunk_tokens={chunk_tokens}: with {num_seen + length} tokens, more than "
+                f"max_position_embeddings={config.get_text_config().max_position_embeddings}, "
+                "dynamic rotary scaling turns every key by an angle of the whole length; leave "
+                "chunk_tokens out to read the prompt in one pass"
+            )
+        return [length]
     if config.image_attention == "causal":
         return [*range(size, length, size), length]
     is_inside = (is_visual[:, 1:] & is_visual[:, :-1]).any(0).tolist()  # cut before token i + 1

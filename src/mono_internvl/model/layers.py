@@ -101,6 +101,19 @@ class FeedForward(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+def is_scaled_dynamically(config: MonoInternVLTextConfig, kv_length: int) -> bool:
+    """Whether "dynamic" scaling turns the keys of a context by angles that depend on its length.
+
+    Such keys are of use in a context of this length only.
+
+    Args:
+        config: Its `rope_parameters` and `max_position_embeddings` are read.
+        kv_length: Tokens of the context.
+    """
+    is_dynamic = config.rope_parameters["rope_type"] == "dynamic"
+    return is_dynamic and kv_length > config.max_position_embeddings
+
+
 def rotary_embeddings(
     config: MonoInternVLTextConfig, position_ids: Tensor, kv_length: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -117,7 +130,7 @@ def rotary_embeddings(
     """
     rope, d = config.rope_parameters, config.head_dim
     base, factor = rope["rope_theta"], rope.get("factor", 1.0)
-    if rope["rope_type"] == "dynamic" and kv_length > config.max_position_embeddings:
+    if is_scaled_dynamically(config, kv_length):
         stretch = factor * kv_length / config.max_position_embeddings - (factor - 1)
         base = base * stretch ** (d / (d - 2))
     magnitude = 1.0

@@ -41,8 +41,10 @@ from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pi
 _IMAGE_INPUTS = ("pixel_values", "image_features")
 
 
-def _holds_tokens(cache: Cache | None) -> bool:
-    return cache is not None and cache.get_seq_length() > 0
+def _beyond_cache(ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+    """Those of the ids given to `generate` that the cache does not hold, as transformers counts."""
+    is_whole = attention_mask is None or attention_mask.shape[1] == ids.shape[1]
+    return ids if cache is None or not is_whole else ids[:, int(cache.get_seq_length()) :]
 
 
 def _check_no_places(is_visual: Tensor) -> None:
@@ -321,20 +323,22 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             *args: As `GenerationMixin.generate`.
             **kwargs: As there; `pixel_values` are the images of what the cache has not seen. A
                 prompt that repeats a *generated* `<IMG_CONTEXT>` says with a `visual_token_mask`,
-                (B, T) bool, that no image stands there.
+                (B, T) bool, that no image stands there. `inputs_embeds`, (B, T, D), are the whole
+                prompt, features in their places; the `visual_token_mask` says which rows are
+                visual, as ids beside them do.
 
         Raises:
-            PromptError: The prompt has places for images, but there are no images and no cache.
+            PromptError: What the cache has not seen has places for images, but there are no images.
         """
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and kwargs.get("visual_token_mask") is None:
-            is_visual = ids == self.config.image_token_id
-            if any(kwargs.get(name) is not None for name in _IMAGE_INPUTS):
-                kwargs["visual_token_mask"] = is_visual
-            elif kwargs.get("inputs_embeds") is None and not _holds_tokens(
-                kwargs.get("past_key_values")
-            ):
-                _check_no_places(is_visual)
+            if any(kwargs.get(name) is not None for name in (*_IMAGE_INPUTS, "inputs_embeds")):
+                kwargs["visual_token_mask"] = ids == self.config.image_token_id
+            else:
+                new = _beyond_cache(
+                    ids, kwargs.get("attention_mask"), kwargs.get("past_key_values")
+                )
+                _check_no_places(new == self.config.image_token_id)
         if has_image_layout(self.config):  # what the cache remembers grows: nothing to compile
             kwargs.setdefault("disable_compile", True)
         return super().generate(inputs, *args, **kwargs)
@@ -349,18 +353,26 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         return create_masks_for_generate(**kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        is_first_iteration: bool | None = False,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers does it; images enter only where a prompt or a new turn is read."""
         mask = kwargs.pop("visual_token_mask", None)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            inputs_embeds=inputs_embeds,  # named in the signature: transformers looks for it there
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         reads_prompt = is_first_iteration or not kwargs.get("use_cache", True)
         if not reads_prompt:
             inputs["pixel_values"] = inputs["image_features"] = None
-        elif mask is not None and inputs.get("input_ids") is not None:
-            length = inputs["input_ids"].shape[1]
+        elif mask is not None:
+            read = inputs.get("inputs_embeds")
+            length = (inputs["input_ids"] if read is None else read).shape[1]
             num_generated = max(0, length - mask.shape[1])
             inputs["visual_token_mask"] = F.pad(mask, (0, num_generated))[:, -length:]
         return inputs
@@ -414,14 +426,14 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             past_key_values: Cache to extend.
             pixel_values: (tiles, 3, S, S), images of these tokens.
             attention_mask: (B, T_seen + T), 0 at padding.
-            chunk_tokens: Tokens per forward pass; by default 2,048, and images that attend both
-                ways in one piece.
+            chunk_tokens: Tokens per forward pass; by default 2,048, and in one piece images that
+                attend both ways and prompts that dynamic rotary scaling is for.
 
         Returns:
             The output of the last chunk, with the logits of its last row.
 
         Raises:
-            PromptError: A chunk of the given size ends inside an image that attends both ways.
+            PromptError: A chunk of the given size ends inside what must be read in one piece.
         """
         features = None
         if pixel_values is not None:
@@ -435,7 +447,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         if attention_mask is not None:  # as generate counts them: padding takes no place
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, seen:]
         out, start = MonoInternVLOutput(), 0
-        for stop in chunk_ends(self.config, is_visual, chunk_tokens):
+        for stop in chunk_ends(self.config, is_visual, chunk_tokens, int(seen)):
             out = self(
                 inputs_embeds=embeds[:, start:stop],
                 visual_token_mask=is_visual[:, start:stop],

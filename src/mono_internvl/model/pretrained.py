@@ -52,7 +52,8 @@ class WholeCheckpointModel(PreTrainedModel):
             pretrained_model_name_or_path: Folder or hub id (`revision`, `cache_dir`, `token` and
                 `local_files_only` as usual); only safetensors files are read.
             *args: As `PreTrainedModel.from_pretrained`.
-            **kwargs: As there: `dtype`, `device_map`, `attn_implementation`, ...
+            **kwargs: As there: `dtype`, `device_map`, `attn_implementation`, ...; and fields of the
+                configuration, as `image_attention`.
 
         Raises:
             CheckpointError: A tensor is missing, unexpected or mis-shaped, before loading or after.
@@ -63,7 +64,8 @@ class WholeCheckpointModel(PreTrainedModel):
         _check_options(cls, kwargs)
         name = pretrained_model_name_or_path
         folder = resolve_checkpoint(name, local_files_only=local, **source)
-        config = kwargs.pop("config", None) or read_config(folder)
+        config = copy.deepcopy(kwargs.pop("config", None)) or read_config(folder)
+        config.change(config.take_fields(kwargs))
         weights = read_weight_files(folder)
         with torch.device("meta"):
             skeleton = cls(copy.deepcopy(config))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.image_layout import has_image_layout
+from mono_internvl.model.layers import is_scaled_dynamically
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 
@@ -106,8 +106,10 @@ def generate_sharing_prefixes(
     attention_mask: Tensor,
     pixel_values: Tensor | None = None,
     **options: Any,
-) -> Tensor:
+) -> Any:
     """New tokens of a batch of prompts, (B, new); what several of them begin with is read once.
+
+    With `return_dict_in_generate` the output of `generate`, its `sequences` without the prompts.
 
     Args:
         model: In eval mode.
@@ -125,13 +127,10 @@ def generate_sharing_prefixes(
         tokens_per_tile=model.config.num_image_tokens_per_tile,
     )
     device = model.device
-    # Beginning and rest are padded each: together they may be longer than the longest prompt.
-    if shared is None or not _depends_on_the_beginning_alone(
-        model.config, shared.input_ids.shape[1]
-    ):
+    if shared is None or not _may_be_shared(model, shared, options):
         images = {} if pixel_values is None else {"pixel_values": pixel_values.to(device)}
         batch = {"attention_mask": attention_mask.to(device), **images}
-        return model.generate(input_ids.to(device), **batch, **options)[:, length:]  # type: ignore[no-any-return]
+        return _without_prompt(model.generate(input_ids.to(device), **batch, **options), length)
     cache = DynamicCache(config=text)
     model.prefill(
         shared.beginning_ids.to(device),
@@ -141,13 +140,21 @@ def generate_sharing_prefixes(
     )
     copies = _rows_each(model, options)
     cache.batch_select_indices(shared.row_of_prompt.repeat_interleave(copies).to(device))
-    ids = model.generate(
+    out = model.generate(
         shared.input_ids.to(device),
         attention_mask=shared.attention_mask.to(device),
         past_key_values=cache,
         **options,
     )
-    return ids[:, shared.input_ids.shape[1] :]  # type: ignore[no-any-return]
+    return _without_prompt(out, shared.input_ids.shape[1])
+
+
+def _without_prompt(out: Any, length: int) -> Any:
+    """What `generate` returned, its sequences without the prompt of `length` tokens."""
+    if isinstance(out, Tensor):
+        return out[:, length:]
+    out.sequences = out.sequences[:, length:]
+    return out
 
 
 def _rows_each(model: MonoInternVLForConditionalGeneration, options: dict[str, Any]) -> int:
@@ -157,18 +164,29 @@ def _rows_each(model: MonoInternVLForConditionalGeneration, options: dict[str, A
     return max(int(options.get(name) or getattr(config, name, None) or 1) for name in names)
 
 
-def _depends_on_the_beginning_alone(config: MonoInternVLConfig, num_tokens: int) -> bool:
-    """Whether the beginning of a prompt has the same keys and values whatever follows.
+def _may_be_shared(
+    model: MonoInternVLForConditionalGeneration, shared: SharedPrompts, options: dict[str, Any]
+) -> bool:
+    """Whether the shared form gives the numbers of every prompt read alone.
 
-    Not beyond the trained length with dynamic scaling, which turns every key by an angle of the
-    whole prompt. Where a cache remembers more of its images than keys and values, rows are not
+    Beginning and rest are padded each, so rows are longer than the longest prompt, with padding
+    behind the image. That must be without meaning: no row may outgrow the window of layers that
+    slide, which padding would fill, nor the length at which dynamic scaling begins, which turns
+    every key by an angle of that length; and the end of an answer must not be counted from the
+    start of its row. Where a cache remembers more of its images than keys and values, rows are not
     copied either.
     """
-    text = config.text_config
-    is_scaled = (
-        text.rope_parameters["rope_type"] == "dynamic" and num_tokens > text.max_position_embeddings
-    )
-    return not has_image_layout(config) and not is_scaled
+    config = model.config
+    text = config.get_text_config()
+    given = options.get("generation_config") or model.generation_config
+    num_new = options.get("max_new_tokens") or given.max_new_tokens
+    if num_new is None or has_image_layout(config):
+        return False
+    num_tokens = shared.input_ids.shape[1] + num_new
+    slides = text.sliding_layers is not None and any(text.sliding_layers)
+    if slides and text.sliding_window is not None and num_tokens > text.sliding_window:
+        return False
+    return not is_scaled_dynamically(text, num_tokens)
 
 
 def digest(x: Tensor) -> bytes:

@@ -26,6 +26,7 @@ from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.finite_logits import check_finite
 from mono_internvl.generation.sampling import GREEDY, Sampling
 from mono_internvl.model.image_processing import load_image
+from mono_internvl.model.layers import is_scaled_dynamically
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import parse_boxes
@@ -361,6 +362,9 @@ class ChatSession:
         pictures = None if pixels is None else digest(pixels)
         self._first = FirstQuestion(tuple(prompt), pictures, self._image_token, self._cache)
         shared = 0 if past is None else self._first.num_shared_with(past)
+        longest = max(len(prompt), 0 if past is None else len(past.ids))
+        if is_scaled_dynamically(self.model.config.get_text_config(), longest):
+            shared = 0  # keys of another prompt length are turned by other angles
         if past is not None and shared:
             self._cache, self._ids = past.cache, prompt[:shared]
             self._crop(shared)
