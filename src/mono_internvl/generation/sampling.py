@@ -1,10 +1,17 @@
-"""How an answer's tokens are chosen."""
+"""How an answer's tokens are chosen: the options, and the choice for a batch.
+
+Legend: B requests, V vocabulary.
+"""
+
+from __future__ import annotations
 
 import numbers
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
@@ -82,3 +89,59 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def choose_tokens(
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    contexts: Sequence[Sequence[int]],
+    generators: Sequence[torch.Generator | None],
+) -> list[int]:
+    """The next token of every request; requests with like options are worked out together.
+
+    A random choice is one number of the request's own generator, looked up in its cumulated
+    probabilities: neighbours in the batch neither draw from it nor move it.
+
+    Args:
+        logits: (B, V) fp32.
+        samplings: Options of each.
+        contexts: Prompt and generated ids of each; read where there is a repetition penalty.
+        generators: Random states, on the CPU; None takes torch's own.
+    """
+    alike: dict[Sampling, list[int]] = {}
+    for index, sampling in enumerate(samplings):
+        alike.setdefault(replace(sampling, seed=None, max_new_tokens=1), []).append(index)
+    chosen = [0] * len(samplings)
+    for sampling, which in alike.items():
+        some = logits if len(alike) == 1 else logits[torch.tensor(which, device=logits.device)]
+        steps = sampling.logits_processors()
+        if steps:
+            some = steps(_padded([contexts[n] for n in which], sampling, logits.device), some)
+        if sampling.temperature > 0:
+            found = _draw(some, [generators[n] for n in which])
+        else:
+            found = some.argmax(-1)
+        for index, token in zip(which, found.tolist(), strict=True):
+            chosen[index] = token
+    return chosen
+
+
+def _padded(contexts: Sequence[Sequence[int]], sampling: Sampling, device: torch.device) -> Tensor:
+    """Contexts side by side, filled up with their own first id; of no length if nobody reads them.
+
+    A token's penalty does not depend on how often it is there.
+    """
+    if sampling.repetition_penalty == 1:
+        return torch.zeros(len(contexts), 0, dtype=torch.int64, device=device)
+    length = max(len(ids) for ids in contexts)
+    rows = [[*ids, *[ids[0]] * (length - len(ids))] for ids in contexts]
+    return torch.tensor(rows, device=device)
+
+
+def _draw(logits: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """(B,) tokens, drawn by the probabilities of (B, V) logits."""
+    total = logits.double().softmax(-1).cumsum(-1)  # (B, V)
+    # In single precision a number stays so far below 1 that its product is below the whole sum.
+    uniform = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+    wanted = uniform.to(logits.device, torch.float64)[:, None] * total[:, -1:]
+    return torch.searchsorted(total, wanted, right=True).squeeze(1)

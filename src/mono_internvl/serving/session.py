@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.finite_logits import check_finite
+from mono_internvl.generation.request import TextStream
 from mono_internvl.generation.sampling import GREEDY, Sampling
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.layers import is_scaled_dynamically
@@ -31,8 +32,6 @@ from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import parse_boxes
 from mono_internvl.model.shared_prefix import digest
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Box = tuple[int, int, int, int]
 FinishReason = Literal["stop", "length"]
@@ -261,7 +260,7 @@ class ChatSession:
             pixels = pixels if self._image_token in prompt else None
         cached = len(self._ids)
         generated: list[int] = []
-        text = _TextStream(self.processor)
+        text = TextStream(self.processor.decode_answer)
         is_settled = False
         try:
             try:
@@ -295,7 +294,7 @@ class ChatSession:
         generated: list[int],
         most: int,
         options: Sampling,
-        text: "_TextStream",
+        text: TextStream,
     ) -> Generator[str, None, None]:
         """Reads the prompt and appends at most `most` ids to `generated`; yields certain text."""
         processors = options.logits_processors()
@@ -407,26 +406,6 @@ class ChatSession:
             yield
         finally:
             self._busy.release()
-
-
-class _TextStream:
-    """Text of a growing answer, handed out as far as later tokens cannot change it."""
-
-    def __init__(self, processor: MonoInternVLProcessor) -> None:
-        self.text = ""
-        self._processor = processor
-
-    def push(self, ids: list[int]) -> str:
-        """New text that is certain: no whitespace that may be final, no unfinished character."""
-        return self._advance(self._processor.decode_answer(ids).rstrip(REPLACEMENT).rstrip())
-
-    def finish(self, ids: list[int]) -> str:
-        """What is left; `text` then is the whole answer."""
-        return self._advance(self._processor.decode_answer(ids))
-
-    def _advance(self, text: str) -> str:
-        new, self.text = text[len(self.text) :], max(text, self.text, key=len)
-        return new
 
 
 def _user_message(question: str, images: Sequence[Any]) -> dict[str, Any]:

@@ -1,0 +1,308 @@
+"""Many requests at once: they join and leave a batch between its steps.
+
+A step reads the prompts for which there is room, then decodes one token of every request in one
+pass. What a request gets does not depend on who is beside it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.generation.cache import BatchCache
+from mono_internvl.generation.finite_logits import check_finite
+from mono_internvl.generation.prefix import (
+    Beginning,
+    PrefixCache,
+    depends_on_the_beginning_alone,
+    find_beginnings,
+)
+from mono_internvl.generation.reading import Prompt, Reader, Row
+from mono_internvl.generation.request import Generation, Request, Result
+from mono_internvl.generation.sampling import choose_tokens
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+
+MAX_ROWS = 32
+KV_BYTES_ON_CPU = 2 * 2**30
+PREFIX_BYTES = 2**28
+
+
+@dataclass(eq=False)
+class _Entry(Row):
+    """A request with its place in the batch.
+
+    Attributes:
+        generation: What its caller holds.
+        beginnings: What of its prompt may be there already, shortest first.
+    """
+
+    generation: Generation = field(kw_only=True)
+    beginnings: Sequence[Beginning] = field(kw_only=True)
+
+    @property
+    def most_columns(self) -> int:
+        """Columns that it may come to need."""
+        return len(self.prompt) + self.generation.request.sampling.max_new_tokens
+
+
+class Engine:
+    """Answers requests with one model; knows ids and pixels, neither chats nor connections.
+
+    `submit` and the `cancel` of what it returns may be called from any thread; `step`, and what
+    calls it, from one thread at a time.
+
+    Args:
+        model: On any device, in any dtype, with eager, sdpa or blocked attention.
+        max_rows: Most requests that are answered at once; others wait, in their order.
+        kv_bytes: Most bytes of keys and values of these requests; unless given, half of what the
+            accelerator has free, or 2 GiB on a CPU.
+        prefix_bytes: Most bytes of keys and values of beginnings that are kept for later requests;
+            0 keeps none.
+
+    Raises:
+        ConfigError: A number is out of range, or the model's attention cannot do it.
+    """
+
+    def __init__(
+        self,
+        model: MonoInternVLForConditionalGeneration,
+        *,
+        max_rows: int = MAX_ROWS,
+        kv_bytes: int | None = None,
+        prefix_bytes: int = PREFIX_BYTES,
+    ) -> None:
+        if max_rows < 1 or prefix_bytes < 0 or (kv_bytes is not None and kv_bytes < 1):
+            raise ConfigError(
+                f"max_rows={max_rows}, kv_bytes={kv_bytes}, prefix_bytes={prefix_bytes}; expected "
+                "at least 1, 1 and 0"
+            )
+        text, device = model.config.text_config, model.device
+        if kv_bytes is None:
+            is_cuda = device.type == "cuda"
+            kv_bytes = torch.cuda.mem_get_info(device)[0] // 2 if is_cuda else KV_BYTES_ON_CPU
+        self.max_rows, self.kv_bytes = max_rows, kv_bytes
+        self.bytes_per_token = (
+            2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        ) * model.dtype.itemsize
+        self.model = model.eval()
+        self.cache = BatchCache(text, model.dtype, device, kv_bytes // self.bytes_per_token)
+        self.prefixes = PrefixCache(prefix_bytes)
+        self._reader = Reader(self.model, self.cache)
+        self._waiting: deque[_Entry] = deque()
+        self._rows: list[_Entry] = []
+        self._ended: list[Generation] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that no prompt was read of yet."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests in the batch."""
+        return len(self._rows)
+
+    def submit(self, request: Request) -> Generation:
+        """Put a request in the queue.
+
+        Raises:
+            PromptError: Tiles and places do not match, or the request needs more memory for keys
+                and values than there will ever be.
+        """
+        prompt = self._reader.prompt_of(request)
+        entry = _Entry(
+            prompt, generation=Generation(request), beginnings=self._beginnings_of(prompt)
+        )
+        if entry.most_columns > self.cache.max_tokens:
+            raise PromptError(
+                f"a prompt of {len(prompt)} tokens and {request.sampling.max_new_tokens} new ones "
+                f"need {entry.most_columns * self.bytes_per_token:,} bytes of keys and values, but "
+                f"kv_bytes={self.kv_bytes:,}; ask for fewer tokens or tiles, or give more memory"
+            )
+        self._waiting.append(entry)
+        return entry.generation
+
+    def step(self) -> list[Generation]:
+        """Read prompts for which there is room, decode one token of every request.
+
+        An error of a request's own functions (`decode`, `on_text`), and logits that are no numbers,
+        cancel that request; the error is raised when the step is complete. One in a pass over
+        prompts cancels these; one in a pass over tokens changes nothing.
+
+        Returns:
+            Requests that have ended since the last step, cancelled ones too.
+        """
+        self._leave()
+        self._join()
+        if self._rows:
+            self._make_room([])
+            tokens = [entry.generation.ids[-1] for entry in self._rows]
+            self._choose(self._rows, self._reader.read_tokens(self._rows, tokens))
+        ended, self._ended = self._ended, []
+        return ended
+
+    def generate(self, requests: Sequence[Request]) -> list[Result]:
+        """Answer requests, along with all others there are; results come in the given order.
+
+        Raises:
+            PromptError: As by `submit`; then none of them is answered.
+        """
+        generations: list[Generation] = []
+        try:
+            for request in requests:
+                generations.append(self.submit(request))
+            while any(generation.finish_reason is None for generation in generations):
+                self.step()
+        finally:
+            for generation in generations:
+                generation.cancel()
+        return [generation.result for generation in generations]
+
+    # ------------------------------------------------------------------ joining
+
+    def _beginnings_of(self, prompt: Prompt) -> Sequence[Beginning]:
+        if (
+            prompt.pixel_values is None
+            or not self.prefixes.max_bytes
+            or not depends_on_the_beginning_alone(self.model.config, len(prompt))
+        ):
+            return ()
+        per_tile = self.model.config.num_image_tokens_per_tile
+        return find_beginnings(prompt.input_ids, prompt.is_visual, prompt.pixel_values, per_tile)
+
+    def _join(self) -> None:
+        """Take in waiting requests, in their order, as far as there is room."""
+        joining: list[_Entry] = []
+        while self._waiting and self._has_room(joining, self._waiting[0]):
+            joining.append(self._waiting.popleft())
+        try:
+            while joining:
+                group = self._next_group(joining)
+                joining = [entry for entry in joining if entry not in group]
+                self._read(group)
+        finally:  # those whose turn did not come, because a pass failed
+            self._waiting.extendleft(reversed(joining))
+
+    def _has_room(self, joining: Sequence[_Entry], entry: _Entry) -> bool:
+        """Whether a request fits, were all of them to become as long as the longest."""
+        all_of_them = [*self._rows, *joining, entry]
+        longest = max(one.most_columns for one in all_of_them)
+        fits = len(all_of_them) * longest <= self.cache.max_tokens
+        return fits and len(all_of_them) <= self.max_rows
+
+    def _next_group(self, joining: Sequence[_Entry]) -> list[_Entry]:
+        """Those that one pass can read; who begins like one of them waits for what it reads."""
+        group: list[_Entry] = []
+        read_now: set[bytes] = set()
+        for entry in joining:
+            known = (one.num_tokens for one in entry.beginnings if one.key in self.prefixes)
+            entry.length = max(known, default=0)
+            will_be_known = any(
+                one.key in read_now for one in entry.beginnings if one.num_tokens > entry.length
+            )
+            if will_be_known or not self._reader.fit_together([*group, entry]):
+                continue
+            group.append(entry)
+            if entry.beginnings and self._can_be_kept(entry.beginnings[-1]):
+                read_now.add(entry.beginnings[-1].key)
+        return group
+
+    def _read(self, group: list[_Entry]) -> None:
+        """Read the prompts of a group into new rows, and choose their first tokens."""
+        first = len(self._rows)
+        try:
+            self._make_room(group)
+            for row, entry in enumerate(group, first):
+                if entry.length:
+                    used = next(b for b in entry.beginnings if b.num_tokens == entry.length)
+                    self.cache.put_beginning(row, self.prefixes.take(used.key))
+                entry.generation.num_cached = entry.length
+            logits = self._reader.read_prompts(first, group)
+            for row, (entry, is_finite) in enumerate(
+                zip(group, _finite_rows(logits), strict=True), first
+            ):
+                longest = entry.beginnings[-1] if entry.beginnings and is_finite else None
+                if longest is not None and self._can_be_kept(longest):
+                    self.prefixes.put(longest.key, self.cache.beginning(row, longest.num_tokens))
+        except BaseException:
+            for entry in group:
+                entry.generation.cancel()
+                self._ended.append(entry.generation)
+            raise
+        self._rows += group
+        self._choose(group, logits)
+
+    def _make_room(self, group: Sequence[_Entry]) -> None:
+        """Room for the next token of every request, and for a group that is to be read."""
+        lengths = [entry.length for entry in self._rows]
+        self.cache.reserve(
+            len(self._rows) + len(group),
+            max([*lengths, *(len(entry.prompt) for entry in group)]) + 1,
+            lengths,
+            max(entry.most_columns for entry in (*self._rows, *group)),
+        )
+
+    def _can_be_kept(self, beginning: Beginning) -> bool:
+        num_bytes = beginning.num_tokens * self.bytes_per_token
+        return beginning.key not in self.prefixes and self.prefixes.can_hold(num_bytes)
+
+    # ------------------------------------------------------------------ choosing and leaving
+
+    def _choose(self, entries: Sequence[_Entry], logits: torch.Tensor) -> None:
+        """Give every request its next token; those that end with it leave the batch."""
+        generations = [entry.generation for entry in entries]
+        samplings = [generation.request.sampling for generation in generations]
+        contexts = [
+            [*entry.prompt.input_ids.tolist(), *entry.generation.ids]
+            if sampling.repetition_penalty != 1
+            else ()
+            for entry, sampling in zip(entries, samplings, strict=True)
+        ]
+        random_states = [generation.generator for generation in generations]
+        tokens = choose_tokens(logits, samplings, contexts, random_states)
+        logprobs: dict[int, float] = {}
+        if asked := [n for n, one in enumerate(generations) if one.request.has_logprobs]:
+            picked = torch.tensor([tokens[n] for n in asked], device=logits.device)[:, None]
+            found = logits[asked].log_softmax(-1).gather(1, picked)
+            logprobs = dict(zip(asked, found.squeeze(1).tolist(), strict=True))
+        errors: list[BaseException] = []
+        is_finite = _finite_rows(logits)
+        for number, (generation, token) in enumerate(zip(generations, tokens, strict=True)):
+            if generation.finish_reason is not None:
+                continue  # cancelled from another thread meanwhile
+            try:
+                if not is_finite[number]:
+                    self.cache.blank(self._rows.index(entries[number]))
+                    check_finite(logits[number : number + 1])
+                generation.take(token, logprobs.get(number))
+            except BaseException as error:
+                generation.cancel()
+                errors.append(error)
+        self._leave()
+        if errors:
+            raise errors[0]
+
+    def _leave(self) -> None:
+        """Let go of what has ended; the last row moves where one became free."""
+        for entry in list(self._waiting):
+            if entry.generation.finish_reason is not None:
+                self._waiting.remove(entry)
+                self._ended.append(entry.generation)
+        for row in reversed(range(len(self._rows))):
+            entry = self._rows[row]
+            if entry.generation.finish_reason is not None:
+                self._ended.append(entry.generation)
+                last = self._rows.pop()
+                if last is not entry:
+                    self.cache.move(len(self._rows), row, last.length)
+                    self._rows[row] = last
+
+
+def _finite_rows(logits: torch.Tensor) -> list[bool]:
+    """Which rows of (B, V) logits hold a number as their largest."""
+    found: list[bool] = logits.amax(-1).isfinite().tolist()
+    return found

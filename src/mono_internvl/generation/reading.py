@@ -1,0 +1,280 @@
+"""The model's passes over a batch: prompts read side by side, then one token of every row.
+
+Rows are as long as they are: a pass writes each row's tokens behind what it holds, with the
+positions of that row and a mask that ends where the row ends. Which rows of the stream are visual
+is settled here, on the host; every token that is decoded is text.
+
+Legend: B rows, T tokens of a pass, L columns it sees, D width, V vocabulary, S tile side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.experts import Routing
+from mono_internvl.generation.cache import BatchCache, Rows
+from mono_internvl.generation.few_rows import FewRows
+from mono_internvl.generation.prefix import scales_rotary
+from mono_internvl.generation.request import Request
+from mono_internvl.model.blocked_attention import BLOCKED
+from mono_internvl.model.decoder_knobs import LAYER_TYPES
+from mono_internvl.model.image_layout import (
+    ImageLayout,
+    chunk_ends,
+    has_image_layout,
+    lay_out_images,
+    moves_positions,
+)
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+
+TOKENS_PER_PASS = 2048
+"""Of prompts read side by side; a longer one is read alone, in chunks."""
+MOST_PADDING = 64
+"""Tokens of padding that are cheaper than a pass more: with fewer, reading weights is what takes
+time."""
+ATTENTIONS = ("eager", "sdpa", BLOCKED)
+"""Those that take a mask of their own for every row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A request's prompt, checked.
+
+    Attributes:
+        input_ids: (T,) int64, on the CPU.
+        is_visual: (T,) bool, on the CPU.
+        pixel_values: (tiles, 3, S, S), or None without images.
+    """
+
+    input_ids: Tensor
+    is_visual: Tensor
+    pixel_values: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(eq=False)
+class Row:
+    """What a row of the batch holds.
+
+    Attributes:
+        prompt: Its prompt.
+        length: Columns in use: the prompt, or its part that is there, and decoded tokens.
+        lag: How far its next token's rotary position stays behind its column.
+    """
+
+    prompt: Prompt
+    length: int = 0
+    lag: int = 0
+
+
+class Reader:
+    """Reads tokens into the rows of a cache.
+
+    Args:
+        model: In eval mode.
+        cache: Of the same model.
+
+    Raises:
+        ConfigError: The model's attention cannot see a row's own mask.
+    """
+
+    def __init__(self, model: MonoInternVLForConditionalGeneration, cache: BatchCache) -> None:
+        attention = model.config.text_config._attn_implementation
+        if attention not in ATTENTIONS:
+            raise ConfigError(
+                f"attn_implementation={attention!r}; answering several requests at once needs one "
+                f"of {', '.join(ATTENTIONS)}: call model.set_attn_implementation"
+            )
+        self.model, self.config, self.cache = model, model.config, cache
+        self.device = model.device
+        self._moves_positions = moves_positions(model.config)
+
+    def prompt_of(self, request: Request) -> Prompt:
+        """The prompt of a request, on the host.
+
+        Raises:
+            PromptError: Tiles and places do not match, or an id is outside the vocabulary.
+        """
+        ids = torch.as_tensor(request.input_ids).detach().cpu().long()
+        vocabulary = self.config.text_config.vocab_size
+        low, high = int(ids.min()), int(ids.max())
+        if ids.dim() != 1 or low < 0 or high >= vocabulary:
+            raise PromptError(
+                f"input_ids of shape {tuple(ids.shape)} with ids {low} to {high}; expected (T,) "
+                f"with ids from 0 to {vocabulary - 1}"
+            )
+        is_visual = request.visual_token_mask
+        is_visual = ids == self.config.image_token_id if is_visual is None else is_visual.cpu()
+        if is_visual.shape != ids.shape:
+            raise PromptError(
+                f"visual_token_mask of shape {tuple(is_visual.shape)}; expected {tuple(ids.shape)}"
+            )
+        tiles = 0 if request.pixel_values is None else len(request.pixel_values)
+        wanted, per_tile = int(is_visual.sum()), self.config.num_image_tokens_per_tile
+        if wanted != tiles * per_tile:
+            raise PromptError(
+                f"the prompt has {wanted} image tokens but {tiles} tiles give {tiles * per_tile}; "
+                "expand one placeholder per image with the processor of this checkpoint"
+            )
+        return Prompt(ids, is_visual, request.pixel_values if tiles else None)
+
+    def fit_together(self, rows: Sequence[Row]) -> bool:
+        """Whether prompts may be read in one pass: from the same column on, and nearly as long."""
+        rests = [len(row.prompt) - row.length for row in rows]
+        return len(rows) == 1 or (
+            len({row.length for row in rows}) == 1
+            and len(rows) * max(rests) <= TOKENS_PER_PASS
+            and max(rests) - min(rests) <= MOST_PADDING
+            and not scales_rotary(self.config, rows[0].length + max(rests))
+        )
+
+    @torch.inference_mode()
+    def read_prompts(self, first: int, rows: Sequence[Row]) -> Tensor:
+        """Read what is left of the prompts of neighbouring rows that `fit_together`.
+
+        Args:
+            first: Row of the cache that is the first of them.
+            rows: What is to be read; `length` of each prompt is there already.
+
+        Returns:
+            (B, V) logits of what follows each.
+        """
+        rests = [row.prompt.input_ids[row.length :] for row in rows]
+        ids = torch.nn.utils.rnn.pad_sequence(rests, batch_first=True)  # (B, T)
+        is_visual = torch.nn.utils.rnn.pad_sequence(
+            [row.prompt.is_visual[row.length :] for row in rows], batch_first=True
+        )
+        features = self._features(rows)
+        layout = ImageLayout()
+        if has_image_layout(self.config):
+            layout = lay_out_images(self.config, is_visual, None, None)
+        start, used, logits = rows[0].length, 0, ids.new_empty(0)
+        last = torch.tensor([len(rest) - 1 for rest in rests])  # (B,)
+        for begin, stop in pairwise((0, *self._chunk_ends(is_visual, start))):
+            routing = Routing.from_mask(is_visual[:, begin:stop]).to(self.device)
+            x = self.model.model.place_routed_features(
+                ids[:, begin:stop].to(self.device),
+                features[used : used + routing.num_visual],
+                routing,
+            )
+            used += routing.num_visual
+            logits = self._pass(
+                self.cache.rows(first, [start + begin] * len(rows), stop - begin),
+                x,
+                routing,
+                ImageLayout(
+                    _sliced(layout.image_numbers, 0, stop, self.device),
+                    _sliced(layout.positions, begin, stop, self.device),
+                ),
+                last.clamp_max(stop - 1) - begin,
+            )
+        for number, row in enumerate(rows):
+            row.length = len(row.prompt)
+            if layout.positions is not None:
+                place = len(rests[number]) - 1
+                row.lag = math.floor(place - float(layout.positions[number, place]))
+        return logits
+
+    @torch.inference_mode()
+    def read_tokens(self, rows: Sequence[Row], tokens: Sequence[int]) -> Tensor:
+        """Read one more token of every row of the batch; (B, V) logits of what follows."""
+        logits = []
+        for begin, stop in self._runs(rows):
+            run = rows[begin:stop]
+            view = self.cache.rows(begin, [row.length for row in run], 1)
+            ids = torch.tensor(tokens[begin:stop], device=self.device)[:, None]
+            layout = ImageLayout()
+            if self._moves_positions:
+                lags = torch.tensor([row.lag for row in run], device=self.device)
+                layout = ImageLayout(positions=(view.columns - lags[:, None]).float())
+            x = self.model.get_input_embeddings()(ids)
+            with FewRows():
+                logits.append(self._pass(view, x, Routing.all_text(len(run)), layout))
+        for row in rows:
+            row.length += 1
+        return torch.cat(logits)
+
+    # ------------------------------------------------------------------ parts of a pass
+
+    def _pass(
+        self,
+        view: Rows,
+        x: Tensor,
+        routing: Routing,
+        layout: ImageLayout,
+        last: Tensor | None = None,
+    ) -> Tensor:
+        """(B, V) logits behind token `last` (B,) of every row of (B, T, D)."""
+        tokens, keep, first = x.shape[1], None, 0
+        if last is not None and tokens > 1:
+            keep = (last + torch.arange(0, last.numel() * tokens, tokens)).to(self.device)
+            first = int(last.min())
+        out = self.model.model.language_model(
+            inputs_embeds=x,
+            routing=routing,
+            attention_mask=None if view.is_level else self._masks(view, x.dtype),
+            position_ids=view.columns,
+            past_key_values=view,
+            image_layout=layout,
+            rows_to_keep=keep,
+            first_token_to_keep=first,
+        )
+        return self.model.lm_head(out.last_hidden_state.flatten(0, -2)).float()  # type: ignore[no-any-return]
+
+    def _masks(self, view: Rows, dtype: torch.dtype) -> dict[str, Tensor]:
+        """(B, 1, T, L) masks of layers that see every column up to a token's own, or a window."""
+        columns = torch.arange(view.get_mask_sizes(view.columns.shape[1])[0], device=self.device)
+        own = view.columns[:, None, :, None]
+        masks = [columns <= own]
+        if (window := self.config.text_config.sliding_window) is not None:
+            masks.append(masks[0] & (columns > own - window))
+        if self.config.text_config._attn_implementation == "eager":  # adds its mask to the scores
+            lowest = torch.finfo(dtype).min
+            masks = [torch.zeros_like(m, dtype=dtype).masked_fill_(~m, lowest) for m in masks]
+        return dict(zip(LAYER_TYPES, masks, strict=False))
+
+    def _features(self, rows: Sequence[Row]) -> Tensor:
+        """(visual tokens, D) of the images that are still to be read."""
+        per_tile = self.config.num_image_tokens_per_tile
+        pixels = []
+        for row in rows:
+            if row.prompt.pixel_values is not None:
+                seen = int(row.prompt.is_visual[: row.length].sum()) // per_tile
+                pixels.append(row.prompt.pixel_values[seen:])
+        if not any(len(tiles) for tiles in pixels):
+            weight = self.model.get_input_embeddings().weight
+            return weight.new_empty(0, weight.shape[1])  # type: ignore[no-any-return]
+        found = self.model.get_image_features(torch.cat(pixels).to(self.device))
+        return found.flatten(0, 1)
+
+    def _chunk_ends(self, is_visual: Tensor, start: int) -> list[int]:
+        """In one piece where a chunk would be given other rotary angles than the whole."""
+        tokens = is_visual.shape[1]
+        if tokens <= TOKENS_PER_PASS or scales_rotary(self.config, start + tokens):
+            return [tokens]
+        return chunk_ends(self.config, is_visual, None)
+
+    def _runs(self, rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+        """Neighbours that one pass can read: those whose angles depend on their length go alone."""
+        begin = 0
+        for number, row in enumerate(rows):
+            if scales_rotary(self.config, row.length + 1):
+                if begin < number:
+                    yield begin, number
+                yield number, number + 1
+                begin = number + 1
+        if begin < len(rows):
+            yield begin, len(rows)
+
+
+def _sliced(x: Tensor | None, begin: int, stop: int, device: torch.device) -> Tensor | None:
+    return None if x is None else x[:, begin:stop].to(device)
