@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "serving": {"model", "generation", "door"},
     "visual": {"model"},
     "miniature": {"data"},
-    "bench": {"model", "experts", "data", "training"},
+    "bench": {"model", "experts", "generation", "data", "training"},
     "pipelines": {
         "model",
         "experts",

@@ -321,8 +321,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="targets, prefill, modular, decode, prefix, profile, train, serve, images, "
-            "experts or gpu."
+            help="targets, prefill, modular, decode, prefix, profile, train, serve, engine, "
+            "images, experts or gpu."
         ),
     ],
     size: Annotated[str | None, typer.Option(help="tiny, middle or 2b; middle, gpu: 2b.")] = None,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.image_layout import has_image_layout
+from mono_internvl.model.layers import is_scaled_dynamically
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,9 @@ def depends_on_the_beginning_alone(config: MonoInternVLConfig, num_tokens: int) 
         config: Of the model.
         num_tokens: Length of the whole prompt.
     """
-    return not has_image_layout(config) and not scales_rotary(config, num_tokens)
-
-
-def scales_rotary(config: MonoInternVLConfig, num_tokens: int) -> bool:
-    """Whether rotary angles depend on how long the context is, at this length."""
-    text = config.text_config
-    is_dynamic = text.rope_parameters["rope_type"] == "dynamic"
-    return is_dynamic and num_tokens > text.max_position_embeddings
+    return not has_image_layout(config) and not is_scaled_dynamically(
+        config.text_config, num_tokens
+    )
 
 
 def find_beginnings(

@@ -21,7 +21,6 @@ from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.experts import Routing
 from mono_internvl.generation.cache import BatchCache, Rows
 from mono_internvl.generation.few_rows import FewRows
-from mono_internvl.generation.prefix import scales_rotary
 from mono_internvl.generation.request import Request
 from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.decoder_knobs import LAYER_TYPES
@@ -32,6 +31,7 @@ from mono_internvl.model.image_layout import (
     lay_out_images,
     moves_positions,
 )
+from mono_internvl.model.layers import is_scaled_dynamically
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 TOKENS_PER_PASS = 2048
@@ -134,7 +134,7 @@ class Reader:
             len({row.length for row in rows}) == 1
             and len(rows) * max(rests) <= TOKENS_PER_PASS
             and max(rests) - min(rests) <= MOST_PADDING
-            and not scales_rotary(self.config, rows[0].length + max(rests))
+            and not is_scaled_dynamically(self.config.text_config, rows[0].length + max(rests))
         )
 
     @torch.inference_mode()
@@ -259,7 +259,9 @@ class Reader:
     def _chunk_ends(self, is_visual: Tensor, start: int) -> list[int]:
         """In one piece where a chunk would be given other rotary angles than the whole."""
         tokens = is_visual.shape[1]
-        if tokens <= TOKENS_PER_PASS or scales_rotary(self.config, start + tokens):
+        if tokens <= TOKENS_PER_PASS or is_scaled_dynamically(
+            self.config.text_config, start + tokens
+        ):
             return [tokens]
         return chunk_ends(self.config, is_visual, None)
 
@@ -267,7 +269,7 @@ class Reader:
         """Neighbours that one pass can read: those whose angles depend on their length go alone."""
         begin = 0
         for number, row in enumerate(rows):
-            if scales_rotary(self.config, row.length + 1):
+            if is_scaled_dynamically(self.config.text_config, row.length + 1):
                 if begin < number:
                     yield begin, number
                 yield number, number + 1

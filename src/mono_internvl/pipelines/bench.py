@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from mono_internvl.bench.decode import bench_decode, bench_prefix
+from mono_internvl.bench.engine import bench_engine
 from mono_internvl.bench.experts import bench_experts
 from mono_internvl.bench.gpu import bench_gpu
 from mono_internvl.bench.images import bench_images
@@ -43,6 +44,7 @@ COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
     "profile": bench_profile,
     "train": partial(bench_train, stages=EVIP.stages),
     "serve": bench_serve,
+    "engine": bench_engine,
     "images": bench_images,
     "targets": bench_targets,
     "experts": bench_experts,

@@ -17,7 +17,7 @@ from mono_internvl.json_lines import read_lines
 from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.pipelines.markdown import NOTHING, in_words, table
 
-TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "images")
+TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "engine", "images")
 """Comparisons that have a block `bench-NAME`."""
 
 _HEAD = (
