@@ -14,8 +14,7 @@ from mono_internvl.door import pass_through
 from mono_internvl.serving.terminal import Picture, answer, converse, print_json
 
 if TYPE_CHECKING:
-    from mono_internvl.pipelines.convert import RoundTrip
-    from mono_internvl.pipelines.info import ModelInfo
+    from mono_internvl.compute import ComputePlan
 
 DEFAULT_PRESET = "mono-internvl-2b"
 app = typer.Typer(
@@ -30,7 +29,19 @@ lab = typer.Typer(help="Experiments in the miniature.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
 
 Model = Annotated[str, typer.Option("--model", metavar="DIR|HUB_ID", help="Checkpoint.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, xpu or mps.")]
+Precision = Annotated[
+    str, typer.Option(help="auto (what this machine multiplies faster), bf16 or fp32.")
+]
+Attention = Annotated[
+    str | None, typer.Option(metavar="NAME", help="sdpa, blocked, eager, ...; by the plan.")
+]
+Processes = Annotated[
+    int | None, typer.Option(min=1, help="On this machine; as many as it has cores for.")
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Of each process; the cores left to each.")
+]
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")
 ]
@@ -86,7 +97,11 @@ def chat(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the choices.")] = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
+    ] = "auto",
+    attention: Attention = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
     experts: Experts = "auto",
     revision: Revision = None,
     as_json: Json = False,
@@ -101,13 +116,18 @@ def chat(
     session = load(
         model,
         device=device,
-        dtype=dtype,
+        precision=precision,
+        attention=attention,
+        threads=threads,
         revision=revision,
         system=system,
         max_tiles=max_tiles,
         sampling=sampling,
         experts=experts,
     )
+    plan = session.plan
+    if plan is not None and (sys.stderr.isatty() or plan.precision == "int8"):  # a loss is said
+        _say_plan(plan)
     if question is not None:
         answer(session, question, pictures, as_json)
     elif converse(session, pictures, as_json) and not sys.stdin.isatty():
@@ -136,6 +156,7 @@ def info(
         raise typer.BadParameter("give --model or --preset, not both")
     from mono_internvl.model.presets import PRESET_NOTES
     from mono_internvl.pipelines.info import describe
+    from mono_internvl.pipelines.printing import info_values, print_info
 
     _quieten()
     found = describe(_config_of(model, preset or DEFAULT_PRESET, revision), tokens, recipe)
@@ -143,9 +164,9 @@ def info(
     if note := PRESET_NOTES.get(preset or ""):
         found = dataclasses.replace(found, config={**found.config, "note": note})
     if as_json:
-        print_json({"name": title, **_info_values(found)})
+        print_json({"name": title, **info_values(found)})
     else:
-        _print_info(title, found)
+        print_info(title, found)
 
 
 @app.command()
@@ -158,13 +179,14 @@ def convert(
 ) -> None:
     """Prove that a checkpoint is read and written without loss."""
     from mono_internvl.pipelines.convert import check_round_trip
+    from mono_internvl.pipelines.printing import print_round_trip
 
     _quieten()
     result = check_round_trip(check, out)
     if as_json:
         print_json(dataclasses.asdict(result))
     else:
-        _print_round_trip(check, result)
+        print_round_trip(check, result)
     if result.differences:
         raise typer.Exit(1)
 
@@ -193,6 +215,7 @@ def init(
     from mono_internvl.model.visual_options import EXPERT_PRESETS, parse_visual_experts
     from mono_internvl.pipelines.init import init as make_model
     from mono_internvl.pipelines.init import summary
+    from mono_internvl.pipelines.printing import in_words
 
     if preset not in EXPERT_PRESETS:
         raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
@@ -215,7 +238,7 @@ def init(
         print_json({"out": str(made), **summary(made)})
         return
     for name, value in summary(made).items():
-        typer.echo(f"{name.replace('_', ' '):<15} {_in_words(value)}")
+        typer.echo(f"{name.replace('_', ' '):<15} {in_words(value)}")
     typer.echo(f"checkpoint: {made}")
 
 
@@ -229,8 +252,11 @@ def train(
         Path | None, typer.Option(metavar="META.json|DIR", help="What to learn from.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="On this machine.")] = 1,
+    processes: Processes = None,
+    threads: Threads = None,
     device: Device = "cpu",
+    precision: Precision = "auto",
+    attention: Attention = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every stage."),
@@ -258,7 +284,10 @@ def train(
         data=data,
         run=out,
         processes=processes,
+        threads=threads,
         device=device,
+        precision=precision,
+        attention=attention,
         overrides=overrides,
     )
     typer.echo(f"checkpoint: {checkpoint}")
@@ -269,19 +298,31 @@ def train(
 def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
     quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
-    processes: Annotated[int | None, typer.Option(min=1, help="Training processes.")] = None,
+    processes: Processes = None,
+    threads: Threads = None,
     device: Device = "cpu",
+    precision: Precision = "auto",
+    attention: Attention = None,
     llm: Annotated[str, typer.Option(help="shipped, scratch, or a folder.")] = "shipped",
     seed: WorldSeed = 0,
     ask: Annotated[bool, typer.Option(help="End with three questions.")] = True,
 ) -> None:
     """Give a small language model eyes: data, four stages, evaluation, report."""
-    from mono_internvl.compute import choose_device
     from mono_internvl.pipelines.quickstart import quickstart as run_quickstart
 
     _quieten()
-    place = str(choose_device(device))
-    run_quickstart(out, quick=quick, processes=processes, device=place, llm=llm, seed=seed, ask=ask)
+    run_quickstart(
+        out,
+        quick=quick,
+        processes=processes,
+        threads=threads,
+        device=device,
+        precision=precision,
+        attention=attention,
+        llm=llm,
+        seed=seed,
+        ask=ask,
+    )
 
 
 @app.command()
@@ -299,6 +340,11 @@ def evaluate(
     ] = None,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
     device: Device = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
+    ] = "auto",
+    attention: Attention = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
     as_json: Json = False,
 ) -> None:
     """Score the answers to the records of a file."""
@@ -306,7 +352,17 @@ def evaluate(
 
     _quieten()
     found = run_evaluation(
-        model, data, blind=blind, device=device, out=out, per_kind=per_kind, max_tiles=max_tiles
+        model,
+        data,
+        blind=blind,
+        device=device,
+        precision=precision,
+        attention=attention,
+        threads=threads,
+        out=out,
+        per_kind=per_kind,
+        max_tiles=max_tiles,
+        on_plan=_say_plan,
     )
     if as_json:
         print_json(dataclasses.asdict(found))
@@ -353,17 +409,24 @@ def lab_modular(
         Path | None, typer.Option(metavar="DIR", help="A finished quickstart to compare with.")
     ] = None,
     quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
+    processes: Processes = None,
     device: Device = "cpu",
+    precision: Precision = "auto",
     seed: WorldSeed = 0,
 ) -> None:
     """Train the modular twin of the quickstart's model on the same data."""
-    from mono_internvl.compute import choose_device
     from mono_internvl.pipelines.lab_modular import modular_twin
 
     _quieten()
-    place = str(choose_device(device))
-    modular_twin(out, against=against, quick=quick, processes=processes, device=place, seed=seed)
+    modular_twin(
+        out,
+        against=against,
+        quick=quick,
+        processes=processes,
+        device=device,
+        precision=precision,
+        seed=seed,
+    )
     typer.echo((out / "table.md").read_text(encoding="utf-8"))
     typer.echo(f"comparison: {out / 'comparison.json'}")
 
@@ -379,75 +442,23 @@ def lab_evip_plus_plus(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     device: Device = "cpu",
+    precision: Precision = "auto",
 ) -> None:
     """Compare EViP, EViP++ at equal data and EViP++ at 42 % of it, over seeds."""
-    from mono_internvl.compute import choose_device
     from mono_internvl.pipelines.lab_evip import compare_pretraining
 
     _quieten()
-    place = str(choose_device(device))
     table = compare_pretraining(
-        out, seeds=seeds, quick=quick, against=against, processes=processes, device=place
+        out,
+        seeds=seeds,
+        quick=quick,
+        against=against,
+        processes=processes,
+        device=device,
+        precision=precision,
     )
     typer.echo(table.read_text(encoding="utf-8"))
     typer.echo(f"table: {table}")
-
-
-def _info_values(info: "ModelInfo") -> dict[str, Any]:
-    values = {name: value for name, value in dataclasses.asdict(info).items() if value is not None}
-    if info.costs is not None:
-        for phase in ("prefill", "decode"):
-            values["costs"][phase]["total"] = getattr(info.costs, phase).total
-    return values
-
-
-def _print_info(title: str, info: "ModelInfo") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    values = _info_values(info)
-    groups, costs = values["parameters"].pop("groups"), values.get("costs", {})
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(overflow="fold")
-    table.add_column(justify="right", overflow="fold")
-    for heading, rows in (
-        ("parameters", values["parameters"]),
-        ("parameters by group", groups),
-        ("parameters that learn", values.get("trainable", {})),
-        ("configuration", values["config"]),
-        ("operations of the prefill", costs.pop("prefill", {})),
-        ("operations of a decoded token", costs.pop("decode", {})),
-        ("prompt", costs),
-    ):
-        if rows:
-            table.add_section()
-            table.add_row(f"[bold]{heading}[/]")
-        for name, value in rows.items():
-            table.add_row(f"  {name.replace('_', ' ')}", _in_words(value))
-    Console().print(table)
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _print_round_trip(name: str, result: "RoundTrip") -> None:
-    typer.echo(f"checkpoint  {name}")
-    typer.echo(f"tensors     {result.tensors:,}")
-    typer.echo(f"parameters  {result.parameters:,}")
-    typer.echo(f"dtype       {', '.join(f'{k} ({n})' for k, n in result.dtypes.items())}")
-    typer.echo(f"tokenizer   {'none' if result.tokens is None else f'{result.tokens:,} tokens'}")
-    typer.echo(f"sha256      {result.digest}")
-    if result.out is not None:
-        typer.echo(f"copy        {result.out}")
-    for difference in result.differences:
-        typer.secho(f"differs     {difference}", fg=typer.colors.RED)
-    if not result.differences:
-        typer.echo("round trip  identical: every tensor bit for bit, the configuration in meaning")
 
 
 def _print_recipes() -> None:
@@ -471,6 +482,10 @@ def _config_of(model: str | None, preset: str, revision: str | None) -> Any:
     if file is None:
         raise CheckpointError(f"{model}: no config.json; expected a checkpoint folder or a hub id")
     return read_config(file.parent)
+
+
+def _say_plan(plan: "ComputePlan") -> None:
+    typer.echo(plan.describe(), err=True)
 
 
 def _quieten() -> None:

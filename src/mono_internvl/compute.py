@@ -82,7 +82,7 @@ class ComputePlan:
         """Plain data, for run folders and result rows; with what this build of PyTorch uses."""
         return {**dataclasses.asdict(self), "cpu_capability": cpu_capability()}
 
-    def with_precision(self, precision: str) -> ComputePlan:
+    def with_precision(self, precision: str, reason: str = "as the run began") -> ComputePlan:
         """The same plan in another precision, with the attention that goes with it."""
         if precision == self.precision:
             return self
@@ -90,9 +90,7 @@ class ComputePlan:
         if attention == default_attention(self.device, self.precision):
             attention = default_attention(self.device, precision)
         resolved: Any = precision
-        return dataclasses.replace(
-            self, precision=resolved, attention=attention, reason="as the run began"
-        )
+        return dataclasses.replace(self, precision=resolved, attention=attention, reason=reason)
 
 
 def make_plan(
@@ -104,6 +102,7 @@ def make_plan(
     threads: int | None = None,
     processes: int | None = None,
     batch_size: int = 1,
+    process_bytes: int | None = None,
     fp32_bytes: int | None = None,
 ) -> ComputePlan:
     """Decide what is not given by what this machine can do.
@@ -118,6 +117,7 @@ def make_plan(
         processes: That share the work; on a CPU, unless given, the largest divisor of `batch_size`
             that has a core for each.
         batch_size: Samples that processes can share; 1 where they cannot.
+        process_bytes: That each process holds; no more processes than fit are chosen.
         fp32_bytes: Of the weights in fp32, for inference alone: where they do not fit into the
             memory of the CPU, "auto" takes "int8".
 
@@ -135,7 +135,10 @@ def make_plan(
         raise ConfigError(f"precision='int8' on {place}: it is for a CPU; take bf16 or fp32")
     resolved, cost, reason = _precision(place, precision, fp32_bytes)
     if processes is None:
-        processes = _largest_divisor(batch_size, cores()) if place.type == "cpu" else 1
+        most = cores() if place.type == "cpu" else 1
+        if process_bytes and (free := available_bytes()) is not None:
+            most = min(most, max(1, free // process_bytes))
+        processes = _largest_divisor(batch_size, most)
     return ComputePlan(
         device=str(place),
         precision=resolved,

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mono_internvl.compute import ComputePlan
 
 
 def command() -> str:
@@ -77,6 +80,8 @@ class Origin:
         device: Of training and evaluation.
         versions: Of what ran, commit included.
         date: Day, as 2026-01-31.
+        plan: What it was computed with, as `ComputePlan.to_dict` gives it: precision, threads, what
+            bf16 costs on the machine, ...; None for figures older than plans.
     """
 
     command: str
@@ -84,13 +89,23 @@ class Origin:
     device: str
     versions: Mapping[str, str]
     date: str
+    plan: Mapping[str, Any] | None = None
 
 
-def origin(processes: int, device: str) -> dict[str, Any]:
-    """The fields of an `Origin`, as they are now."""
+def origin(plan: ComputePlan) -> dict[str, Any]:
+    """The fields of an `Origin`, as they are now.
+
+    Args:
+        plan: What is computed with.
+    """
     made_by = {**versions(), "commit": commit()}
     return vars(
         Origin(
-            command=command(), processes=processes, device=device, versions=made_by, date=today()
+            command=command(),
+            processes=plan.processes,
+            device=plan.device,
+            versions=made_by,
+            date=today(),
+            plan=plan.to_dict(),
         )
     )

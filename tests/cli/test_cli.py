@@ -219,7 +219,7 @@ def test_chat_bad_input_is_one_line(command, chat, checkpoint, tmp_path):
         (("--image", tmp_path / "none.png", "What?"), "none.png"),
         (("--image", text, "What?"), "notes.png"),
         ((" ",), "question"),
-        (("--dtype", "int3", "What?"), "dtype='int3'"),
+        (("--precision", "int3", "What?"), "precision='int3'"),
         (("--device", "abacus", "What?"), "device='abacus'"),
         (("--top-p", 7, "What?"), "top_p=7"),
         (("<image> and <image>", "--image", CHAT_A), "2 <image> placeholders but 1 images"),
@@ -352,6 +352,7 @@ def test_train_passes_its_arguments_on(command, monkeypatch):
 
     calls = record_calls(monkeypatch, train, "train")
     options = ["--model", "start", "--data", "meta.json", "--out", "run", "--processes", 2]
+    options += ["--precision", "fp32", "--attention", "eager"]
     code, out, _ = command("train", "miniature", *options, "--set", "steps=3", "--set", "seed=1")
     assert code == 0 and "runs/x/checkpoint" in out
     assert calls == [
@@ -361,7 +362,10 @@ def test_train_passes_its_arguments_on(command, monkeypatch):
             "data": Path("meta.json"),
             "run": Path("run"),
             "processes": 2,
+            "threads": None,
             "device": "cpu",
+            "precision": "fp32",
+            "attention": "eager",
             "overrides": {"steps": "3", "seed": "1"},
         }
     ]
@@ -379,13 +383,17 @@ def test_quickstart_passes_its_arguments_on(command, monkeypatch):
     from mono_internvl.pipelines import quickstart
 
     calls = record_calls(monkeypatch, quickstart, "quickstart")
-    assert command("quickstart", "--quick", "--no-ask", "--out", "run", "--seed", 5)[0] == 0
+    options = ["--quick", "--no-ask", "--out", "run", "--seed", 5]
+    assert command("quickstart", *options, "--precision", "bf16", "--threads", 2)[0] == 0
     assert calls == [
         {
             "run": Path("run"),
             "quick": True,
             "processes": None,
+            "threads": 2,
             "device": "cpu",
+            "precision": "bf16",
+            "attention": None,
             "llm": "shipped",
             "seed": 5,
             "ask": False,

@@ -324,7 +324,7 @@ def test_init_makes_a_model_that_chats(
     assert (
         said["family"] == json.loads((tmp_path / "llm" / "config.json").read_text())["model_type"]
     )
-    session = load(tmp_path / "made", device="cpu", dtype="float32")
+    session = load(tmp_path / "made", device="cpu", precision="fp32")
     picture = Image.new("RGB", (56, 56), "red")
     first = session.ask("what is it?", [picture], max_new_tokens=3)
     second = session.ask("and now?", [picture], max_new_tokens=12)  # past the tiny window

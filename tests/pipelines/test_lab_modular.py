@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison
     folder = tmp_path_factory.mktemp("modular") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "QUICK", SMALLEST)
-        return folder, modular_twin(folder, quick=True)
+        return folder, modular_twin(folder, quick=True, processes=1)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_twin_goes_on_where_it_stopped_and_compares(
     run, alone = finished
     monkeypatch.setattr(module, "QUICK", SMALLEST)
     before = (run / "s2" / "metrics.jsonl").read_text()
-    both = modular_twin(run, against=quickstart_run, quick=True)
+    both = modular_twin(run, against=quickstart_run, quick=True, processes=1)
     assert (run / "s2" / "metrics.jsonl").read_text() == before, "trained once"
     assert both.modular == alone.modular
     kinds = {row.kind: row for row in both.kinds}
@@ -116,12 +116,12 @@ def test_comparison_with_another_run_is_refused(
         stored["seed" if part == "world" else part] = 7
         file.write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=r"expected|finish first"):
-        modular_twin(finished[0], against=quickstart_run, quick=True)
+        modular_twin(finished[0], against=quickstart_run, quick=True, processes=1)
 
 
 def test_run_folder_of_other_settings_is_refused(finished: tuple[Path, Comparison]) -> None:
     with pytest.raises(ConfigError, match="seed=0, expected 1"):
-        modular_twin(finished[0], quick=True, seed=1)
+        modular_twin(finished[0], quick=True, seed=1, processes=1)
 
 
 def test_table_says_what_the_comparison_says(
@@ -129,7 +129,7 @@ def test_table_says_what_the_comparison_says(
 ) -> None:
     run, alone = finished
     monkeypatch.setattr(module, "QUICK", SMALLEST)
-    both = modular_twin(run, against=quickstart_run, quick=True)
+    both = modular_twin(run, against=quickstart_run, quick=True, processes=1)
     text = (run / "table.md").read_text()
     assert text == twin_page(json.loads((run / "comparison.json").read_text())) + "\n"
     (colour,) = (row for row in both.kinds if row.kind == "colour")
@@ -160,9 +160,9 @@ def test_interrupted_twin_goes_on_to_the_same_end(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StageProgress, "update", stop_in_s13)
-        modular_twin(tmp_path, quick=True)
+        modular_twin(tmp_path, quick=True, processes=1)
     assert [f.name for f in (tmp_path / "s13").glob("step_*")] == ["step_00000001"]
-    resumed = modular_twin(tmp_path, quick=True)
+    resumed = modular_twin(tmp_path, quick=True, processes=1)
     assert resumed.kinds == whole.kinds
     ours, theirs = (
         load_file(folder / "s2" / "checkpoint" / "model.safetensors") for folder in (run, tmp_path)

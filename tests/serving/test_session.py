@@ -542,20 +542,27 @@ def test_sampling_penalty_equals_transformers(parts):
 # ------------------------------------------------------------------------------- loading
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", "float32"), ("bfloat16", "bfloat16")])
-def test_load_dtype(checkpoint, dtype, expected):
-    session = load(checkpoint, device="cpu", dtype=dtype)
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")]
+)
+def test_load_precision(checkpoint, precision, expected):
+    session = load(checkpoint, device="cpu", precision=precision)
     assert session.model.dtype == getattr(torch, expected)
+    attention = session.model.config.get_text_config()._attn_implementation
+    assert (
+        attention == {"float32": "sdpa", "bfloat16": "blocked"}[expected] == session.plan.attention
+    )
     assert session.ask("Hello?", [PYTHON / "chat_b.png"], max_new_tokens=2).tokens.generated <= 2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"precision": "int3"}, "precision='int3'; expected one of auto, bf16, fp32, int8"),
+        ({"threads": 0}, "threads=0"),
         ({"device": "abacus"}, "device='abacus'"),
         ({"device": "meta"}, "device='meta'"),
-        ({"device": "cuda"}, "0 CUDA devices"),
+        ({"device": "cuda"}, "0 cuda devices"),
     ],
 )
 def test_load_refuses_unknown_places(checkpoint, monkeypatch, options, message):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from mono_internvl.compute import choose_device
+from mono_internvl.compute import ComputePlan
 from mono_internvl.errors import ConfigError, SampleError
 from mono_internvl.evaluation.journal import AnswerJournal, key_of
 from mono_internvl.evaluation.metrics import score
@@ -21,9 +21,8 @@ from mono_internvl.evaluation.run import (
 )
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.json_lines import read_lines
-from mono_internvl.model.blocked_attention import BLOCKED
 from mono_internvl.model.checkpoint import read_config
-from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.model.loading import load_planned, plan_inference
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.weight_files import resolve_checkpoint
 from mono_internvl.training.state import digest_of_start
@@ -38,12 +37,14 @@ class Evaluation:
         items: Records of every kind.
         is_blind: Whether the images were hidden.
         predictions: File with every answer.
+        plan: What it was computed with, as `ComputePlan.to_dict` gives it.
     """
 
     scores: dict[str, float]
     items: dict[str, int]
     is_blind: bool
     predictions: Path
+    plan: dict[str, Any]
 
 
 def evaluate(
@@ -57,7 +58,10 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int = 96,
     max_tiles: int | None = None,
-    precision: str = "bf16",
+    precision: str = "auto",
+    attention: str | None = None,
+    threads: int | None = None,
+    on_plan: Callable[[ComputePlan], None] | None = None,
 ) -> Evaluation:
     """Score a checkpoint on JSON lines whose records carry a `kind` and its true answer.
 
@@ -74,7 +78,12 @@ def evaluate(
         batch_size: Most prompts at a time; fewer where they are long.
         max_new_tokens: Longest answer.
         max_tiles: Most tiles per image; the processor's own unless given.
-        precision: "bf16" autocasts over fp32 weights, "fp32" does not.
+        precision: "bf16" autocasts over fp32 weights, "fp32" does not, "int8" has int8 weights;
+            "auto" is the one that the machine multiplies faster, or int8 where fp32 weights do not
+            fit in memory.
+        attention: Attention implementation; the plan's unless given.
+        threads: Of PyTorch; as it is set unless given.
+        on_plan: Told what is computed with, before the model is loaded.
 
     Raises:
         CheckpointError: The checkpoint cannot be had.
@@ -82,12 +91,20 @@ def evaluate(
             answered, its image is damaged.
         ConfigError: Device or precision is unknown, or `out` cannot be written.
     """
-    if precision not in ("bf16", "fp32"):
-        raise ConfigError(f"precision={precision!r}; expected bf16 or fp32")
     for field, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{field}={value!r}; expected an integer >= 1")
-    place, folder = choose_device(device), resolve_checkpoint(model)
+    folder = resolve_checkpoint(model)
+    plan = plan_inference(
+        folder,
+        device=device,
+        precision=precision,
+        attention=attention,
+        threads=threads,
+        autocasts=True,
+    )
+    if on_plan is not None:
+        on_plan(plan)
     questions = read_questions(data, per_kind=per_kind)
     processor = MonoInternVLProcessor.from_pretrained(folder)
     encoder = PromptEncoder(processor, most_tokens(read_config(folder)), max_new_tokens, max_tiles)
@@ -100,25 +117,20 @@ def evaluate(
         "blind": blind,
         "max_new_tokens": max_new_tokens,
         "max_tiles": max_tiles,
-        "precision": precision,
+        "precision": plan.precision,
     }
     journal = AnswerJournal(file, settings)
-    # In bf16 a CPU is slow with sdpa.
-    attention = BLOCKED if place.type == "cpu" else None
-    loaded = MonoInternVLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention
-    )
     keys = [key_of(question) for question in questions]
     refused: list[SampleError] = []
     for outcomes in ask_all(
-        loaded.to(place),
+        load_planned(folder, plan, autocasts=True),
         processor,
         questions,
         blind=blind,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         max_tiles=max_tiles,
-        precision=precision,
+        precision=plan.precision,
         known={number for number, key in enumerate(keys) if key in journal.answers},
     ):
         refused += [outcome for outcome in outcomes.values() if isinstance(outcome, SampleError)]
@@ -141,6 +153,7 @@ def evaluate(
         items={kind: count for kind, (_, count) in means.items()},
         is_blind=blind,
         predictions=file,
+        plan=plan.to_dict(),
     )
 
 

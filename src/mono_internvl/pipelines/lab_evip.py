@@ -24,6 +24,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from mono_internvl import miniature
+from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import WorldFiles
@@ -48,7 +49,7 @@ from mono_internvl.training.distributed import run_processes, run_side_by_side
 from mono_internvl.training.job_folder import begin, check_settings, exclusive, write_whole
 from mono_internvl.training.progress import lines_of
 from mono_internvl.training.recipe import Recipe
-from mono_internvl.training.state import digest_of_data, read_state
+from mono_internvl.training.state import digest_of_data, keep_plan, read_state
 
 RUNS, TABLE = "runs.jsonl", "table.md"
 WEIGHTS = "model.safetensors"
@@ -98,7 +99,7 @@ class _Task:
     quick: bool
     world: WorldFiles
     folder: Path
-    device: str
+    compute: ComputePlan
 
 
 def compare_pretraining(
@@ -109,6 +110,7 @@ def compare_pretraining(
     against: Path | None = None,
     processes: int = 1,
     device: str = "cpu",
+    precision: str = "auto",
 ) -> Path:
     """Train and evaluate every arm with every seed; write all figures and a table.
 
@@ -122,6 +124,8 @@ def compare_pretraining(
             seed 0, which then is not run again.
         processes: Runs that are trained side by side, each in one process.
         device: Of training and evaluation.
+        precision: "auto", "bf16" or "fp32"; a comparison that goes on keeps what it began with,
+            and one with a quickstart takes the quickstart's.
 
     Returns:
         The table.
@@ -138,11 +142,17 @@ def compare_pretraining(
         _check_quickstart(against, quick)
     with exclusive(run):
         begin(run / "lab.json", {"quick": quick})
+        compute = make_plan(device, precision, processes=1, threads=1 if processes > 1 else None)
+        if against is not None and precision == "auto":
+            first = read_state(against / plan.recipe.stages[0].name / "checkpoint")
+            precision = str(first.stage["precision"])
+            compute = compute.with_precision(precision, reason="as in the quickstart")
+        compute = keep_plan(run, compute, precision)
         places = [(run / "data" / f"seed{seed}", plan.size, seed) for seed in range(seeds)]
         run_side_by_side(miniature.write_world, places, processes)
         worlds = [miniature.write_world(*place) for place in places]
         tasks = [
-            _Task(arm, seed, plan, quick, world, run / arm.name / f"seed{seed}", device)
+            _Task(arm, seed, plan, quick, world, run / arm.name / f"seed{seed}", compute)
             for seed, world in enumerate(worlds)
             for arm in arms
         ]
@@ -194,6 +204,8 @@ def _check_same_run(folder: Path, task: _Task) -> None:
     for stage in task.arm.recipe.stages:
         state = read_state(folder / stage.name / "checkpoint")
         own = json.loads(json.dumps(dataclasses.asdict(stage)))
+        if own["precision"] == "auto":
+            own["precision"] = task.compute.precision
         for name in sorted(set(own) & set(state.stage)):
             if own[name] != state.stage[name]:
                 refuse(f"stage {stage.name} has {name}={state.stage[name]!r}, not {own[name]!r}")
@@ -223,8 +235,9 @@ def _run(task: _Task) -> None:
     recipe = dataclasses.replace(task.arm.recipe, stages=stages)
     plan = dataclasses.replace(task.plan, recipe=recipe)
     with lines_of(f"{task.arm.name} seed {task.seed}"):
-        run_processes(train_and_evaluate, 1, plan, task.world, folder, task.device)
-    metrics = collect(folder, plan, task.quick, task.device, 1, time.perf_counter() - began)
+        arguments = (plan, task.world, folder, task.compute)
+        run_processes(train_and_evaluate, 1, *arguments, threads=task.compute.threads)
+    metrics = collect(folder, plan, task.quick, task.compute, time.perf_counter() - began)
     metrics["was_interrupted"] = was_interrupted
     write_whole(folder / METRICS, json.dumps(metrics, indent=2))
 
@@ -244,7 +257,8 @@ def _measured(arm: Arm, seed: int, folder: Path) -> MeasuredRun:
             minutes = _training_minutes(folder / stage["name"])
             figures["training, CPU minutes"] = Figure(minutes)
         stages[stage["name"]] = figures
-    origin = {field.name: metrics[field.name] for field in dataclasses.fields(Origin)}
+    names = [field.name for field in dataclasses.fields(Origin) if field.name in metrics]
+    origin = {name: metrics[name] for name in names}
     quick = metrics["quick"]
     return MeasuredRun(
         arm=arm.name, title=arm.title, seed=seed, quick=quick, stages=stages, **origin

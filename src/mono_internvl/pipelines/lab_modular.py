@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mono_internvl import miniature
+from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import WorldFiles, WorldSize
 from mono_internvl.miniature.targets import mean_scores
@@ -42,6 +44,7 @@ from mono_internvl.recipes.miniature_modular import (
 from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.job_folder import begin, check_settings, exclusive, write_whole
 from mono_internvl.training.recipe import Recipe
+from mono_internvl.training.state import keep_plan
 
 _OTHER_RUN = "compare with a finished quickstart of the same world, or leave --against out"
 TEXT_TOKENS = 32
@@ -131,8 +134,9 @@ def modular_twin(
     *,
     against: Path | None = None,
     quick: bool = False,
-    processes: int = 1,
+    processes: int | None = None,
     device: str = "cpu",
+    precision: str = "auto",
     seed: int = 0,
 ) -> Comparison:
     """Train the modular twin on the quickstart's data and score it on the same held-out records.
@@ -141,8 +145,9 @@ def modular_twin(
         run: Output folder; a second call with the same arguments goes on where the first stopped.
         against: Folder of a finished quickstart of the same size and seed to compare with.
         quick: The same path with small numbers.
-        processes: Training processes.
+        processes: That share each batch; as many as the machine has cores for unless given.
         device: Of training and evaluation.
+        precision: "auto", "bf16" or "fp32"; a run that goes on keeps what it began with.
         seed: Of the world.
 
     Returns:
@@ -158,8 +163,11 @@ def modular_twin(
     if against is not None:
         check_settings(against / SETTINGS, {**settings, "llm": "shipped"}, _OTHER_RUN)
         other_rows = _last_predictions(against, plan)
+    batch = math.gcd(*(stage.batch_size for stage in plan.recipe.stages))
+    compute = make_plan(device, precision, processes=processes, batch_size=batch)
     with exclusive(run):
         begin(run / "lab.json", settings)
+        compute = keep_plan(run, compute, precision)
         world = miniature.write_world(run / "data", plan.size, seed)
         if against is not None:
             marker = world.root / "world.json"
@@ -168,9 +176,10 @@ def modular_twin(
         start = run / "start" / "checkpoint"
         if not start.exists():
             give_eyes(SHIPPED_LANGUAGE_MODEL, start, visual_experts=(), vision=VISION_TOWER)
-        run_processes(train_stages, processes, plan.recipe, start, world.root, run, device)
+        arguments = (plan.recipe, start, world.root, run, compute)
+        run_processes(train_stages, compute.processes, *arguments, threads=compute.threads)
         model = run / plan.recipe.stages[-1].name / "checkpoint"
-        rows = _answers(model, world, run, plan, device)
+        rows = _answers(model, world, run, plan, compute)
         comparison = Comparison(
             quick=quick,
             seed=seed,
@@ -180,7 +189,7 @@ def modular_twin(
             against=None
             if against is None
             else origin_of(json.loads((against / METRICS).read_text(encoding="utf-8"))),
-            **origin(processes, device),
+            **origin(compute),
         )
         write_whole(run / "comparison.json", json.dumps(dataclasses.asdict(comparison), indent=2))
         write_whole(run / "table.md", twin_page(dataclasses.asdict(comparison)))
@@ -188,7 +197,7 @@ def modular_twin(
 
 
 def _answers(
-    model: Path, world: WorldFiles, run: Path, plan: ModularPlan, device: str
+    model: Path, world: WorldFiles, run: Path, plan: ModularPlan, compute: ComputePlan
 ) -> list[dict[str, Any]]:
     """Rows of the three evaluations: held-out, the same blind, and text probes."""
     rows = []
@@ -198,7 +207,15 @@ def _answers(
         ("probes", world.probes_heldout, False, plan.text_per_kind),
     ):
         out = run / "predictions" / f"{name}.jsonl"
-        evaluate(model, data, blind=blind, device=device, out=out, per_kind=per_kind)
+        evaluate(
+            model,
+            data,
+            blind=blind,
+            device=compute.device,
+            precision=compute.precision,
+            out=out,
+            per_kind=per_kind,
+        )
         rows += read_rows(out)
     return rows
 

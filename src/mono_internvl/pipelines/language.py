@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.json_lines import read_lines
 from mono_internvl.miniature import WorldFiles
 from mono_internvl.miniature.english import load_english
@@ -36,8 +37,7 @@ def make_language_model(
     run: Path,
     *,
     recipe: Recipe = LANGUAGE,
-    processes: int = 1,
-    device: str = "cpu",
+    compute: ComputePlan | None = None,
 ) -> Path:
     """Train the small language model from nothing.
 
@@ -47,8 +47,7 @@ def make_language_model(
         world: Files of the miniature's world.
         run: Output folder; `run/llm` is the result.
         recipe: How it is trained.
-        processes: Training processes.
-        device: Of each of them.
+        compute: What to train with; made here unless given.
 
     Returns:
         Folder of a plain Llama checkpoint with its tokenizer.
@@ -56,7 +55,9 @@ def make_language_model(
     start, out = run / "random", run / "llm"
     if not start.exists():
         _random_start(world, run, start)
-    run_processes(train_stages, processes, recipe, start, world.root, run, device)
+    compute = compute or make_plan("cpu", batch_size=recipe.stages[0].batch_size)
+    arguments = (recipe, start, world.root, run, compute)
+    run_processes(train_stages, compute.processes, *arguments, threads=compute.threads)
     model = MonoInternVLForConditionalGeneration.from_pretrained(
         run / recipe.stages[-1].name / "checkpoint"
     )

@@ -7,10 +7,12 @@ three questions answered on the screen. What is there already is skipped: a kill
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from rich.console import Console
 
 from mono_internvl import miniature
+from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.evaluation.run import (
     Question,
     answer_all,
@@ -38,6 +41,7 @@ from mono_internvl.miniature.targets import (
     to_rows,
 )
 from mono_internvl.miniature.text_tasks import english_records
+from mono_internvl.model.loading import load_planned
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.pipelines.language import give_eyes, make_language_model
@@ -48,6 +52,7 @@ from mono_internvl.training.distributed import barrier, rank, run_processes, wor
 from mono_internvl.training.job_folder import begin, exclusive, write_whole
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Stage
+from mono_internvl.training.state import keep_plan
 from mono_internvl.visual.report import write_report
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
@@ -106,7 +111,10 @@ def quickstart(
     *,
     quick: bool = False,
     processes: int | None = None,
+    threads: int | None = None,
     device: str = "cpu",
+    precision: str = "auto",
+    attention: str | None = None,
     llm: str = "shipped",
     seed: int = 0,
     ask: bool = True,
@@ -116,8 +124,11 @@ def quickstart(
     Args:
         run: Output folder; a second call with the same arguments goes on where the first stopped.
         quick: The same path with smaller numbers, for a check of two or three minutes.
-        processes: Training processes of one thread each; two unless there is one core or a GPU.
+        processes: That share each batch; as many as the machine has cores for unless given.
+        threads: Of each process; the cores left to each unless given.
         device: Of training and evaluation.
+        precision: "auto", "bf16" or "fp32"; a run that goes on keeps what it began with.
+        attention: Attention implementation; the plan's unless given.
         llm: "shipped", "scratch" (train it anew) or the folder of a language model of a known
             family whose tokenizer has the control tokens of the released prompts.
         seed: Of the world.
@@ -127,20 +138,30 @@ def quickstart(
         The report.
     """
     plan = QUICK if quick else FULL
-    count = processes or (1 if device != "cpu" else 2)
+    compute = make_plan(
+        device,
+        precision,
+        attention=attention,
+        threads=threads,
+        processes=processes,
+        batch_size=math.gcd(*(stage.batch_size for stage in plan.recipe.stages)),
+    )
     console, began = Console(highlight=False), time.perf_counter()
     with exclusive(run):
         begin(run / SETTINGS, {"quick": quick, "llm": llm, "seed": seed})
+        compute = keep_plan(run, compute, precision)
+        console.print(compute.describe(), markup=False, soft_wrap=True)
         console.print("[bold]1/5[/] the world: pictures, captions, questions", soft_wrap=True)
         with _Cost(run / START, "rendered"):
             world = miniature.write_world(run / "data", plan.size, seed)
         console.print("[bold]2/5[/] the language model that gets eyes", soft_wrap=True)
         if not (run / START / "checkpoint").exists():
-            _make_start(llm, world, run, plan, count, device)
-        console.print(f"[bold]3/5[/] four stages in {count} process(es), an evaluation after each")
-        run_processes(train_and_evaluate, count, plan, world, run, device)
+            _make_start(llm, world, run, plan, compute)
+        console.print("[bold]3/5[/] four stages, an evaluation after each", soft_wrap=True)
+        arguments = (plan, world, run, compute)
+        run_processes(train_and_evaluate, compute.processes, *arguments, threads=compute.threads)
         console.print("[bold]4/5[/] the report", soft_wrap=True)
-        metrics = collect(run, plan, quick, device, count, time.perf_counter() - began)
+        metrics = collect(run, plan, quick, compute, time.perf_counter() - began)
         write_whole(run / METRICS, json.dumps(metrics, indent=2))
         last = run / plan.recipe.stages[-1].name / "checkpoint"
         shutil.copytree(last, run / "model", dirs_exist_ok=True)
@@ -153,29 +174,32 @@ def quickstart(
         return report
 
 
-def _make_start(
-    llm: str, world: WorldFiles, run: Path, plan: Plan, processes: int, device: str
-) -> None:
+def _make_start(llm: str, world: WorldFiles, run: Path, plan: Plan, compute: ComputePlan) -> None:
     if llm == "scratch":
-        folder = make_language_model(
-            world, run / "language", recipe=plan.language, processes=processes, device=device
-        )
+        folder = make_language_model(world, run / "language", recipe=plan.language, compute=compute)
     else:
         folder = SHIPPED_LANGUAGE_MODEL if llm == "shipped" else Path(llm)
     give_eyes(folder, run / START / "checkpoint")
 
 
-def train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, device: str) -> None:
+def train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, compute: ComputePlan) -> None:
     """In every process: the stages in order, an evaluation before the first and after each."""
     with _Cost(run / START, "set up", from_process_start=True):
         checkpoint = run / START / "checkpoint"
-    _evaluate(START, checkpoint, plan, world, run, device, is_last=False)
+    _evaluate(START, checkpoint, plan, world, run, compute, is_last=False)
     for stage in plan.recipe.stages:
         with _Cost(run / stage.name, "trained"):
-            result = train_stage(stage, checkpoint, world.root, run / stage.name, device=device)
+            result = train_stage(
+                stage,
+                checkpoint,
+                world.root,
+                run / stage.name,
+                device=compute.device,
+                plan=compute,
+            )
         checkpoint = result.checkpoint
         is_last = stage is plan.recipe.stages[-1]
-        _evaluate(stage.name, checkpoint, plan, world, run, device, is_last=is_last)
+        _evaluate(stage.name, checkpoint, plan, world, run, compute, is_last=is_last)
 
 
 def _evaluate(
@@ -184,7 +208,7 @@ def _evaluate(
     plan: Plan,
     world: WorldFiles,
     run: Path,
-    device: str,
+    compute: ComputePlan,
     is_last: bool,
 ) -> None:
     """Answers and text measures of one checkpoint, shared out over the processes."""
@@ -192,10 +216,7 @@ def _evaluate(
     if done.exists():
         return
     with _Cost(run / name, "evaluated"):
-        attention = "eager" if device == "cpu" else None
-        model = MonoInternVLForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation=attention
-        ).to(device)
+        model = load_planned(checkpoint, compute, autocasts=True)
         processor = MonoInternVLProcessor.from_pretrained(checkpoint)
         sighted = read_questions(
             world.heldout, per_kind=plan.per_kind if is_last else plan.per_kind_between
@@ -206,11 +227,14 @@ def _evaluate(
         if not is_last:
             sighted = [q for q in sighted if not q.record.get("aligned")]
         text = read_questions(world.probes_heldout, per_kind=plan.text_per_kind)
-        found = answer_all(model, processor, _share(sighted), max_new_tokens=_LONGEST_ANSWER)
-        found += answer_all(
-            model, processor, _share(blind), blind=True, max_new_tokens=_LONGEST_ANSWER
+        answer = partial(
+            answer_all,
+            model,
+            processor,
+            max_new_tokens=_LONGEST_ANSWER,
+            precision=compute.precision,
         )
-        found += answer_all(model, processor, _share(text), max_new_tokens=_LONGEST_ANSWER)
+        found = answer(_share(sighted)) + answer(_share(blind), blind=True) + answer(_share(text))
         write_predictions(run / name / f"predictions.{rank()}.jsonl", found)
         barrier()
         if rank() == 0:
@@ -222,7 +246,7 @@ def _evaluate(
                 part.unlink()
             measures = {
                 "perplexity": perplexity(model, processor, _english(world, plan.english_records)),
-                "logits_identical": _same_text_logits(model, processor, run, text, device),
+                "logits_identical": _same_text_logits(model, processor, run, text),
             }
             write_whole(done, json.dumps(measures))
         barrier()
@@ -248,16 +272,21 @@ def _same_text_logits(
     processor: MonoInternVLProcessor,
     run: Path,
     questions: Sequence[Question],
-    device: str,
 ) -> bool:
     """Whether text-only logits equal, bit for bit, those of the model before the first stage."""
-    before = MonoInternVLForConditionalGeneration.from_pretrained(
-        run / START / "checkpoint", dtype=torch.float32, attn_implementation="eager"
-    ).to(device)
-    before.eval()
+    before: MonoInternVLForConditionalGeneration = (
+        MonoInternVLForConditionalGeneration.from_pretrained(
+            run / START / "checkpoint",
+            dtype=torch.float32,
+            attn_implementation=model.config.get_text_config()._attn_implementation,
+        )
+    )
+    before.to(model.device).eval()
     model.eval()
     for question in questions[:: max(1, len(questions) // 16)]:
-        ids = processor.encode_conversation(question.sample.messages).input_ids[None].to(device)
+        ids = (
+            processor.encode_conversation(question.sample.messages).input_ids[None].to(model.device)
+        )
         if not torch.equal(model(ids).logits, before(ids).logits):
             return False
     return True
@@ -281,7 +310,7 @@ class _Cost:
 
 
 def collect(
-    run: Path, plan: Plan, quick: bool, device: str, processes: int, seconds: float
+    run: Path, plan: Plan, quick: bool, compute: ComputePlan, seconds: float
 ) -> dict[str, Any]:
     """Everything that was measured, from the files of a finished run: `metrics.json`."""
     names = (START, *(stage.name for stage in plan.recipe.stages))
@@ -302,7 +331,7 @@ def collect(
         "quick": quick,
         "cpu_minutes": cpu_minutes,
         "minutes": seconds / 60,
-        **origin(processes, device),
+        **origin(compute),
         "targets": to_rows(targets),
         "stages": [
             _stage_row(name, stages.get(name), rows[name], text[name], costs[name])
@@ -394,7 +423,7 @@ def _show_targets(console: Console, metrics: dict[str, Any], llm: str) -> None:
 
 def _ask_three(console: Console, run: Path, world: WorldFiles) -> None:
     """Three held-out pictures, asked through the same session as `mono-internvl chat`."""
-    chat = load(run / "model", device="cpu", dtype="float32")
+    chat = load(run / "model", device="cpu", precision="fp32")
     questions = read_questions(world.heldout, per_kind=1)
     chosen = {q.kind: q for q in questions if q.kind in ("caption", "colour", "grounding")}
     for kind in ("caption", "colour", "grounding"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +14,15 @@ from typing import Any
 
 from rich.console import Console
 
-from mono_internvl.compute import choose_device
+from mono_internvl.compute import ComputePlan, choose_device, make_plan
 from mono_internvl.errors import RecipeError
-from mono_internvl.model.weight_files import resolve_checkpoint
+from mono_internvl.model.weight_files import read_headers, resolve_checkpoint
 from mono_internvl.recipes import RECIPES
 from mono_internvl.training.distributed import rank, run_processes
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Stage, load_recipe
+from mono_internvl.training.state import keep_plan
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +33,11 @@ def train(
     start: str | None = None,
     data: Path | None = None,
     run: Path | None = None,
-    processes: int = 1,
+    processes: int | None = None,
+    threads: int | None = None,
     device: str = "cpu",
+    precision: str = "auto",
+    attention: str | None = None,
     overrides: Mapping[str, str] | None = None,
 ) -> Path:
     """Train all stages of a recipe; a second call goes on where the first one stopped.
@@ -41,8 +47,13 @@ def train(
         start: Checkpoint folder or hub id to start from; the recipe's own unless given.
         data: Folder of the stages' meta files, or the meta file of a recipe with one stage.
         run: Output folder, `runs/<recipe>` unless given; a folder per stage.
-        processes: On this machine. Under `torchrun` leave it at 1.
-        device: "auto", "cpu", "cuda" (one GPU for each process) or "cuda:1".
+        processes: On this machine; as many as it has cores for, and the batch divides among,
+            unless given. Under `torchrun` leave it out.
+        threads: Of each process; the cores left to each unless given.
+        device: "auto", "cpu", "cuda" or "xpu" (one for each process), "mps", or "cuda:1".
+        precision: "bf16" or "fp32" for every stage; "auto" leaves it to each stage, whose "auto" is
+            what this machine multiplies faster. A run that goes on keeps what it began with.
+        attention: Attention implementation; the plan's unless given.
         overrides: Fields of every stage as text, e.g. `{"steps": "200"}`.
 
     Returns:
@@ -50,10 +61,12 @@ def train(
 
     Raises:
         RecipeError: The recipe, a field or its combination with the arguments is wrong.
-        ConfigError: There is no such device.
+        ConfigError: There is no such device, or the run was begun in another precision.
     """
-    device = str(choose_device(device))
+    choose_device(device)
     plan = override(load_recipe(recipe, RECIPES), overrides or {})
+    if precision != "auto":
+        plan = override(plan, {"precision": precision})
     if data is not None and data.suffix == ".json":
         if len(plan.stages) > 1:
             raise RecipeError(
@@ -70,16 +83,40 @@ def train(
     folder = run or Path("runs") / plan.name
     folder.mkdir(parents=True, exist_ok=True)
     first = resolve_checkpoint(source)
-    run_processes(train_stages, processes, plan, first, data, folder, device)
+    is_shared_out = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by torchrun
+    named = {stage.precision for stage in plan.stages}
+    asked = named.pop() if len(named) == 1 else "auto"
+    compute = make_plan(
+        device,
+        asked,
+        attention=attention,
+        threads=threads,
+        processes=1 if is_shared_out and processes is None else processes,
+        batch_size=math.gcd(*(stage.batch_size // stage.accumulation for stage in plan.stages)),
+        process_bytes=_training_bytes(first),
+    )
+    if os.environ.get("RANK", "0") == "0":
+        compute = keep_plan(folder, compute, asked)
+    arguments = (plan, first, data, folder, compute)
+    run_processes(train_stages, compute.processes, *arguments, threads=compute.threads)
     return folder / plan.stages[-1].name / "checkpoint"
 
 
-def train_stages(recipe: Recipe, start: Path, data: Path, run: Path, device: str) -> None:
-    """In every process: the recipe is printed, then its stages are trained in order."""
+def _training_bytes(checkpoint: Path) -> int:
+    """Weights, gradients and two moments in fp32."""
+    headers = read_headers(checkpoint).values()
+    return sum(16 * math.prod(header.shape) for header in headers)
+
+
+def train_stages(recipe: Recipe, start: Path, data: Path, run: Path, compute: ComputePlan) -> None:
+    """In every process: recipe and plan are printed, then the stages are trained in order."""
     if rank() == 0:
-        Console(highlight=False).print(describe_recipe(recipe), markup=False, soft_wrap=True)
+        said = f"{describe_recipe(recipe)}\n{compute.describe()}"
+        Console(highlight=False).print(said, markup=False, soft_wrap=True)
     for stage in recipe.stages:
-        result = train_stage(stage, start, data, run / stage.name, device=device)
+        result = train_stage(
+            stage, start, data, run / stage.name, device=compute.device, plan=compute
+        )
         start = result.checkpoint
     if rank() == 0:
         (run / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import BatchFeature, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
+from mono_internvl.compute import ComputePlan
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.finite_logits import check_finite
@@ -116,6 +117,7 @@ class ChatSession:
         system: System message; None takes the processor's own, an empty one leaves it out.
         max_tiles: Most tiles of an image, thumbnail not counted; None takes the processor's own.
         sampling: Used where `ask` says nothing else.
+        plan: What the model was loaded to compute with, for those who ask; None is unknown.
 
     Raises:
         ConfigError: If model and processor do not belong together.
@@ -134,6 +136,7 @@ class ChatSession:
         system: str | None = None,
         max_tiles: int | None = None,
         sampling: Sampling = GREEDY,
+        plan: ComputePlan | None = None,
     ) -> None:
         _check_belong_together(model, processor)
         _check_max_tiles(max_tiles)
@@ -142,6 +145,7 @@ class ChatSession:
         self.system = system
         self.max_tiles = max_tiles
         self.sampling = sampling
+        self.plan = plan
         self._busy = threading.Lock()
         self._turn_end = processor.turn_end_id
         self._image_token: int = processor.image_token_id

@@ -100,23 +100,34 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run_processes(function: Callable[..., Any], processes: int, *args: Any) -> None:
-    """Run `function(*args)` in `processes` processes of one thread each, joined in one group.
+def run_processes(
+    function: Callable[..., Any], processes: int, *args: Any, threads: int | None = None
+) -> None:
+    """Run `function(*args)` in `processes` processes, joined in one group.
 
     With one process it runs here, as one of `torchrun`'s if that started us. The function and its
     arguments must be picklable; an exception in any process ends all and is raised here.
+
+    Args:
+        function: What to run.
+        processes: How many.
+        *args: What it gets.
+        threads: Of each process; unless given, one for each of several, and for one alone as many
+            as PyTorch is set to.
 
     Raises:
         MonoInternVLError, OSError: As `function` raised it in one of the processes.
     """
     if processes == 1:
+        if threads is not None:
+            torch.set_num_threads(threads)
         with process_group():
             function(*args)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    _spawn(_process, processes, function, processes, port, args)
+    _spawn(_process, processes, threads or 1, function, processes, port, args)
 
 
 def run_side_by_side(
@@ -140,25 +151,28 @@ def run_side_by_side(
     waiting = torch.multiprocessing.get_context("spawn").SimpleQueue()
     for turn in (*range(len(tasks)), *[None] * count):
         waiting.put(turn)
-    _spawn(_worker, count, function, tasks, waiting)
+    _spawn(_worker, count, 1, function, tasks, waiting)
 
 
-def _spawn(target: Callable[..., None], processes: int, *args: Any) -> None:
-    """Start processes of one thread, wait for them, and raise here what one of them raised."""
+def _spawn(target: Callable[..., None], processes: int, threads: int, *args: Any) -> None:
+    """Start processes, wait for them, and raise here what one of them raised."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
     try:
-        torch.multiprocessing.spawn(_started, (target, args, errors), nprocs=processes)
+        started = (target, threads, args, errors)
+        torch.multiprocessing.spawn(_started, started, nprocs=processes)
     except (ProcessRaisedException, ProcessExitedException) as failure:
         if not errors.empty():
             raise errors.get() from failure
         raise
 
 
-def _started(number: int, target: Callable[..., None], args: tuple[Any, ...], errors: Any) -> None:
+def _started(
+    number: int, target: Callable[..., None], threads: int, args: tuple[Any, ...], errors: Any
+) -> None:
     os.environ["LOCAL_RANK"] = str(number)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     # The death of the parent arrives as SIGINT, which jobs in the background of a shell ignore.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mono_internvl.errors import TrainingStateError
+from mono_internvl.compute import ComputePlan
+from mono_internvl.errors import ConfigError, TrainingStateError
 from mono_internvl.model.weight_files import safetensors_files
 from mono_internvl.provenance import commit, versions
 from mono_internvl.training.job_folder import write_whole
 
 STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.safetensors"
+PLAN_FILE = "plan.json"
 _DIGEST_DIGITS = 16
 _SAMPLE_BYTES = 64  # of every tensor of the start checkpoint
 
@@ -105,6 +107,44 @@ def save_state(
             "start again, the run goes on from the state before"
         ) from error
     return SavedState(folder, step, dict(stage), dict(inputs), dict(skipped))
+
+
+def keep_plan(run: Path, plan: ComputePlan, asked: str) -> ComputePlan:
+    """Write a run folder's plan down; a run that goes on keeps the precision it began with.
+
+    Args:
+        run: Its folder; states one or two levels below count where no plan was written.
+        plan: Of this machine.
+        asked: The precision as it was asked for.
+
+    Returns:
+        The plan, in the precision of the run.
+
+    Raises:
+        ConfigError: Another precision than the run's was asked for, or its plan is damaged.
+        TrainingStateError: A state is there and cannot be read.
+    """
+    begun = _begun_precision(run)
+    if begun is not None and asked not in ("auto", begun):
+        raise ConfigError(
+            f"{run}: begun with precision={begun!r}, asked for {asked!r}; leave it out, choose "
+            "another output folder or delete this one"
+        )
+    plan = plan.with_precision(begun or plan.precision)
+    write_whole(run / PLAN_FILE, json.dumps(plan.to_dict(), indent=2))
+    return plan
+
+
+def _begun_precision(run: Path) -> str | None:
+    file = run / PLAN_FILE
+    if file.exists():
+        try:
+            return str(json.loads(file.read_text(encoding="utf-8"))["precision"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}: not a plan ({error!r}); delete it") from error
+    files = sorted([*run.glob(f"*/{STATE_FILE}"), *run.glob(f"*/*/{STATE_FILE}")])
+    states = [read_state(file.parent) for file in files if not file.parent.name.startswith(".")]
+    return next((str(s.stage["precision"]) for s in states if "precision" in s.stage), None)
 
 
 def remove_state(folder: Path) -> None:
