@@ -4,6 +4,7 @@ Whatever is heavy is imported inside its command, so that `--help` answers at on
 """
 
 import dataclasses
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +55,8 @@ Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and exit code 1 or 2."""
+    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, its CUDA kernels
+        logging.getLogger(name).setLevel(logging.ERROR)
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     sys.exit(pass_through(lambda: app(arguments), is_debug="--debug" in sys.argv[1:]))
 

@@ -109,3 +109,17 @@ def origin(plan: ComputePlan) -> dict[str, Any]:
             plan=plan.to_dict(),
         )
     )
+
+
+def place_of(made: Mapping[str, Any]) -> str:
+    """Device, and where it is known precision and vector instructions, in a few words.
+
+    Args:
+        made: The fields of an `Origin`.
+    """
+    device, plan = str(made["device"]), made.get("plan")
+    if plan is None:
+        return device
+    where = f" ({plan['cpu_capability']})" if device == "cpu" else ""
+    many = "s" if plan["threads"] != 1 else ""
+    return f"{device}{where}, {plan['precision']}, {plan['threads']} thread{many} each"

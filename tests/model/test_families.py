@@ -28,9 +28,9 @@ from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 VISION = MonoInternVLVisionConfig(hidden_size=32, image_size=IMAGE_SIZE)
 ATOL = 5e-5
-"""Of logits up to 5.4 in fp32. Transformers' own lie up to 1.1e-5 from the same weights in fp64, ours
-up to 1.3e-5, on processors with AVX-512, AVX2 and SSE alone: two orders of the same sums may be
-2.4e-5 apart. Measured between the two: 9.7e-6 with AVX-512, 1.41e-5 with AVX2 (qwen2, windows,
+"""Of logits up to 5.4 in fp32. Transformers' own lie up to 1.1e-5 from the same weights in fp64,
+ours up to 1.3e-5, on processors with AVX-512, AVX2 and SSE alone: two orders of the same sums may
+be 2.4e-5 apart. Measured between the two: 9.7e-6 with AVX-512, 1.41e-5 with AVX2 (qwen2, windows,
 eager). Rejects any knob of a family left out: more than 100 times as much."""
 GOLDEN = Path(__file__).resolve().parents[1] / "parity" / "golden" / "mono_a"
 

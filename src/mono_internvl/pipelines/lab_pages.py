@@ -15,7 +15,7 @@ from mono_internvl.json_lines import read_lines
 from mono_internvl.pipelines.markdown import NOTHING, in_words
 from mono_internvl.pipelines.markdown import head as table_head
 from mono_internvl.pipelines.markdown import line as table_line
-from mono_internvl.provenance import Origin
+from mono_internvl.provenance import Origin, place_of
 
 RUNS_FILE, TWIN_FILE = "evip-plus-plus.jsonl", "modular.json"
 """Names under `results/` of what the two labs leave behind."""
@@ -71,7 +71,7 @@ def origin_of(made: Mapping[str, Any]) -> str:
     many = "es" if made["processes"] != 1 else ""
     count = f"{made['processes']} process{many} a model"
     of = in_words(made["versions"])
-    return f"`{made['command']}`, {count}, {made['device']}, {of}, {made['date']}"
+    return f"`{made['command']}`, {count}, {place_of(made)}, {of}, {made['date']}"
 
 
 def read_runs(file: Path) -> list[MeasuredRun]:

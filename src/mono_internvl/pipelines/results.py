@@ -31,6 +31,7 @@ from mono_internvl.pipelines.bench_pages import (
 from mono_internvl.pipelines.cost_pages import inference_block, training_block
 from mono_internvl.pipelines.lab_pages import LAB_BLOCKS, stage_label
 from mono_internvl.pipelines.markdown import NOTHING, in_words, table
+from mono_internvl.provenance import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -283,7 +284,7 @@ def _origin(metrics: Mapping[str, Any]) -> str:
     count = metrics["processes"]
     return (
         f"\n`{metrics['command']}`: {count} process{'es' if count != 1 else ''} on "
-        f"{metrics['device']}, {metrics['cpu_minutes']:.1f} CPU minutes; "
+        f"{place_of(metrics)}, {metrics['cpu_minutes']:.1f} CPU minutes; "
         f"{in_words(metrics['versions'])}; all rows in "
         f"`results/{QUICKSTART}`.\n"
     )
