@@ -1,5 +1,6 @@
-"""What a user installs: the wheel holds every file that the package reads at run time."""
+"""What a user installs: the wheel holds every file that is read at run time, and it runs."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,14 +8,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiny_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "mono_internvl"
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Names of the files in a wheel built from a copy of this tree, without the network."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of this tree, without the network."""
     copy = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -24,7 +26,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (file,) = (copy / "dist").glob("*.whl")
-    with zipfile.ZipFile(file) as archive:
+    return file
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> list[str]:
+    """Names of the files in it."""
+    with zipfile.ZipFile(built) as archive:
         return archive.namelist()
 
 
@@ -45,3 +53,48 @@ def test_wheel_is_typed_licensed_and_has_its_command(wheel: list[str]) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in wheel)
     assert any(name.endswith("entry_points.txt") for name in wheel)
     assert not [name for name in wheel if name.startswith("tests")]
+
+
+_RUN = """
+import sys
+from pathlib import Path
+
+import mono_internvl
+from mono_internvl.miniature.english import load_english
+
+assert Path(mono_internvl.__file__).is_relative_to(sys.argv[1]), mono_internvl.__file__
+chat = mono_internvl.load(sys.argv[2], device="cpu")
+answer = chat.ask("say one", max_new_tokens=3)
+print(mono_internvl.__version__, answer.tokens.generated, len(load_english()) > 100)
+"""
+
+
+def test_wheel_alone_loads_a_model_answers_and_reads_its_assets(
+    built: Path, tmp_path: Path
+) -> None:
+    """Unpacked outside of the checkout, with the test environment's dependencies."""
+    site, model = tmp_path / "site", tiny_runs.write_checkpoint(tmp_path / "model")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(site)
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    version, generated, has_assets = run("-c", _RUN, str(site), str(model)).split()
+    assert version in built.name
+    assert 0 <= int(generated) <= 3
+    assert has_assets == "True"
+    command = "from mono_internvl.cli import main; main()"
+    listed = run("-c", command, "train", "--list")
+    assert "evip-2b: " in listed
+    assert "3,111,355,392" in run("-c", command, "info", "--preset", "v1")

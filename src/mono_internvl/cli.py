@@ -466,11 +466,10 @@ def lab_evip_plus_plus(
 
 def _print_recipes() -> None:
     from mono_internvl.recipes import RECIPES
+    from mono_internvl.training.progress import summarize_recipe
 
     for recipe in RECIPES.values():
-        typer.echo(f"{recipe.name}: {recipe.source}")
-        for stage in recipe.stages:
-            typer.echo(f"  {stage.name:<10} {stage.title}")
+        typer.echo(summarize_recipe(recipe))
 
 
 def _config_of(model: str | None, preset: str, revision: str | None) -> Any:

@@ -377,6 +377,10 @@ def test_train_lists_recipes(command):
     code, out, _ = command("train", "--list")
     assert code == 0
     assert all(f"{name}: " in out for name in RECIPES)
+    for recipe in RECIPES.values():
+        assert all(f"  note: {note}\n" in out for note in recipe.notes)
+        assert all(f"  ours: {choice}\n" in out for choice in recipe.ours)
+    assert "never run" in out and "frozen with the embedding and the head until s2" in out
 
 
 def test_quickstart_passes_its_arguments_on(command, monkeypatch):

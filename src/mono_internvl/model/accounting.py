@@ -234,7 +234,7 @@ def parameter_table(config: MonoInternVLConfig) -> ParameterCounts:
         config: Of any size; only its shapes are built.
 
     Source: 3,111,355,392 parameters of the released 2B checkpoints, 1.8B of them activated for a
-    text token (arXiv 2410.08202, table 1).
+    text token (arXiv 2410.08202, table 2).
     """
     model = skeleton(config)
     counts = dict.fromkeys((field.name for field in fields(ParameterGroups)), 0)

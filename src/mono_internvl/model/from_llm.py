@@ -3,7 +3,8 @@
 The text weights are copied, every visual expert starts as a copy of its text expert, and the
 vocabulary grows by the nine visual tokens. Only patch embedding and projector start fresh.
 
-Source: arXiv 2410.08202, section 3.2: visual experts are initialised from the pre-trained FFNs.
+Source: arXiv 2410.08202, sections 3.1 and 4.2: visual experts are initialised from the pre-trained
+FFNs.
 Differs: the released code leaves the embedding rows of new tokens at random values; here the rows
 of both embedding and head are the mean of the old ones.
 """

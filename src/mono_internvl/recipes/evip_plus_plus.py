@@ -50,9 +50,14 @@ EVIP_PLUS_PLUS = Recipe(
     name="evip-plus-plus-2b",
     source="our reconstruction from the abstract of arXiv 2507.12566; rates of arXiv 2410.08202",
     notes=(
-        "known: 400M samples in S1.1 and S1.2, 150M in S1.3 (a third party's table); else ours",
+        "known: 400M samples in S1.1 and S1.2, 150M in S1.3 (a third party's table)",
         "start from a monolithic model of preset v1_5, made of InternLM2-1.8B",
         "never run; batch 2,048 of 256 accelerators, with fewer raise accumulation, not the rate",
+    ),
+    ours=(
+        "that 400M are 250M and 150M, and that s13 trains the visual copies alone",
+        "every rate, batch, schedule and limit of the first three stages, which are EViP's",
+        *EVIP.ours,
     ),
     stages=(*(_stage(stage) for stage in EVIP.stages[:-1]), EVIP.stages[-1]),
 )

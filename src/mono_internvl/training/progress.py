@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mono_internvl.training.recipe import Recipe, Stage
+from mono_internvl.training.recipe import PublishedData, Recipe, Stage
 
 _SMOOTHING = 0.95
 _RUN: ContextVar[str] = ContextVar("run", default="")
@@ -34,7 +34,7 @@ def lines_of(run: str) -> Iterator[None]:
 
 def describe_recipe(recipe: Recipe) -> str:
     """The recipe as a person reads it before a run: every stage, and what learns in it."""
-    lines = [f"recipe {recipe.name} ({recipe.source})"]
+    lines = [f"recipe {recipe.name} ({recipe.source})", *_describe_origin(recipe)]
     for stage in recipe.stages:
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
         lines.append(
@@ -44,7 +44,28 @@ def describe_recipe(recipe: Recipe) -> str:
         for rule in stage.rules:
             rate = "frozen" if rule.learning_rate is None else f"{rule.learning_rate:g}"
             lines.append(f"      {rate:>8}  {rule.pattern}")
+        for part in recipe.published_data:
+            if part.stage == stage.name:
+                lines.append(f"      published  {_describe_data(part)}")
     return "\n".join(lines)
+
+
+def summarize_recipe(recipe: Recipe) -> str:
+    """The recipe in a list of several: where it is from, and its stages by title."""
+    stages = [f"  {stage.name:<10} {stage.title}" for stage in recipe.stages]
+    return "\n".join((f"{recipe.name}: {recipe.source}", *_describe_origin(recipe), *stages))
+
+
+def _describe_origin(recipe: Recipe) -> list[str]:
+    """Lines that say what to know of a recipe, and what in it is of our own choice."""
+    notes = [f"  note: {note}" for note in recipe.notes]
+    return [*notes, *(f"  ours: {choice}" for choice in recipe.ours)]
+
+
+def _describe_data(part: PublishedData) -> str:
+    ratio = "" if part.ratio is None else f" ({100 * part.ratio:g} %)"
+    prompt = "" if part.prompt is None else f'; asked "{part.prompt}"'
+    return f"{part.task}{ratio}: {', '.join(part.datasets)}{prompt}"
 
 
 class StageProgress:

@@ -203,6 +203,25 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedData:
+    """A part of what a published stage was trained on; for a person, nothing reads it.
+
+    Attributes:
+        stage: Name of the stage.
+        task: What it teaches.
+        datasets: Names as published, with languages where they are given.
+        ratio: Of the stage's samples, from 0 to 1; None where it is not published.
+        prompt: The question that was asked; None where it is not published.
+    """
+
+    stage: str
+    task: str
+    datasets: tuple[str, ...]
+    ratio: float | None = None
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Stages in order; each starts from the checkpoint of the one before.
 
@@ -211,6 +230,9 @@ class Recipe:
         source: Where the numbers come from: paper section, or our own choice.
         stages: In order.
         start: Checkpoint the first stage starts from; None takes the one given at the command line.
+        notes: What to know before a run; printed.
+        ours: What stands in no source and was chosen here; printed as such.
+        published_data: What the published stages were trained on.
     """
 
     name: str
@@ -218,6 +240,8 @@ class Recipe:
     stages: tuple[Stage, ...]
     start: str | None = None
     notes: tuple[str, ...] = field(default=())
+    ours: tuple[str, ...] = field(default=())
+    published_data: tuple[PublishedData, ...] = field(default=())
 
     def __post_init__(self) -> None:
         _check_folder_name("recipe", self.name)
@@ -228,6 +252,12 @@ class Recipe:
             raise RecipeError(
                 f"recipe {self.name!r}: stage names repeat: {names}; each is a folder of its own"
             )
+        for part in self.published_data:
+            if part.stage not in names:
+                raise RecipeError(
+                    f"recipe {self.name!r}: published data of stage {part.stage!r}; expected one "
+                    f"of {', '.join(names)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for printing and for the file beside the checkpoint."""
