@@ -1,6 +1,5 @@
 """The harness: interleaving, ratios, rows that say where they come from."""
 
-import fcntl
 import json
 import os
 import threading
@@ -8,15 +7,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
 
 import made_up
 import pytest
 import torch
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import (
+    LOCK,
     BenchRow,
     Target,
     check_folder,
@@ -214,21 +214,23 @@ def test_targets_are_replaced_whole(tmp_path: Path) -> None:
     list(keep(tmp_path, [_target("x", 0.75)]))
     assert (tmp_path / "before").read_text() == before
     assert _targets(tmp_path) == {"x": 0.75}
-    assert sorted(os.listdir(tmp_path)) == ["before", "bench.jsonl", "targets.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == [".bench.lock", "before", "bench.jsonl", "targets.jsonl"]
 
 
 def test_targets_of_two_at_once_are_all_kept(tmp_path: Path) -> None:
-    def other(held: IO[bytes]) -> None:
-        with held:  # read nothing yet, and takes its time to write
-            time.sleep(0.3)
+    is_held = threading.Event()
+
+    def other() -> None:
+        with FileLock(tmp_path / LOCK):
+            is_held.set()
+            time.sleep(0.3)  # has read nothing yet, and takes its time to write
             (tmp_path / "targets.jsonl").write_text(f"{_target('y', 2.0).to_json()}\n")
 
     def measured() -> Iterator[Target]:
         yield _target("x", 0.5)
-        held = (tmp_path / "bench.jsonl").open("rb")
-        fcntl.flock(held, fcntl.LOCK_EX)
-        thread.append(threading.Thread(target=other, args=(held,)))
+        thread.append(threading.Thread(target=other))
         thread[0].start()
+        assert is_held.wait(60)
 
     thread: list[threading.Thread] = []
     list(keep(tmp_path, measured()))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import mono_internvl
@@ -307,6 +308,24 @@ def test_convert_overwrites_nothing(command, checkpoint, tmp_path):
     code, _, err = command("convert", "--check", checkpoint, "--out", tmp_path)
     assert code == 1 and "not an empty folder" in err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["file/copy", "n" * 300, "/proc/x"])
+def test_convert_out_that_cannot_be_made_is_one_line(command, checkpoint, tmp_path, name):
+    (tmp_path / "file").touch()
+    code, out, err = command("convert", "--check", checkpoint, "--out", tmp_path / name)
+    assert (code, out, err.count("\n")) == (1, "", 1), err
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_convert_on_a_full_disk_leaves_nothing(command, checkpoint, monkeypatch, tmp_path):
+    def save(self, folder, **options):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(MonoInternVLForConditionalGeneration, "save_pretrained", save)
+    code, _, err = command("convert", "--check", checkpoint, "--out", tmp_path / "copy")
+    assert code == 1 and err.count("\n") == 1 and "make room on the disk" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------- info

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
 import os
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
+from filelock import FileLock
 
 from mono_internvl.errors import ConfigError
 from mono_internvl.training.job_folder import write_whole
 
-BENCH_ROWS, TARGETS = "bench.jsonl", "targets.jsonl"
+BENCH_ROWS, TARGETS, LOCK = "bench.jsonl", "targets.jsonl", ".bench.lock"
 _ROW_BEGINS = b'{"what": '
 _Line = TypeVar("_Line")
 logger = logging.getLogger(__name__)
@@ -251,9 +251,8 @@ def _read_lines(file: Path, kind: Callable[..., _Line], what: str) -> list[_Line
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[IO[bytes]]:
-    """The folder's `bench.jsonl`, which is never replaced, held against other processes."""
-    with (folder / BENCH_ROWS).open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """The folder's `bench.jsonl`, held against other processes with all that is in the folder."""
+    with FileLock(folder / LOCK), (folder / BENCH_ROWS).open("a+b") as file:
         yield file
 
 

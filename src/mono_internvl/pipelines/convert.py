@@ -1,5 +1,6 @@
 """Proof that a checkpoint survives us: loaded, saved, and compared bit for bit."""
 
+import dataclasses
 import json
 import tempfile
 from collections import Counter
@@ -21,6 +22,7 @@ from mono_internvl.model.files import read_json
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.weight_files import read_headers, resolve_checkpoint, safetensors_files
+from mono_internvl.training.job_folder import new_folder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -95,7 +97,7 @@ def check_round_trip(checkpoint: str | Path, out: Path | None = None) -> RoundTr
         out: New or empty folder for the copy; a temporary one unless given.
 
     Raises:
-        CheckpointError: The checkpoint does not load, or `out` is in use.
+        CheckpointError: The checkpoint does not load, or `out` is in use or cannot be written.
     """
     folder = resolve_checkpoint(checkpoint)
     if out is None:
@@ -103,7 +105,11 @@ def check_round_trip(checkpoint: str | Path, out: Path | None = None) -> RoundTr
             return _check(folder, Path(temporary), is_kept=False)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: not an empty folder; give a new one, nothing is overwritten")
-    return _check(folder, out, is_kept=True)
+    with new_folder(out) as partial:
+        found = _check(folder, partial, is_kept=True)
+        if out.is_dir():
+            out.rmdir()  # it is empty
+    return dataclasses.replace(found, out=out)
 
 
 def _check(folder: Path, out: Path, *, is_kept: bool) -> RoundTrip:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import DEFAULT_SYSTEM_PROMPT, TURN_END, TURN_START
 from mono_internvl.model.tokenization import TOKENIZER_CONFIG
 from mono_internvl.model.weight_files import read_headers, resolve_checkpoint
+from mono_internvl.training.job_folder import new_folder
 
 DTYPES = {
     "float32": torch.float32,
@@ -94,7 +92,7 @@ def init(
     source = _template(folder, chat_template)
     template = None if source is None else adapt_template(source, _day(template_date))
     vision = MonoInternVLVisionConfig(hidden_size=patch_width, image_size=tile_px)
-    with _whole_or_not_at_all(out) as partial:
+    with new_folder(out) as partial:
         made = monolithic_from_llm(
             folder,
             vision=vision,
@@ -112,24 +110,6 @@ def init(
         made.model.save_pretrained(partial)
         processor.save_pretrained(partial)
     return out
-
-
-@contextmanager
-def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """A folder to write to; it becomes `out` at the end, or goes if something raises."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:  # before the language model is read, which may take minutes
-        raise CheckpointError(
-            f"{out}: cannot be written ({error}); give a folder that can be made"
-        ) from error
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _template(folder: Path, asked: str | None) -> str | None:

@@ -46,7 +46,13 @@ from mono_internvl.provenance import Origin, command
 from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
 from mono_internvl.recipes.miniature_plus_plus import plus_plus
 from mono_internvl.training.distributed import run_processes, run_side_by_side
-from mono_internvl.training.job_folder import begin, check_settings, exclusive, write_whole
+from mono_internvl.training.job_folder import (
+    begin,
+    check_settings,
+    exclusive,
+    resumable,
+    write_whole,
+)
 from mono_internvl.training.progress import lines_of
 from mono_internvl.training.recipe import Recipe
 from mono_internvl.training.state import digest_of_data, keep_plan, read_state
@@ -140,7 +146,7 @@ def compare_pretraining(
     arms = arms_of(plan.recipe)
     if against is not None:
         _check_quickstart(against, quick)
-    with exclusive(run):
+    with exclusive(run), resumable(run):
         begin(run / "lab.json", {"quick": quick})
         compute = make_plan(device, precision, processes=1, threads=1 if processes > 1 else None)
         if against is not None and precision == "auto":

@@ -42,7 +42,13 @@ from mono_internvl.recipes.miniature_modular import (
     VISION_TOWER,
 )
 from mono_internvl.training.distributed import run_processes
-from mono_internvl.training.job_folder import begin, check_settings, exclusive, write_whole
+from mono_internvl.training.job_folder import (
+    begin,
+    check_settings,
+    exclusive,
+    resumable,
+    write_whole,
+)
 from mono_internvl.training.recipe import Recipe
 from mono_internvl.training.state import keep_plan
 
@@ -165,7 +171,7 @@ def modular_twin(
         other_rows = _last_predictions(against, plan)
     batch = math.gcd(*(stage.batch_size for stage in plan.recipe.stages))
     compute = make_plan(device, precision, processes=processes, batch_size=batch)
-    with exclusive(run):
+    with exclusive(run), resumable(run):
         begin(run / "lab.json", settings)
         compute = keep_plan(run, compute, precision)
         world = miniature.write_world(run / "data", plan.size, seed)

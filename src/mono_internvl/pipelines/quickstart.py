@@ -49,7 +49,7 @@ from mono_internvl.provenance import origin
 from mono_internvl.recipes.miniature import LANGUAGE, MINIATURE, QUICK_LANGUAGE, QUICK_MINIATURE
 from mono_internvl.serving.loading import load
 from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
-from mono_internvl.training.job_folder import begin, exclusive, write_whole
+from mono_internvl.training.job_folder import begin, exclusive, resumable, write_whole
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Stage
 from mono_internvl.training.state import keep_plan
@@ -147,7 +147,7 @@ def quickstart(
         batch_size=math.gcd(*(stage.batch_size for stage in plan.recipe.stages)),
     )
     console, began = Console(highlight=False), time.perf_counter()
-    with exclusive(run):
+    with exclusive(run), resumable(run):
         begin(run / SETTINGS, {"quick": quick, "llm": llm, "seed": seed})
         compute = keep_plan(run, compute, precision)
         console.print(compute.describe(), markup=False, soft_wrap=True)

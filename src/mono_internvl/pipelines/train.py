@@ -19,6 +19,7 @@ from mono_internvl.errors import RecipeError
 from mono_internvl.model.weight_files import read_headers, resolve_checkpoint
 from mono_internvl.recipes import RECIPES
 from mono_internvl.training.distributed import rank, run_processes
+from mono_internvl.training.job_folder import exclusive, resumable
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Stage, load_recipe
@@ -81,7 +82,6 @@ def train(
     if source is None:
         raise RecipeError(f"recipe {plan.name!r} names no checkpoint to start from: give --model")
     folder = run or Path("runs") / plan.name
-    folder.mkdir(parents=True, exist_ok=True)
     first = resolve_checkpoint(source)
     is_shared_out = int(os.environ.get("WORLD_SIZE", "1")) > 1  # by torchrun
     named = {stage.precision for stage in plan.stages}
@@ -96,9 +96,11 @@ def train(
         process_bytes=_training_bytes(first),
     )
     if os.environ.get("RANK", "0") == "0":
-        compute = keep_plan(folder, compute, asked)
+        with exclusive(folder):  # before processes are started: it can be written to
+            compute = keep_plan(folder, compute, asked)
     arguments = (plan, first, data, folder, compute)
-    run_processes(train_stages, compute.processes, *arguments, threads=compute.threads)
+    with resumable(folder):
+        run_processes(train_stages, compute.processes, *arguments, threads=compute.threads)
     return folder / plan.stages[-1].name / "checkpoint"
 
 

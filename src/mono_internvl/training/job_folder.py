@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
-import time
+import os
+import shutil
+import signal
+import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mono_internvl.errors import ConfigError, TrainingStateError
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from mono_internvl.errors import CheckpointError, ConfigError, TrainingStateError
 
 LOCK_PATIENCE_S = 5.0
 
@@ -24,27 +31,77 @@ def exclusive(run: Path) -> Iterator[None]:
     Raises:
         TrainingStateError: Another one has it and keeps it, or it cannot be made.
     """
+    lock = FileLock(run / ".lock", timeout=LOCK_PATIENCE_S, poll_interval=0.05)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
+        lock.acquire()
+    except Timeout as error:
+        raise TrainingStateError(
+            f"{run}: another process trains here; wait for it or choose another output folder"
+        ) from error
     except OSError as error:
         raise TrainingStateError(
             f"{run}: not a folder to write to ({error}); choose another output folder"
         ) from error
-    with lock:
-        until = time.monotonic() + LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() >= until:
-                    raise TrainingStateError(
-                        f"{run}: another process trains here; wait for it or choose another "
-                        "output folder"
-                    ) from error
-                time.sleep(0.05)
+    try:
         yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write a checkpoint to; it becomes `out` at the end, or goes if something raises.
+
+    Raises:
+        CheckpointError: It cannot be made or filled, or `out` is there meanwhile.
+    """
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")  # of this process alone
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out}: cannot be written ({error}); give a folder that can be made"
+        ) from error
+    try:
+        yield partial
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{out}: not written ({error}); make room on the disk, or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def resumable(run: Path) -> Iterator[None]:
+    """Within, Ctrl-C and SIGTERM say that the same command goes on from what a run folder holds."""
+    note = os.fsencode(f"\nstopped; the same command goes on from what {run} holds\n")
+    process = os.getpid()
+
+    def say() -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, note)  # unbuffered: the signal may have come within another write
+
+    def terminate(number: int, frame: object) -> None:
+        if os.getpid() == process:  # not in one that was forked
+            say()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    is_ours = is_ours and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if is_ours:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        say()
+        raise
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def write_whole(file: Path, text: str) -> None:

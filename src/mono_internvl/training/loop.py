@@ -53,6 +53,8 @@ from mono_internvl.training.state import (
     read_state,
     remove_state,
     save_state,
+    state_folder,
+    state_folders,
     sweep,
     truncate_metrics,
 )
@@ -140,7 +142,9 @@ class _Loop:
         self.stage = stage = dataclasses.replace(stage.resolved(num_records), precision=precision)
         self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
         self.inputs = {
-            "data": digest_of_data(data / stage.data, [source.path for source in self.sources])
+            "data content": digest_of_data(
+                data / stage.data, [source.path for source in self.sources]
+            )
         }
         if (begun_from := digest_of_start(Path(start))) is not None:
             self.inputs["start checkpoint"] = begun_from
@@ -158,6 +162,8 @@ class _Loop:
                 folder, dtype=torch.float32, attn_implementation=attention
             )
         ).to(device)
+        if self.resumed:
+            _own_memory(self.model)
         if stage.recompute != "none":
             enable_recompute(self.model, stage.recompute)
         self.processor: MonoInternVLProcessor = MonoInternVLProcessor.from_pretrained(folder)
@@ -174,6 +180,11 @@ class _Loop:
             raise TrainingStateError(
                 f"{self.run}: holds a run with {name}={begun.get(name)!r}, this stage has "
                 f"{self.fields.get(name)!r}; choose another output folder or delete this one"
+            )
+        if state is not None and state.step > self.stage.steps:
+            raise TrainingStateError(
+                f"{state.folder}: a state after {state.step} steps of a stage of "
+                f"{self.stage.steps}; delete it to go on from an earlier one, or to start over"
             )
         for name, digest in self.inputs.items():
             if state is not None and state.inputs.get(name, digest) != digest:
@@ -215,7 +226,7 @@ class _Loop:
                 if is_due and done < stage.steps:
                     if log is not None:
                         os.fsync(log.fileno())
-                    self._save(self.run / f"step_{done:08d}", optimizer, done)
+                    self._save(state_folder(self.run, done), optimizer, done)
         self._save(self.final, None, stage.steps)
         return result
 
@@ -344,9 +355,16 @@ class _Loop:
 
     def _remove_states_but(self, kept: Path) -> None:
         if rank() == 0:
-            for folder in self.run.glob("step_*"):
+            for folder in state_folders(self.run):
                 if folder != kept:
                     remove_state(folder)
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy weights that are views of files: a state is deleted while its weights are used."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
 
 
 def _precision(
