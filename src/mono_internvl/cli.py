@@ -386,7 +386,7 @@ def bench(
     ],
     size: Annotated[str | None, typer.Option(help="tiny, middle or 2b; middle, gpu: 2b.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the size's.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    precision: Precision = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs of every subject.")] = 5,
     out: Annotated[
         Path | None,
@@ -400,7 +400,9 @@ def bench(
     from mono_internvl.pipelines.bench import bench as run_bench
 
     _quieten()
-    rows = run_bench(what, size=size, layers=layers, dtype=dtype, device=device, rounds=rounds)
+    rows = run_bench(
+        what, size=size, layers=layers, precision=precision, device=device, rounds=rounds
+    )
     for row in rows if out is None else keep(out, rows):
         typer.echo(row.to_json() if as_json else row.to_line())
 

@@ -31,7 +31,7 @@ def test_rehearsal_on_a_cpu_runs_everything_and_judges_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    found = list(bench("gpu", size="tiny", dtype="float32", rounds=1))
+    found = list(bench("gpu", size="tiny", precision="fp32", rounds=1))
     rows = [row for row in found if isinstance(row, BenchRow)]
     assert {row.what for row in rows} == {
         "experts",
@@ -68,7 +68,7 @@ def test_one_command_takes_the_gpu_and_the_shapes_of_2b(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", lambda index: None, raising=False)
-    assert not list(bench("gpu")) + list(bench("prefill"))
+    assert not list(bench("gpu", precision="bf16")) + list(bench("prefill"))
     assert [(s.size.name, s.device.type) for s in settings] == [("2b", "cuda"), ("middle", "cpu")]
 
 

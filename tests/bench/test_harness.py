@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from typer.testing import CliRunner
 
+from mono_internvl import compute
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import (
     LOCK,
@@ -262,7 +263,7 @@ def test_short_runs_are_repeated(seconds: float, repeats: int) -> None:
 @pytest.mark.parametrize("what", [name for name in COMPARISONS if name not in ELSEWHERE])
 def test_bench_command_prints_rows(what: str) -> None:
     found = CliRunner().invoke(
-        app, ["bench", what, "--size", "tiny", "--dtype", "float32", "--rounds", "1", "--json"]
+        app, ["bench", what, "--size", "tiny", "--precision", "fp32", "--rounds", "1", "--json"]
     )
     assert found.exit_code == 0, found.output
     rows = [BenchRow(**json.loads(line)) for line in found.output.splitlines() if line[:1] == "{"]
@@ -272,7 +273,7 @@ def test_bench_command_prints_rows(what: str) -> None:
 
 
 def test_bench_targets_are_all_judged(tmp_path: Path) -> None:
-    found = list(bench("targets", size="tiny", rounds=1))
+    found = list(bench("targets", size="tiny", precision="bf16", rounds=1))
     targets = [row for row in found if isinstance(row, Target)]
     assert len(targets) == len({target.name for target in targets}) == 26
     assert [t.name for t in targets if t.value is None] == [t.name for t in targets[-5:]]
@@ -282,6 +283,28 @@ def test_bench_targets_are_all_judged(tmp_path: Path) -> None:
         list(keep(tmp_path, found))
     assert len(read_rows(tmp_path / "bench.jsonl")) == 2 * (len(found) - 26)
     assert len((tmp_path / "targets.jsonl").read_text().splitlines()) == 26
+
+
+def test_bench_targets_in_fp32_are_those_of_fp32() -> None:
+    found = list(bench("targets", size="tiny", precision="fp32", rounds=1))
+    *targets, rest = [row for row in found if isinstance(row, Target)]
+    assert {row.dtype for row in found if isinstance(row, BenchRow)} == {"float32"}
+    assert targets and all(t.name.endswith("float32") and t.met is not None for t in targets)
+    assert rest.value is None and "--precision bf16" in rest.note
+
+
+@pytest.mark.parametrize(("cost", "dtype"), [(0.3, torch.bfloat16), (40.0, torch.float32)])
+def test_bench_takes_what_the_machine_multiplies_faster(
+    monkeypatch: pytest.MonkeyPatch, cost: float, dtype: torch.dtype
+) -> None:
+    settings: list[Setting] = []
+    monkeypatch.setattr(compute, "bf16_cost", lambda device_type: cost)
+    monkeypatch.setitem(COMPARISONS, "prefill", lambda setting: settings.append(setting) or [])
+    list(bench("prefill", size="tiny"))
+    assert settings[0].dtype == dtype
+    assert f"--precision {'bf16' if cost < 1 else 'fp32'}" in settings[0].command
+    with pytest.raises(ConfigError, match="precision='int8'"):
+        bench("prefill", precision="int8")
 
 
 def test_targets_of_another_device_stay(tmp_path: Path) -> None:
@@ -319,7 +342,7 @@ def test_bench_takes_a_device_with_and_without_a_number(
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     settings: list[Setting] = []
     monkeypatch.setitem(COMPARISONS, "prefill", lambda setting: settings.append(setting) or [])
-    list(bench("prefill", size="tiny", device=name))
+    list(bench("prefill", size="tiny", precision="bf16", device=name))
     assert chosen == [index]
     assert settings[0].device == torch.device("cuda", index)
     assert settings[0].command.endswith(f"--device {name}")

@@ -20,11 +20,12 @@ from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.serve import bench_serve
 from mono_internvl.bench.targets import bench_targets, targets_of_2b
 from mono_internvl.bench.train import bench_train
-from mono_internvl.compute import choose_device
+from mono_internvl.compute import make_plan
 from mono_internvl.errors import ConfigError
 from mono_internvl.recipes.evip import EVIP
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Precision -> dtype of weights and activations."""
 
 
 Rows = Iterable[BenchRow | Target]
@@ -58,7 +59,7 @@ def bench(
     *,
     size: str | None = None,
     layers: int | None = None,
-    dtype: str = "bfloat16",
+    precision: str = "auto",
     device: str | None = None,
     rounds: int = 5,
 ) -> Rows:
@@ -71,7 +72,8 @@ def bench(
         what: One of `COMPARISONS`.
         size: "tiny", "middle" or "2b"; unless given, "2b" for "gpu" and "middle" for others.
         layers: Decoder layers, where they should differ from the size's own.
-        dtype: "float32" or "bfloat16".
+        precision: Of weights and activations: "bf16", "fp32", or "auto" for what the device
+            multiplies faster.
         device: "auto", "cpu", "cuda" or "cuda:1"; unless given, "auto" for "gpu" and "cpu" for
             others.
         rounds: Interleaved runs of every subject.
@@ -81,23 +83,23 @@ def bench(
     """
     if what not in COMPARISONS:
         raise ConfigError(f"bench {what!r} is not known; choose from {', '.join(COMPARISONS)}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
     if rounds < 1 or (layers is not None and layers < 1):
         raise ConfigError(f"rounds={rounds}, layers={layers}; expected numbers >= 1")
     size = size or ("2b" if what == "gpu" else "middle")
     device = device or ("auto" if what == "gpu" else "cpu")
     chosen = size_of(size)
-    command = f"mono-internvl bench {what} --size {size} --dtype {dtype} --rounds {rounds}"
+    plan = make_plan(device, precision, processes=1)
+    precision = plan.precision
+    command = f"mono-internvl bench {what} --size {size} --precision {precision} --rounds {rounds}"
     if layers is not None:
         chosen = replace(chosen, layers=layers)
         command += f" --layers {layers}"
-    place = choose_device(device)
+    place = torch.device(plan.device)
     if place.type != "cpu":
         command += f" --device {device}"
         place = torch.device(place.type, place.index or 0)
         torch.cuda.set_device(place)  # events, graphs and kernels go to the current one
-    return _measured(what, Setting(chosen, DTYPES[dtype], place, rounds, command))
+    return _measured(what, Setting(chosen, DTYPES[precision], place, rounds, command))
 
 
 def _measured(what: str, setting: Setting) -> Rows:

@@ -36,6 +36,7 @@ from mono_internvl.miniature.targets import (
     FULL_BOUNDS,
     QUICK_BOUNDS,
     Bound,
+    bounds_in,
     judge,
     mean_scores,
     to_rows,
@@ -44,6 +45,7 @@ from mono_internvl.miniature.text_tasks import english_records
 from mono_internvl.model.loading import load_planned
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.pipelines.estimate import Estimate, estimate, in_minutes
 from mono_internvl.pipelines.language import give_eyes, make_language_model
 from mono_internvl.provenance import origin
 from mono_internvl.recipes.miniature import LANGUAGE, MINIATURE, QUICK_LANGUAGE, QUICK_MINIATURE
@@ -158,7 +160,8 @@ def quickstart(
         if not (run / START / "checkpoint").exists():
             _make_start(llm, world, run, plan, compute)
         console.print("[bold]3/5[/] four stages, an evaluation after each", soft_wrap=True)
-        arguments = (plan, world, run, compute)
+        expected = _estimate(console, plan, world, run, compute)
+        arguments = (plan, world, run, compute, expected)
         run_processes(train_and_evaluate, compute.processes, *arguments, threads=compute.threads)
         console.print("[bold]4/5[/] the report", soft_wrap=True)
         metrics = collect(run, plan, quick, compute, time.perf_counter() - began)
@@ -182,12 +185,46 @@ def _make_start(llm: str, world: WorldFiles, run: Path, plan: Plan, compute: Com
     give_eyes(folder, run / START / "checkpoint")
 
 
-def train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, compute: ComputePlan) -> None:
-    """In every process: the stages in order, an evaluation before the first and after each."""
+def _estimate(
+    console: Console, plan: Plan, world: WorldFiles, run: Path, compute: ComputePlan
+) -> Estimate | None:
+    """What the stages that are left will take, said before they begin."""
+    left = [s for s in plan.recipe.stages if not (run / s.name / "checkpoint").exists()]
+    if not left:
+        return None
+    torch.set_num_threads(compute.threads)
+    with _Cost(run / START, "estimated"):
+        expected = estimate(left, run / START / "checkpoint", world.root, compute)
+    console.print(expected.describe(), soft_wrap=True)
+    return expected
+
+
+def train_and_evaluate(
+    plan: Plan,
+    world: WorldFiles,
+    run: Path,
+    compute: ComputePlan,
+    expected: Estimate | None = None,
+) -> None:
+    """In every process: the stages in order, an evaluation before the first and after each.
+
+    Args:
+        plan: What to do.
+        world: Its data.
+        run: Output folder.
+        compute: What to compute with.
+        expected: Of the stages that are left; what remains of it is said before each of them.
+    """
     with _Cost(run / START, "set up", from_process_start=True):
         checkpoint = run / START / "checkpoint"
     _evaluate(START, checkpoint, plan, world, run, compute, is_last=False)
+    done: list[str] = []
+    took_s = 0.0
     for stage in plan.recipe.stages:
+        began = time.perf_counter()
+        if expected is not None and stage.name in expected.seconds and rank() == 0:
+            left = in_minutes(expected.seconds_left(done, took_s))
+            Console(highlight=False).print(f"{stage.name}: {left} left in all", soft_wrap=True)
         with _Cost(run / stage.name, "trained"):
             result = train_stage(
                 stage,
@@ -200,6 +237,9 @@ def train_and_evaluate(plan: Plan, world: WorldFiles, run: Path, compute: Comput
         checkpoint = result.checkpoint
         is_last = stage is plan.recipe.stages[-1]
         _evaluate(stage.name, checkpoint, plan, world, run, compute, is_last=is_last)
+        if result.resumed_at == 0:
+            done.append(stage.name)
+            took_s += time.perf_counter() - began
 
 
 def _evaluate(
@@ -319,7 +359,7 @@ def collect(
     costs = {name: _cpu_minutes(run / name) for name in names}
     cpu_minutes = sum(costs.values())
     targets = judge(
-        plan.bounds,
+        bounds_in(compute.precision, plan.bounds),
         rows,
         {name: text[name]["perplexity"] for name in names},
         {name: text[name]["logits_identical"] for name in names},

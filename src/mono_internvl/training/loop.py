@@ -11,6 +11,8 @@ import dataclasses
 import json
 import logging
 import os
+import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -118,6 +120,40 @@ def train_stage(
             sweep(run)
         barrier()
         return _Loop(stage, start, data, run, own_device(device), attention, plan).train()
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What a step costs.
+
+    Attributes:
+        cpu_s: CPU seconds, all threads of the process.
+        wall_s: Wall seconds.
+    """
+
+    cpu_s: float
+    wall_s: float
+
+
+def time_steps(
+    stage: Stage, start: Path, data: Path, plan: ComputePlan, *, steps: int = 4
+) -> StepTime:
+    """Take the first steps of a stage in this process, time them and keep nothing.
+
+    Args:
+        stage: What is to be trained.
+        start: Checkpoint to start from.
+        data: Folder that `stage.data` is relative to.
+        plan: What to compute with.
+        steps: How many; the first is not counted, the median of the others is.
+
+    Raises:
+        RecipeError: The rules do not fit the model.
+        SampleError: A bad record.
+    """
+    with tempfile.TemporaryDirectory() as run:
+        loop = _Loop(stage, start, data, Path(run), own_device(plan.device), None, plan)
+        return loop.time(steps)
 
 
 class _Loop:
@@ -229,6 +265,19 @@ class _Loop:
                     self._save(state_folder(self.run, done), optimizer, done)
         self._save(self.final, None, stage.steps)
         return result
+
+    def time(self, steps: int) -> StepTime:
+        """See `time_steps`."""
+        groups = apply_rules(self.model, self.model.config, self.stage)
+        optimizer = optimizer_of(self.model, groups, self.stage)
+        self.model.train()
+        learner, batches = _LossOf(self.model), self._batches(0)
+        cpu, wall = [], []
+        for step in range(min(steps, self.stage.steps)):
+            began = time.process_time()
+            wall.append(self._step(step, learner, optimizer, batches)["seconds"])
+            cpu.append(time.process_time() - began)
+        return StepTime(*(statistics.median(found[1:] or found) for found in (cpu, wall)))
 
     def _data_parallel(self) -> nn.Module:
         learner = _LossOf(self.model)

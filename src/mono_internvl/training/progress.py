@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ class StageProgress:
     """
 
     def __init__(self, stage: Stage, first_step: int = 0, quiet: bool = False):
-        self.stage, self.done, self.quiet = stage, first_step, quiet
+        self.stage, self.first, self.done, self.quiet = stage, first_step, first_step, quiet
         self.console = Console(file=sys.stderr)
         self.run = _RUN.get()
         self.is_live = self.console.is_terminal and not self.run
@@ -117,6 +118,9 @@ class StageProgress:
             f"loss {self.loss:.3f}  {self.tokens / seconds:,.0f} tokens/s  "
             f"{self.images / seconds:,.0f} images/s"
         )
+        if not self.is_live and self.done < self.stage.steps:
+            left = seconds * (self.stage.steps - self.done) / max(1, self.done - self.first)
+            text += f"  {datetime.timedelta(seconds=round(left))} left"
         if self.skipped:
             text += f"  {self.skipped:,} skipped"
         self.bar.update(self.task, completed=self.done, text=text)
