@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from mono_internvl.evaluation.run import (
     read_questions,
     write_predictions,
 )
+from mono_internvl.generation.engine import Engine
+from mono_internvl.generation.request import Generation, Request
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.pipelines.evaluate import evaluate, rescore
@@ -131,12 +132,12 @@ def test_blind_shows_the_mean_colour(
 ) -> None:
     shown: list[list[dict[str, Any]]] = []
 
-    def encode(prompts: list[list[dict[str, Any]]], **options: Any) -> Any:
-        shown.extend(prompts)
-        return original(prompts, **options)
+    def encode(prompt: list[dict[str, Any]], **options: Any) -> Any:
+        shown.append(prompt)
+        return original(prompt, **options)
 
-    original = processor.encode_prompts
-    monkeypatch.setattr(processor, "encode_prompts", encode)
+    original = processor.encode_prompt
+    monkeypatch.setattr(processor, "encode_prompt", encode)
     pictures = [q for q in questions if q.kind == "colour"]
     found = answer_all(model, processor, pictures, blind=True, **OPTIONS)
     assert all(a.is_blind for a in found)
@@ -236,17 +237,17 @@ def test_evaluate_verb_prints_scores(checkpoint: Path, data: Path, tmp_path: Pat
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Lengths of the prompts of every batch that a model is asked."""
-    batches: list[list[int]] = []
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the prompts that a model is asked."""
+    lengths: list[int] = []
 
-    def generate(model: Any, **batch: Any) -> Any:
-        batches.append(batch["attention_mask"].sum(1).tolist())
-        return original(model, **batch)
+    class Counting(Engine):
+        def submit(self, request: Request) -> Generation:
+            lengths.append(len(request.input_ids))
+            return super().submit(request)
 
-    original = run_module.generate_sharing_prefixes
-    monkeypatch.setattr(run_module, "generate_sharing_prefixes", generate)
-    return batches
+    monkeypatch.setattr(run_module, "Engine", Counting)
+    return lengths
 
 
 def _ask(checkpoint: Path, file: Path, out: Path, **options: Any) -> Any:
@@ -275,7 +276,7 @@ def test_evaluate_checks_every_record_before_it_asks(
     checkpoint: Path,
     data: Path,
     tmp_path: Path,
-    asked: list[list[int]],
+    asked: list[int],
     change: dict[str, Any],
     complaint: str,
 ) -> None:
@@ -291,7 +292,7 @@ def test_evaluate_checks_every_record_before_it_asks(
 
 @pytest.mark.parametrize("out", [".", "file/p.jsonl", "/dev/null", "/proc/x", "n" * 300])
 def test_evaluate_checks_out_before_it_asks(
-    checkpoint: Path, data: Path, tmp_path: Path, asked: list[list[int]], out: str
+    checkpoint: Path, data: Path, tmp_path: Path, asked: list[int], out: str
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="not a file to write to"):
@@ -300,7 +301,7 @@ def test_evaluate_checks_out_before_it_asks(
 
 
 def test_evaluate_keeps_the_answers_beside_a_damaged_image(
-    checkpoint: Path, data: Path, tmp_path: Path, asked: list[list[int]]
+    checkpoint: Path, data: Path, tmp_path: Path, asked: list[int]
 ) -> None:
     records = _records(data)
     broken = tmp_path / "broken.png"
@@ -315,7 +316,7 @@ def test_evaluate_keeps_the_answers_beside_a_damaged_image(
     asked.clear()
     broken.write_bytes(whole.read_bytes())
     assert _ask(checkpoint, file, out).items == {"colour": 9, "copying": 6}
-    assert list(map(len, asked)) == [1], "only what was left is asked"
+    assert len(asked) == 1, "only what was left is asked"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -323,55 +324,54 @@ def test_evaluate_goes_on_after_a_kill(
     checkpoint: Path,
     data: Path,
     tmp_path: Path,
-    asked: list[list[int]],
+    asked: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, out = data / "questions.jsonl", tmp_path / "p.jsonl"
     whole = _ask(checkpoint, file, tmp_path / "whole.jsonl", batch_size=4)
-    num_batches = len(asked)
     asked.clear()
-    generate = run_module.generate_sharing_prefixes
+    engine = run_module.Engine
 
-    def killed(model: Any, **batch: Any) -> Any:
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return generate(model, **batch)
+    class Killed(engine):  # type: ignore[misc, valid-type]
+        def submit(self, request: Request) -> Generation:
+            if len(asked) == 12:
+                raise KeyboardInterrupt
+            return super().submit(request)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "generate_sharing_prefixes", killed)
+        patch.setattr(run_module, "Engine", Killed)
         with pytest.raises(KeyboardInterrupt):
             _ask(checkpoint, file, out, batch_size=4)
     journal = tmp_path / ".p.jsonl.answers"
+    answered = sum(len(json.loads(line)) for line in journal.read_text().splitlines()[1:])
+    assert answered >= 4
     journal.write_text(journal.read_text() + '{"cut')
+    asked.clear()
     again = _ask(checkpoint, file, out, batch_size=4)
-    assert len(asked) == num_batches
+    assert len(asked) == 15 - answered
     assert again.scores == whole.scores
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_evaluate_other_settings_ask_anew(
-    checkpoint: Path, data: Path, tmp_path: Path, asked: list[list[int]]
+    checkpoint: Path, data: Path, tmp_path: Path, asked: list[int]
 ) -> None:
     journal = tmp_path / ".p.jsonl.answers"
     journal.write_text('{"model": "another"}\n{"aa": "stale"}\n')
     assert _ask(checkpoint, data / "questions.jsonl", tmp_path / "p.jsonl").items["colour"] == 9
-    assert sum(map(len, asked)) == 15 and not journal.exists()
+    assert len(asked) == 15 and not journal.exists()
 
 
-def test_long_question_widens_no_other_prompt(
-    model: MonoInternVLForConditionalGeneration,
-    processor: MonoInternVLProcessor,
-    questions: list[Question],
-    asked: list[list[int]],
+def test_evaluate_refuses_what_needs_more_memory_than_there_is(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = tiny_runs.text_record(99)
-    long["conversations"][0]["value"] = "say one " * 70
-    sample = questions[0].sample
-    messages = [{"role": "user", "content": long["conversations"][0]["value"]}]
-    other = Question(long, dataclasses.replace(sample, messages=[*messages, sample.messages[-1]]))
-    answer_all(model, processor, [*questions, other], **OPTIONS)
-    assert max(max(lengths) - min(lengths) for lengths in asked if len(lengths) > 1) < 300
-    assert max(map(max, asked)) > 300
+    class Small(Engine):
+        def __init__(self, model: MonoInternVLForConditionalGeneration, **options: Any) -> None:
+            super().__init__(model, kv_bytes=10 * Engine(model).bytes_per_token, **options)
+
+    monkeypatch.setattr(run_module, "Engine", Small)
+    with pytest.raises(SampleError, match=r"15 of 15 records.*questions\.jsonl:\d+: .*kv_bytes"):
+        _ask(checkpoint, data / "questions.jsonl", tmp_path / "p.jsonl")
 
 
 def test_predictions_with_line_separators_score_to_the_same_numbers(tmp_path: Path) -> None:

@@ -188,6 +188,18 @@ def test_engine_equals_generate_in_chunks(
     _assert_alone(model, requests, Engine(model).generate(requests))
 
 
+def test_engine_long_prompt_widens_no_other() -> None:
+    model = tiny_model()
+    read: list[tuple[int, ...]] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["inputs_embeds"].shape[:2])),
+        with_kwargs=True,
+    )
+    requests = [_request(text_ids(n, n), new=1) for n in (9, 300, 12)]
+    Engine(model).generate(requests)
+    assert read == [(2, 12), (1, 300)]
+
+
 def _always_answer(model: Model, token: int, score: float = 1.0) -> None:
     head = torch.nn.Linear(64, VOCAB)
     head.weight.data.zero_()

@@ -94,6 +94,7 @@ def test_choose_tokens_limits_are_greedy(options: dict[str, Any]) -> None:
 def test_few_rows_gives_the_same_numbers(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(rows)
     x, w, b = (torch.randn(*shape, generator=generator) for shape in ((rows, 64), (96, 64), (96,)))
+    plain, w = w, torch.nn.Parameter(w, requires_grad=False)
     expected = [F.linear(x, w), F.linear(x, w, b)]
     calls: list[str] = []
 
@@ -105,7 +106,8 @@ def test_few_rows_gives_the_same_numbers(rows: int, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(torch, name, counted(name))
     with FewRows():
         found = [F.linear(x, w), F.linear(x, w, b)]
-        F.linear(x.bfloat16(), w.bfloat16())
+        F.linear(x, plain)
+        F.linear(x.bfloat16(), torch.nn.Parameter(w.bfloat16()))
         with torch.autocast("cpu", torch.bfloat16):
             assert F.linear(x, w).dtype == torch.bfloat16
     assert calls == (["mm", "addmm"] if 4 <= rows <= 32 else [])

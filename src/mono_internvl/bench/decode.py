@@ -13,8 +13,10 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from mono_internvl.bench.models import Setting, plain_llama, prompt_of, random_model, twin
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
+from mono_internvl.generation.engine import PREFIX_BYTES, Engine
+from mono_internvl.generation.request import Request
+from mono_internvl.generation.sampling import Sampling
 from mono_internvl.model.blocked_attention import BLOCKED
-from mono_internvl.model.shared_prefix import generate_sharing_prefixes
 
 STEPS = 8
 """Tokens of one run."""
@@ -144,31 +146,23 @@ def bench_prefix(setting: Setting) -> list[BenchRow]:
     asked = torch.randint(
         3, size.vocabulary - 9, (QUESTIONS, QUESTION_TOKENS), generator=generator
     ).to(device)
-    ids = torch.cat((seen.expand(QUESTIONS, -1), asked), dim=1)
-    batch: dict[str, Any] = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": one.pixel_values.repeat(QUESTIONS, 1, 1, 1),
-    }
-    options: dict[str, Any] = {
-        "max_new_tokens": ANSWER_TOKENS,
-        "do_sample": False,
-        "eos_token_id": None,
-    }
+    sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
+    requests = [Request(torch.cat((seen[0], ids)), one.pixel_values, sampling) for ids in asked]
+
+    def answer(prefix_bytes: int) -> None:
+        Engine(model, prefix_bytes=prefix_bytes).generate(requests)
+
     notes = {
         "attention": BLOCKED,
         "questions": QUESTIONS,
         "question_tokens": QUESTION_TOKENS,
         "answer_tokens": ANSWER_TOKENS,
     }
-    generate = torch.inference_mode()(model.generate)
     return measure(
         "prefix",
         [
-            Subject(WITHOUT, functools.partial(generate, **batch, **options), notes),
-            Subject(
-                WITH, functools.partial(generate_sharing_prefixes, model, **batch, **options), notes
-            ),
+            Subject(WITHOUT, functools.partial(answer, 0), notes),
+            Subject(WITH, functools.partial(answer, PREFIX_BYTES), notes),
         ],
         setting,
         baseline=WITHOUT,

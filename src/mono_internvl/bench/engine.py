@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from mono_internvl.bench.models import Setting, prompt_of, random_model
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.generation.engine import Engine
+from mono_internvl.generation.few_rows import FewRows
 from mono_internvl.generation.request import Request
 from mono_internvl.generation.sampling import Sampling
 
@@ -22,7 +26,49 @@ ANSWER_TOKENS = 64
 ONE_BY_ONE, TOGETHER = "generate, one request after another", "engine, all requests at once"
 
 
-def bench_engine(setting: Setting) -> list[BenchRow]:
+ONE_ROW, IN_ORDER, WEIGHTS_FIRST = "1 row", f"{REQUESTS} rows", f"{REQUESTS} rows, weights first"
+
+
+def bench_engine(setting: Setting) -> Iterator[BenchRow]:
+    """What a token costs in company, and in fp32 on a CPU, what its products cost."""
+    yield from _bench_tokens(setting)
+    if setting.device.type == "cpu" and setting.dtype == torch.float32:
+        yield from _bench_products(setting)
+
+
+def _bench_products(setting: Setting) -> list[BenchRow]:
+    """A feed-forward matrix of every layer times one row, and times the rows of a batch."""
+    size, generator = setting.size, torch.Generator().manual_seed(0)
+    weights = [
+        torch.nn.Parameter(
+            torch.randn(size.ffn_width, size.width, generator=generator), requires_grad=False
+        )
+        for _ in range(size.layers)
+    ]
+    x = torch.randn(REQUESTS, size.width, generator=generator)
+
+    def multiply(rows: Tensor, context: AbstractContextManager[object]) -> None:
+        with context:
+            for weight in weights:
+                F.linear(rows, weight)
+
+    def subject(name: str, rows: Tensor, context: AbstractContextManager[object]) -> Subject:
+        return Subject(name, lambda: multiply(rows, context), units=float(size.layers))
+
+    return measure(
+        "engine: one product",
+        [
+            subject(ONE_ROW, x[:1], nullcontext()),
+            subject(IN_ORDER, x, nullcontext()),
+            subject(WEIGHTS_FIRST, x, FewRows()),
+        ],
+        dataclasses.replace(setting, rounds=10 * setting.rounds),
+        baseline=ONE_ROW,
+        shapes={"width": size.width, "ffn_width": size.ffn_width},
+    )
+
+
+def _bench_tokens(setting: Setting) -> list[BenchRow]:
     """Seconds of an answer's token, reading of the prompts included, of requests on own images."""
     dtype, device = setting.dtype, setting.device
     size, answer = setting.size, ANSWER_TOKENS

@@ -1,39 +1,18 @@
-"""Questions become batches whose memory is bounded: one long prompt does not widen all others.
-
-Legend: B prompts, T tokens of the longest, S tile side.
-"""
+"""Questions become requests; what a model cannot read is refused by file and line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from mono_internvl.data.samples import MOST_CHARACTERS_OF_TOKEN, count_characters
 from mono_internvl.errors import ImageError, PromptError, SampleError
-from mono_internvl.model.encoding import pad_left
+from mono_internvl.generation.request import Request
+from mono_internvl.generation.sampling import Sampling
 from mono_internvl.model.processing import MonoInternVLProcessor
 
-_TOKENS_PER_PROMPT = 2048  # on average over a full batch, padding included
-_SLACK_TOKENS = 256  # prompts that differ by less are padded without a thought
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt by its question's number.
-
-    Attributes:
-        number: Of the question.
-        ids: Tokens.
-        pixel_values: (tiles, 3, S, S), or None without images.
-    """
-
-    number: int
-    ids: list[int]
-    pixel_values: Tensor | None
+Outcome = str | SampleError
+"""What a question came to: the answer, or why it could not be asked."""
 
 
 class PromptEncoder:
@@ -79,8 +58,8 @@ class PromptEncoder:
             raise SampleError(f"{where}: {error}") from error
         self._check(num_tokens, where)
 
-    def encode(self, number: int, messages: Sequence[dict[str, Any]], where: str) -> EncodedPrompt:
-        """A prompt with its images.
+    def encode(self, messages: Sequence[dict[str, Any]], where: str) -> Request:
+        """A prompt with its images, to be answered greedily.
 
         Raises:
             SampleError: It is refused, an image is damaged, or it is too long.
@@ -89,16 +68,14 @@ class PromptEncoder:
             encoded = self.processor.encode_prompt(messages, max_tiles=self.max_tiles)
         except (ImageError, PromptError) as error:
             raise SampleError(f"{where}: {error}") from error
-        ids: list[int] = encoded["input_ids"][0].tolist()
+        ids = encoded["input_ids"][0]
         self._check(len(ids), where)
-        return EncodedPrompt(number, ids, encoded.get("pixel_values"))
-
-    def collate(self, prompts: Sequence[EncodedPrompt]) -> dict[str, Tensor]:
-        """`input_ids` and `attention_mask` (B, T), padded on the left; `pixel_values` if any."""
-        rows = [prompt.ids for prompt in prompts]
-        pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
-        images = {"pixel_values": torch.cat(pixels)} if pixels else {}
-        return {**pad_left(rows, self.processor.tokenizer.pad_token_id), **images}
+        return Request(
+            ids,
+            encoded.get("pixel_values"),
+            Sampling(max_new_tokens=self.max_new_tokens),
+            stop_ids=frozenset(self.processor.stop_token_ids),
+        )
 
     def _check(self, num_tokens: int, where: str) -> None:
         if num_tokens + self.max_new_tokens > self.most:
@@ -110,27 +87,3 @@ class PromptEncoder:
             f"answer of {self.max_new_tokens}; shorten it, or ask with a lower max_tiles",
             reason="too long",
         )
-
-
-def batches(prompts: Iterable[EncodedPrompt], batch_size: int) -> Iterator[list[EncodedPrompt]]:
-    """Cut prompts, in their order, into batches of bounded padded size.
-
-    Args:
-        prompts: Encoded when they are asked for.
-        batch_size: Most prompts; fewer where they are long or differ much in length.
-    """
-    batch: list[EncodedPrompt] = []
-    for prompt in prompts:
-        lengths = [len(other.ids) for other in (*batch, prompt)]
-        is_wide = max(lengths) * len(lengths) > batch_size * _TOKENS_PER_PROMPT
-        is_uneven = max(lengths) > 2 * min(lengths) + _SLACK_TOKENS
-        if batch and (len(batch) == batch_size or is_wide or is_uneven):
-            yield batch
-            batch = []
-        batch.append(prompt)
-    if batch:
-        yield batch
-
-
-Outcome = str | SampleError
-"""What a question came to: the answer, or why it could not be asked."""

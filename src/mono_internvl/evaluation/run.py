@@ -6,28 +6,28 @@ image replaced by its mean colour: what remains is what the question alone gives
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import LogitsProcessorList
 
 from mono_internvl.data.samples import Sample, read_sample
 from mono_internvl.data.sources import JsonlSource
-from mono_internvl.errors import ImageError, SampleError
+from mono_internvl.errors import ImageError, PromptError, SampleError
 from mono_internvl.evaluation.metrics import score
-from mono_internvl.evaluation.prompts import EncodedPrompt, Outcome, PromptEncoder, batches
+from mono_internvl.evaluation.prompts import Outcome, PromptEncoder
 from mono_internvl.generation.context import most_tokens
-from mono_internvl.generation.finite_logits import FiniteLogits
+from mono_internvl.generation.engine import Engine
+from mono_internvl.generation.request import Generation
 from mono_internvl.json_lines import to_line
 from mono_internvl.model.image_processing import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import IGNORED_LABEL, MonoInternVLProcessor
-from mono_internvl.model.shared_prefix import generate_sharing_prefixes
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,14 @@ def answer_all(
     precision: str = "bf16",
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Greedy answers, in batches of like kind and length; questions on one image stay together.
+    """Greedy answers, many at a time; an image is read once for all questions on it.
 
     Args:
         model: In eval mode, on any device.
         processor: Of the same checkpoint.
         questions: What to ask; the predictions come in this order.
         blind: Hide the images.
-        batch_size: Most prompts at a time, left-padded.
+        batch_size: Most questions that are answered at a time.
         max_new_tokens: Longest answer.
         max_tiles: Most tiles per image; the processor's own unless given.
         precision: "bf16" autocasts over fp32 weights.
@@ -181,49 +181,52 @@ def ask_all(
     precision: str = "bf16",
     known: Container[int] = (),
 ) -> Iterator[dict[int, Outcome]]:
-    """As `answer_all`, but what came of each batch as soon as it is there, by question's number.
+    """As `answer_all`, but some answers at a time, as they are there, by question's number.
 
-    A record that cannot be asked comes as its error; the others of its batch are asked.
+    A record that cannot be asked comes as its error; the others are asked.
 
     Args:
         known: Numbers of questions to leave out.
     """
-    model.eval()
     encoder = PromptEncoder(processor, most_tokens(model.config), max_new_tokens, max_tiles)
+    engine = Engine(model, max_rows=batch_size)
+    asked: dict[Generation, int] = {}
     refused: dict[int, Outcome] = {}
 
-    def encoded() -> Iterator[EncodedPrompt]:
+    def submissions() -> Iterator[None]:
+        """One more question in the engine's queue each time."""
         for number in _order(questions):
+            question = questions[number]
             if number in known:
                 continue
-            question = questions[number]
             try:
                 prompt = _hide_images(question.prompt) if blind else question.prompt
-                yield encoder.encode(number, prompt, question.sample.where)
-            except ImageError as error:
+                asked[engine.submit(encoder.encode(prompt, question.sample.where))] = number
+            except (ImageError, PromptError) as error:
                 refused[number] = SampleError(f"{question.sample.where}: {error}")
             except SampleError as error:
                 refused[number] = error
+            else:
+                yield
 
-    for batch in batches(encoded(), batch_size):
+    queue = submissions()
+    while True:
+        answers: dict[int, Outcome] = {}
+        # Autocast casts the weights once, as long as it lasts.
         with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            new = generate_sharing_prefixes(
-                model,
-                **encoder.collate(batch),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                eos_token_id=processor.stop_token_ids,
-                pad_token_id=processor.tokenizer.pad_token_id,
-                logits_processor=LogitsProcessorList([FiniteLogits()]),
-            )
-        answers: dict[int, Outcome] = {
-            prompt.number: processor.decode_answer(row, keep_grounding=True)
-            for prompt, row in zip(batch, new, strict=True)
-        }
-        yield {**refused, **answers}
-        refused.clear()
-    if refused:
-        yield refused
+            while len(answers) < batch_size:
+                if not engine.num_waiting:
+                    deque(islice(queue, batch_size), maxlen=0)
+                if not asked:
+                    break
+                for ended in engine.step():
+                    text = processor.decode_answer(ended.result.ids, keep_grounding=True)
+                    answers[asked.pop(ended)] = text
+        if answers or refused:
+            yield {**refused, **answers}
+            refused.clear()
+        if not answers:
+            return
 
 
 def _order(questions: Sequence[Question]) -> list[int]:

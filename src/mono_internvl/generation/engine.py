@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mono_internvl.compute import available_bytes
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.generation.cache import BatchCache
 from mono_internvl.generation.finite_logits import check_finite
@@ -27,8 +28,8 @@ from mono_internvl.generation.sampling import choose_tokens
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 MAX_ROWS = 32
-KV_BYTES_ON_CPU = 2 * 2**30
 PREFIX_BYTES = 2**28
+_UNKNOWN_BYTES = 2**32  # where the system does not say what is free
 
 
 @dataclass(eq=False)
@@ -58,8 +59,8 @@ class Engine:
     Args:
         model: On any device, in any dtype, with eager, sdpa or blocked attention.
         max_rows: Most requests that are answered at once; others wait, in their order.
-        kv_bytes: Most bytes of keys and values of these requests; unless given, half of what the
-            accelerator has free, or 2 GiB on a CPU.
+        kv_bytes: Most bytes of keys and values of these requests; half of what the device has free
+            unless given.
         prefix_bytes: Most bytes of keys and values of beginnings that are kept for later requests;
             0 keeps none.
 
@@ -82,8 +83,7 @@ class Engine:
             )
         text, device = model.config.text_config, model.device
         if kv_bytes is None:
-            is_cuda = device.type == "cuda"
-            kv_bytes = torch.cuda.mem_get_info(device)[0] // 2 if is_cuda else KV_BYTES_ON_CPU
+            kv_bytes = _free_bytes(device) // 2
         self.max_rows, self.kv_bytes = max_rows, kv_bytes
         self.bytes_per_token = (
             2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
@@ -306,3 +306,9 @@ def _finite_rows(logits: torch.Tensor) -> list[bool]:
     """Which rows of (B, V) logits hold a number as their largest."""
     found: list[bool] = logits.amax(-1).isfinite().tolist()
     return found
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_bytes() or _UNKNOWN_BYTES

@@ -5,7 +5,6 @@ Legend: B prompts, V vocabulary.
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from mono_internvl.errors import CheckpointError
 
@@ -25,17 +24,3 @@ def check_finite(logits: Tensor) -> None:
             f"the model's logits are not finite numbers in {logits.dtype}; load it with "
             "dtype='float32', and if they still are not, its weights are damaged: get them anew"
         )
-
-
-class FiniteLogits(LogitsProcessor):
-    """`check_finite` for every token of `generate`."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """The scores as they are.
-
-        Args:
-            input_ids: (B, T) tokens so far.
-            scores: (B, V) logits of the next one.
-        """
-        check_finite(scores)
-        return scores

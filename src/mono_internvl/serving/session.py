@@ -25,6 +25,7 @@ from mono_internvl.compute import ComputePlan
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.finite_logits import check_finite
+from mono_internvl.generation.prefix import digest
 from mono_internvl.generation.request import TextStream
 from mono_internvl.generation.sampling import GREEDY, Sampling
 from mono_internvl.model.image_processing import load_image
@@ -32,7 +33,6 @@ from mono_internvl.model.layers import is_scaled_dynamically
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import parse_boxes
-from mono_internvl.model.shared_prefix import digest
 
 Box = tuple[int, int, int, int]
 FinishReason = Literal["stop", "length"]
