@@ -19,10 +19,11 @@ from tiny_models import (
 from torch import Tensor
 
 from mono_internvl.errors import CheckpointError, ConfigError, PromptError
+from mono_internvl.generation import engine as engine_module
 from mono_internvl.generation import reading
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation, Request, Result
-from mono_internvl.generation.sampling import Sampling
+from mono_internvl.generation.sampling import Sampling, choose_tokens
 from mono_internvl.model import image_layout
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
@@ -366,6 +367,33 @@ def test_engine_failure_in_a_pass_mixes_nothing_up(failing_pass: int, num_answer
     with pytest.raises(RuntimeError, match="out of memory"):
         _drain(engine)
     hook.remove()
+    _drain(engine)
+    answered = [g for g in generations if g.finish_reason != "cancelled"]
+    assert len(answered) == num_answered
+    _assert_alone(model, [g.request for g in answered], [g.result for g in answered])
+
+
+@pytest.mark.parametrize(("failing_choice", "num_answered"), [(2, 3), (3, 4)])
+def test_engine_interrupt_while_choosing_mixes_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, failing_choice: int, num_answered: int
+) -> None:
+    """Choice 2 is of a prompt's first token; before choice 3, tokens were read."""
+    model, requests = tiny_model(), [_mixed()[n] for n in (0, 1, 5, 8)]
+    engine = Engine(model)
+    choices = iter(range(100))
+
+    def choose(*args: Any) -> list[int]:
+        if next(choices) == failing_choice:
+            raise KeyboardInterrupt
+        return choose_tokens(*args)
+
+    monkeypatch.setattr(engine_module, "choose_tokens", choose)
+    generations = [engine.submit(requests[0])]
+    engine.step()
+    generations.insert(1, engine.submit(requests[1]))
+    with pytest.raises(KeyboardInterrupt):
+        _drain(engine)
+    generations += [engine.submit(request) for request in requests[2:]]
     _drain(engine)
     answered = [g for g in generations if g.finish_reason != "cancelled"]
     assert len(answered) == num_answered

@@ -45,6 +45,11 @@ class _Entry(Row):
     beginnings: Sequence[Beginning] = field(kw_only=True)
 
     @property
+    def columns(self) -> int:
+        """Columns in use between steps: of all but the newest token."""
+        return len(self.prompt) + max(0, len(self.generation.ids) - 1)
+
+    @property
     def most_columns(self) -> int:
         """Columns that it may come to need."""
         return len(self.prompt) + self.generation.request.sampling.max_new_tokens
@@ -140,6 +145,8 @@ class Engine:
         self._join()
         if self._rows:
             self._make_room([])
+            for entry in self._rows:  # also where the step before broke off with a token unchosen
+                entry.length = entry.columns
             tokens = [entry.generation.ids[-1] for entry in self._rows]
             self._choose(self._rows, self._reader.read_tokens(self._rows, tokens))
         ended, self._ended = self._ended, []
@@ -234,11 +241,16 @@ class Engine:
                 self._ended.append(entry.generation)
             raise
         self._rows += group
-        self._choose(group, logits)
+        try:
+            self._choose(group, logits)
+        finally:
+            for entry in group:
+                if not entry.generation.ids:  # without a first token it cannot go on
+                    entry.generation.cancel()
 
     def _make_room(self, group: Sequence[_Entry]) -> None:
         """Room for the next token of every request, and for a group that is to be read."""
-        lengths = [entry.length for entry in self._rows]
+        lengths = [entry.columns for entry in self._rows]
         self.cache.reserve(
             len(self._rows) + len(group),
             max([*lengths, *(len(entry.prompt) for entry in group)]) + 1,
@@ -298,7 +310,7 @@ class Engine:
                 self._ended.append(entry.generation)
                 last = self._rows.pop()
                 if last is not entry:
-                    self.cache.move(len(self._rows), row, last.length)
+                    self.cache.move(len(self._rows), row, last.columns)
                     self._rows[row] = last
 
 

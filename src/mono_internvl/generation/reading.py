@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -67,7 +68,7 @@ class Row:
 
     Attributes:
         prompt: Its prompt.
-        length: Columns in use: the prompt, or its part that is there, and decoded tokens.
+        length: Columns in use before the next pass.
         lag: How far its next token's rotary position stays behind its column.
     """
 
@@ -113,7 +114,9 @@ class Reader:
                 f"with ids from 0 to {vocabulary - 1}"
             )
         is_visual = request.visual_token_mask
-        is_visual = ids == self.config.image_token_id if is_visual is None else is_visual.cpu()
+        is_visual = (
+            ids == self.config.image_token_id if is_visual is None else is_visual.cpu().bool()
+        )
         if is_visual.shape != ids.shape:
             raise PromptError(
                 f"visual_token_mask of shape {tuple(is_visual.shape)}; expected {tuple(ids.shape)}"
@@ -177,16 +180,15 @@ class Reader:
                 ),
                 last.clamp_max(stop - 1) - begin,
             )
-        for number, row in enumerate(rows):
-            row.length = len(row.prompt)
-            if layout.positions is not None:
+        if layout.positions is not None:
+            for number, row in enumerate(rows):
                 place = len(rests[number]) - 1
                 row.lag = math.floor(place - float(layout.positions[number, place]))
         return logits
 
     @torch.inference_mode()
     def read_tokens(self, rows: Sequence[Row], tokens: Sequence[int]) -> Tensor:
-        """Read one more token of every row of the batch; (B, V) logits of what follows."""
+        """Read a token behind what every row of the batch holds; (B, V) logits of what follows."""
         logits = []
         for begin, stop in self._runs(rows):
             run = rows[begin:stop]
@@ -197,10 +199,8 @@ class Reader:
                 lags = torch.tensor([row.lag for row in run], device=self.device)
                 layout = ImageLayout(positions=(view.columns - lags[:, None]).float())
             x = self.model.get_input_embeddings()(ids)
-            with FewRows():
+            with FewRows() if self.device.type == "cpu" else nullcontext():
                 logits.append(self._pass(view, x, Routing.all_text(len(run)), layout))
-        for row in rows:
-            row.length += 1
         return torch.cat(logits)
 
     # ------------------------------------------------------------------ parts of a pass
