@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mono_internvl.bench.models import Setting, prompt_of, random_model
-from mono_internvl.bench.rows import BenchRow
+from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.few_rows import FewRows
@@ -29,11 +29,31 @@ ONE_BY_ONE, TOGETHER = "generate, one request after another", "engine, all reque
 ONE_ROW, IN_ORDER, WEIGHTS_FIRST = "1 row", f"{REQUESTS} rows", f"{REQUESTS} rows, weights first"
 
 
-def bench_engine(setting: Setting) -> Iterator[BenchRow]:
-    """What a token costs in company, and in fp32 on a CPU, what its products cost."""
-    yield from _bench_tokens(setting)
+def bench_engine(setting: Setting) -> Iterator[BenchRow | Target]:
+    """What a token costs in company, and in fp32 on a CPU, what its products cost.
+
+    On a CPU, at the middle size, it is judged.
+    """
+    rows = _bench_tokens(setting)
+    yield from rows
     if setting.device.type == "cpu" and setting.dtype == torch.float32:
         yield from _bench_products(setting)
+    if setting.device.type == "cpu" and setting.size.name == "middle":
+        yield target_of(rows)
+
+
+def target_of(rows: Sequence[BenchRow]) -> Target:
+    """The claim that the rows of the engine are measured for."""
+    together = next(row for row in rows if row.subject == TOGETHER)
+    assert together.ratio is not None
+    return Target.judge(
+        f"{REQUESTS} requests: tokens/s at once / one after another, {together.dtype}",
+        ">=",
+        3,
+        1 / together.ratio,
+        f"{together.shapes['tokens']} + {ANSWER_TOKENS} tokens, {together.layers} layers",
+        together.device,
+    )
 
 
 def _bench_products(setting: Setting) -> list[BenchRow]:

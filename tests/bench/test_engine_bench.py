@@ -1,0 +1,40 @@
+"""The engine's benchmark: every subject once, and its claim judged by the ratio of times."""
+
+import dataclasses
+
+import torch
+
+from mono_internvl.bench import engine
+from mono_internvl.bench.models import Setting, size_of
+from mono_internvl.bench.rows import BenchRow, Target
+
+
+def _setting(dtype: torch.dtype) -> Setting:
+    return Setting(size_of("tiny"), dtype, torch.device("cpu"), 1, "mono-internvl bench engine")
+
+
+def test_bench_engine_rows_are_of_tokens_and_in_fp32_of_products() -> None:
+    found = list(engine.bench_engine(_setting(torch.float32)))
+    subjects = [row.subject for row in found if isinstance(row, BenchRow)]
+    assert subjects == [
+        engine.ONE_BY_ONE,
+        engine.TOGETHER,
+        engine.ONE_ROW,
+        engine.IN_ORDER,
+        engine.WEIGHTS_FIRST,
+    ]
+    assert [row.unit for row in found if isinstance(row, BenchRow)][:2] == ["s/token"] * 2
+
+
+def test_bench_engine_is_judged_by_the_ratio_of_times() -> None:
+    rows = list(engine.bench_engine(_setting(torch.bfloat16)))
+    assert len(rows) == 2
+    for ratio, met in ((0.25, True), (0.5, False)):
+        made = [
+            dataclasses.replace(row, ratio=ratio)
+            for row in rows
+            if isinstance(row, BenchRow) and row.subject == engine.TOGETHER
+        ]
+        target = engine.target_of(made)
+        assert isinstance(target, Target)
+        assert (target.value, target.met, target.target) == (1 / ratio, met, ">= 3")
