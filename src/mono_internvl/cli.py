@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mono_internvl.door import pass_through
-from mono_internvl.serving.terminal import Picture, answer, converse, print_json
+from mono_internvl.serving.terminal import Picture, answer, converse, print_json, quieten
 
 if TYPE_CHECKING:
     from mono_internvl.compute import ComputePlan
@@ -113,7 +113,7 @@ def chat(
     from mono_internvl.generation.sampling import Sampling
     from mono_internvl.serving.loading import load
 
-    _quieten()
+    quieten()
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
     pictures = [Picture.load(name) for name in image or ()]
     session = load(
@@ -161,7 +161,7 @@ def info(
     from mono_internvl.pipelines.info import describe
     from mono_internvl.pipelines.printing import info_values, print_info
 
-    _quieten()
+    quieten()
     found = describe(_config_of(model, preset or DEFAULT_PRESET, revision), tokens, recipe)
     title = model or preset or DEFAULT_PRESET
     if note := PRESET_NOTES.get(preset or ""):
@@ -184,7 +184,7 @@ def convert(
     from mono_internvl.pipelines.convert import check_round_trip
     from mono_internvl.pipelines.printing import print_round_trip
 
-    _quieten()
+    quieten()
     result = check_round_trip(check, out)
     if as_json:
         print_json(dataclasses.asdict(result))
@@ -222,7 +222,7 @@ def init(
 
     if preset not in EXPERT_PRESETS:
         raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
-    _quieten()
+    quieten()
     experts = parse_visual_experts(preset if visual_experts is None else visual_experts)
     made = make_model(
         llm,
@@ -280,7 +280,7 @@ def train(
         overrides[field] = value
     from mono_internvl.pipelines.train import train as run_recipe
 
-    _quieten()
+    quieten()
     checkpoint = run_recipe(
         recipe,
         start=model,
@@ -313,7 +313,7 @@ def quickstart(
     """Give a small language model eyes: data, four stages, evaluation, report."""
     from mono_internvl.pipelines.quickstart import quickstart as run_quickstart
 
-    _quieten()
+    quieten()
     run_quickstart(
         out,
         quick=quick,
@@ -353,7 +353,7 @@ def evaluate(
     """Score the answers to the records of a file."""
     from mono_internvl.pipelines.evaluate import evaluate as run_evaluation
 
-    _quieten()
+    quieten()
     found = run_evaluation(
         model,
         data,
@@ -399,7 +399,7 @@ def bench(
     from mono_internvl.bench.rows import keep
     from mono_internvl.pipelines.bench import bench as run_bench
 
-    _quieten()
+    quieten()
     rows = run_bench(
         what, size=size, layers=layers, precision=precision, device=device, rounds=rounds
     )
@@ -422,7 +422,7 @@ def lab_modular(
     """Train the modular twin of the quickstart's model on the same data."""
     from mono_internvl.pipelines.lab_modular import modular_twin
 
-    _quieten()
+    quieten()
     modular_twin(
         out,
         against=against,
@@ -452,7 +452,7 @@ def lab_evip_plus_plus(
     """Compare EViP, EViP++ at equal data and EViP++ at 42 % of it, over seeds."""
     from mono_internvl.pipelines.lab_evip import compare_pretraining
 
-    _quieten()
+    quieten()
     table = compare_pretraining(
         out,
         seeds=seeds,
@@ -492,9 +492,5 @@ def _say_plan(plan: "ComputePlan") -> None:
     typer.echo(plan.describe(), err=True)
 
 
-def _quieten() -> None:
-    """No progress bars and notes of transformers between the lines of an answer."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+if __name__ == "__main__":
+    main()

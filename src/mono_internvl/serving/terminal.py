@@ -170,3 +170,11 @@ def _lines(is_terminal: bool) -> Generator[str, None, None]:
             continue
         if line:
             yield line
+
+
+def quieten() -> None:
+    """No progress bars and notes of transformers between the lines of an answer."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
