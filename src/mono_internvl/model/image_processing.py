@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,8 +29,8 @@ from mono_internvl.errors import ConfigError, ImageError
 
 logger = logging.getLogger(__name__)
 
-ImageSource = str | Path | bytes | Image.Image
-"""What `load_image` accepts: a path, encoded bytes, a data URI, or a decoded image."""
+ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
+"""What `load_image` accepts: a path, encoded bytes, a data URI, base64, an open file, or pixels."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -48,6 +48,7 @@ _DECODING_ERRORS = (
     zlib.error,
     UnidentifiedImageError,
 )
+_SHORTEST_BASE64 = 64  # the smallest PNG takes 92 characters
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -57,6 +58,8 @@ def _name_of(source: object) -> str:
         return f"<{len(source)} bytes>"
     if isinstance(source, Image.Image):
         return f"<PIL image {source.mode} {source.width}x{source.height}>"
+    if isinstance(source, np.ndarray):
+        return f"<array {source.dtype} {source.shape}>"
     text = str(source)
     return text if len(text) <= 120 else text[:117] + "..."
 
@@ -74,6 +77,29 @@ def _read_data_uri(uri: str) -> bytes:
         raise ImageError(f"image {_name_of(uri)}: not valid base64 ({error})") from error
 
 
+def _read_base64(text: str) -> bytes | None:
+    """The bytes of an image in base64, as hosts hand it over; None if the text is a path."""
+    if len(text) < _SHORTEST_BASE64:
+        return None
+    try:
+        data = base64.b64decode(text, validate=True)
+        return None if Path(text).is_file() else data
+    except ValueError:  # a path has characters that base64 has not, mostly a dot
+        return None
+    except OSError:  # too long for a path
+        return data
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    """The image of uint8 pixels, (height, width) grey or (height, width, 3 or 4)."""
+    fits = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if pixels.dtype != np.uint8 or not fits or not pixels.size:
+        raise ImageError(
+            f"image array of {pixels.dtype} {pixels.shape}; expected uint8 (height, width, 3)"
+        )
+    return Image.fromarray(pixels)
+
+
 def _open(source: object) -> Image.Image:
     """The image behind `source`, its header read, its pixels perhaps not yet."""
     if isinstance(source, Image.Image):
@@ -86,7 +112,11 @@ def _open(source: object) -> Image.Image:
             )
         if scheme == "data":
             return _open(_read_data_uri(source))
-        return _open(Path(source))
+        return _open(Path(source) if (data := _read_base64(source)) is None else data)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if hasattr(source, "read"):
+        source = source.read()
     if isinstance(source, bytes):
         if not source:
             raise ImageError("image <0 bytes>: empty; expected an encoded image")
@@ -98,7 +128,8 @@ def _open(source: object) -> Image.Image:
             raise ImageError(f"image {_name_of(source)}: the file is empty")
         return Image.open(io.BytesIO(source.read_bytes()))
     raise ImageError(
-        f"image of type {type(source).__name__}; expected a path, bytes, a data URI or a PIL image"
+        f"image of type {type(source).__name__}; expected a path, bytes, an open file, a data URI, "
+        "base64, a PIL image or an array"
     )
 
 
@@ -129,7 +160,8 @@ def load_image(source: ImageSource) -> Image.Image:
     as 0 to 65535, whatever its brightest pixel, and scaled; beyond that range it is refused.
 
     Args:
-        source: Path, encoded bytes, data URI or PIL image. No URL is fetched.
+        source: Path, encoded bytes, open file, data URI, base64, PIL image, or array of uint8
+            (height, width, 3). No URL is fetched.
 
     Returns:
         A PIL image of mode RGB.
@@ -437,6 +469,12 @@ def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def is_one_image(images: object) -> bool:
+    """Whether this is an image, and no collection of images."""
+    kinds = (str, Path, bytes, Image.Image, np.ndarray)
+    return isinstance(images, kinds) or hasattr(images, "read")
 
 
 def _flatten(images: Any) -> list[Any]:

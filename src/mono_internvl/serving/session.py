@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +27,7 @@ from mono_internvl.generation.finite_logits import check_finite
 from mono_internvl.generation.prefix import digest
 from mono_internvl.generation.request import TextStream
 from mono_internvl.generation.sampling import GREEDY, Sampling
-from mono_internvl.model.image_processing import load_image
+from mono_internvl.model.image_processing import ImageSource, is_one_image, load_image
 from mono_internvl.model.layers import is_scaled_dynamically
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
@@ -192,7 +191,7 @@ class ChatSession:
     def ask(
         self,
         question: str,
-        images: Sequence[Any] = (),
+        images: ImageSource | Sequence[ImageSource] = (),
         *,
         stream: Callable[[str], object] | None = None,
         max_tiles: int | None = None,
@@ -202,7 +201,7 @@ class ChatSession:
 
         Args:
             question: Text; `<image>` in it says where an image stands, else images come first.
-            images: Paths, bytes, data URIs or PIL images.
+            images: One image or several: paths, bytes, data URIs, open files, PIL images, arrays.
             stream: Gets the answer's text piece by piece.
             max_tiles: Most tiles of each of these images.
             **sampling: Fields of `Sampling` that differ from the session's.
@@ -229,7 +228,7 @@ class ChatSession:
     def ask_stream(
         self,
         question: str,
-        images: Sequence[Any] = (),
+        images: ImageSource | Sequence[ImageSource] = (),
         *,
         max_tiles: int | None = None,
         **sampling: Any,
@@ -249,7 +248,11 @@ class ChatSession:
     # ------------------------------------------------------------------ one turn
 
     def _take_turn(
-        self, question: str, images: Sequence[Any], max_tiles: int | None, options: Sampling
+        self,
+        question: str,
+        images: ImageSource | Sequence[ImageSource],
+        max_tiles: int | None,
+        options: Sampling,
     ) -> Generator[str, None, Answer]:
         start = time.perf_counter()
         message = _user_message(question, images)
@@ -412,12 +415,13 @@ class ChatSession:
             self._busy.release()
 
 
-def _user_message(question: str, images: Sequence[Any]) -> dict[str, Any]:
+def _user_message(question: str, images: ImageSource | Sequence[ImageSource]) -> dict[str, Any]:
     if not isinstance(question, str) or not question.strip():
         raise PromptError(f"question={question!r:.60}; expected some text: 'What is shown?'")
-    if isinstance(images, str | bytes | Path) or not isinstance(images, Iterable):
-        raise PromptError(f"images is one {type(images).__name__}; expected a list of images")
-    pictures = [{"type": "image", "image": load_image(image)} for image in images]
+    several: Any = [images] if is_one_image(images) else images
+    if not isinstance(several, Iterable):
+        raise PromptError(f"images is a {type(images).__name__}; expected an image or several")
+    pictures = [{"type": "image", "image": load_image(image)} for image in several]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}
 
 
