@@ -69,11 +69,18 @@ def test_typed_control_token_is_escaped_or_refused(token: str) -> None:
             call(messages, on_control="raise")
     with pytest.raises(PromptError, match="control token"):
         P.encode_turn(messages[0], on_control="raise")
-    for split in ([f"a{token}b"], [f"a{token[:3]}", f"{token[3:]}b"]):
-        with pytest.raises(PromptError, match="control token"):
-            P.apply_chat_template([user(*split)], tokenize=True)
+    for split in ([f"a{token}b"], [f"a{token[:2]}", f"{token[2:]}b"]):
         with pytest.raises(PromptError, match="control token"):
             P.apply_chat_template([[user(*split)]])
+        with pytest.raises(PromptError, match="control token"):
+            P.apply_chat_template(
+                [user(*split)], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+    for asked in ({}, {"sanitize_control_tokens": True}):
+        ids = P.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, **asked)
+        assert torch.as_tensor(ids).tolist() == batch["input_ids"].tolist()
+        with pytest.raises(PromptError, match="control token"):
+            P.apply_chat_template([user(*split)], tokenize=True, **asked)
 
 
 def test_grounding_tokens_are_control_in_questions_and_answers() -> None:

@@ -31,6 +31,7 @@ from mono_internvl.model.encoding import pad_left
 from mono_internvl.model.image_processing import MonoInternVLImageProcessor
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import (
+    BOS,
     render,
     to_turns,
 )
@@ -98,7 +99,7 @@ def test_chat_template_renders_what_the_pieces_spell(
         return
     pieces = render(to_turns(messages), default_system_prompt=SYSTEM, add_generation_prompt=is_open)
     spelled = "".join(p.text if p.kind != "image" else "<IMG_CONTEXT>" for p in pieces)
-    assert P.apply_chat_template(messages, add_generation_prompt=is_open) == spelled
+    assert P.apply_chat_template(messages, add_generation_prompt=is_open) == BOS + spelled
 
 
 def test_image_sources_of_every_form_give_the_same_pixels(tmp_path: Path) -> None:

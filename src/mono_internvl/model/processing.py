@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BatchFeature, ProcessorMixin
-from transformers.processing_utils import MultiModalData
+from transformers import BatchFeature
 
 from mono_internvl.errors import CheckpointError, ConfigError, PromptError
 from mono_internvl.model.chat_templates import JINJA_FORM, RELEASED_FORM
@@ -19,12 +18,12 @@ from mono_internvl.model.encoding import (
     IGNORED_LABEL,
     Encoded,
     TileLimits,
-    check_placeholders,
     decode_answer,
     encode_pieces,
     pad_left,
 )
 from mono_internvl.model.files import read_json
+from mono_internvl.model.host_processor import HostProcessor
 from mono_internvl.model.image_processing import MonoInternVLImageProcessor, share_tiles
 from mono_internvl.model.prompts import (
     DEFAULT_SYSTEM_PROMPT,
@@ -36,7 +35,6 @@ from mono_internvl.model.prompts import (
     Piece,
     Turn,
     check_no_control,
-    texts_of,
     to_turns,
 )
 from mono_internvl.model.prompts import chat_template as make_chat_template
@@ -60,7 +58,7 @@ _IMAGE_SETTINGS = (*_IMAGE_OVERRIDES, "image_size", "image_mean", "image_std", "
 __all__ = ["IGNORED_LABEL", "Encoded", "MonoInternVLProcessor"]
 
 
-class MonoInternVLProcessor(ProcessorMixin):
+class MonoInternVLProcessor(HostProcessor):
     """Image processor, tokenizer and chat template as one.
 
     Args:
@@ -207,11 +205,6 @@ class MonoInternVLProcessor(ProcessorMixin):
         )
 
     @property
-    def tokens_per_tile(self) -> int:
-        """Visual tokens of one tile (448 px: 256)."""
-        return int(self.image_processor.image_size // self.visual_token_size) ** 2
-
-    @property
     def stop_token_ids(self) -> list[int]:
         """Ids that end an answer: `</s>`, `<|im_end|>`, `<|im_start|>`; EOS and the turn's end.
 
@@ -225,86 +218,6 @@ class MonoInternVLProcessor(ProcessorMixin):
     def turn_end_id(self) -> int:
         """Id of the control token that closes an answer."""
         return self.tokenizer.control_id(self._form.turn_end)
-
-    @property
-    def unused_input_names(self) -> list[str]:
-        """What the image processor returns and the model does not take."""
-        return ["num_tiles"]
-
-    def replace_image_token(
-        self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any
-    ) -> str:
-        """What stands in the prompt for one image: `<img>`, its visual tokens, `</img>`."""
-        count = int(image_inputs["num_tiles"][image_idx]) * self.tokens_per_tile
-        return IMAGE_START + IMAGE_CONTEXT * count + IMAGE_END
-
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
-    ) -> MultiModalData:
-        """Tokens and tiles of images given by (height, width), for hosts that plan without pixels.
-
-        `<img>` and `</img>` are counted.
-        """
-        if image_sizes is None:
-            return MultiModalData()
-        options = {
-            k: v for k, v in kwargs.items() if k in ("min_tiles", "max_tiles", "use_thumbnail")
-        }
-        tiles = [
-            self.image_processor.num_tiles_for(width, height, **options)
-            for height, width in image_sizes
-        ]
-        return MultiModalData(
-            num_image_tokens=[2 + self.tokens_per_tile * count for count in tiles],
-            num_image_patches=tiles,
-        )
-
-    def check_image_tokens(self, input_ids: torch.Tensor, num_tiles: int) -> None:
-        """Refuses ids whose `<IMG_CONTEXT>` do not match the visual tokens of `num_tiles` tiles.
-
-        Raises:
-            PromptError: With both numbers.
-        """
-        placeholders = int((input_ids == self.image_token_id).sum())
-        features = num_tiles * self.tokens_per_tile
-        if placeholders != features:
-            raise PromptError(
-                f"input_ids: {placeholders} {IMAGE_CONTEXT} but {features} visual tokens of "
-                f"{num_tiles} tiles; encode text and images together"
-            )
-
-    def validate_inputs(
-        self,
-        images: Any = None,
-        text: Any = None,
-        videos: Any = None,
-        audio: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Checks a call of the processor with a rendered prompt.
-
-        Raises:
-            PromptError: If placeholders and images differ in number, or there are videos or audio.
-        """
-        if videos is not None or audio is not None:
-            raise PromptError("videos, audio: not understood; give the frames of a video as images")
-        if text is not None:
-            check_placeholders([text] if isinstance(text, str) else list(text), images)
-        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-
-    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but text that names control tokens is refused.
-
-        A string prompt cannot say which of its control tokens were typed by a user; `encode_prompt`
-        escapes them instead.
-
-        Raises:
-            PromptError: If a message holds a control token other than those of grounding.
-        """
-        is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        for messages in conversation if is_batch else [conversation]:
-            check_no_control(texts_of(messages), self.tokenizer.control_tokens)
-        return super().apply_chat_template(conversation, *args, **kwargs)
 
     def encode_prompt(
         self,

@@ -229,6 +229,10 @@ def texts_of(messages: Iterable[Mapping[str, Any]]) -> list[Turn]:
 def chat_template(default_system_prompt: str = DEFAULT_SYSTEM_PROMPT) -> str:
     """The Jinja template that renders what `render` does, an image as `<IMG_CONTEXT>`.
 
+    BOS comes first where the tokenizer has one: hosts that render with a template encode the result
+    without adding any. Answers and their ends are marked with `{% generation %}`, for trainers that
+    learn those only.
+
     Args:
         default_system_prompt: Used where a conversation has no system message; empty leaves it out.
     """
@@ -432,6 +436,7 @@ _TEMPLATE = """
   {%- endif -%}
 {%- endmacro -%}
 {%- set system = DEFAULT_SYSTEM -%}
+{{- bos_token or '' -}}
 {%- if messages[0].role == 'system' -%}
   {%- set system = text_of(messages[0].content) -%}
 {%- endif -%}
@@ -441,7 +446,10 @@ _TEMPLATE = """
     {{- '<|im_start|>user\\n' ~ question(message.content) ~ '<|im_end|>' -}}
   {%- elif message.role == 'assistant' -%}
     {%- set answer = text_of(message.content) -%}
-    {{- '<|im_start|>assistant\\n' ~ (answer ~ '<|im_end|>' if answer else '') -}}
+    {{- '<|im_start|>assistant\\n' -}}
+    {%- if answer -%}
+      {%- generation -%}{{- answer ~ '<|im_end|>' -}}{%- endgeneration -%}
+    {%- endif -%}
   {%- elif message.role != 'system' or not loop.first -%}
     {{- raise_exception('unexpected role ' ~ message.role) -}}
   {%- endif -%}

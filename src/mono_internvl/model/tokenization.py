@@ -171,6 +171,26 @@ class MonoInternVLTokenizer(PreTrainedTokenizerFast):
             (folder / name).write_bytes(data)
         return names + tuple(str(folder / name) for name in self._kept_files)
 
+    def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a text that begins with BOS gets no second one.
+
+        A rendered chat template brings its own; in a batch the texts without get theirs here.
+        """
+        texts = [text] if isinstance(text, str) else text
+        is_plain = kwargs.get("split_special_tokens") or not kwargs.get("add_special_tokens", True)
+        bos = None if is_plain else self.bos_token
+        if bos and all(isinstance(one, str) for one in texts):
+            has_bos = [one.startswith(bos) for one in texts]
+            if any(has_bos) and self._adds_bos():
+                kwargs["add_special_tokens"] = False
+                texts = [one if has else bos + one for one, has in zip(texts, has_bos, strict=True)]
+                text = texts[0] if isinstance(text, str) else texts
+        return super()._encode_plus(text, *args, **kwargs)
+
+    def _adds_bos(self) -> bool:
+        processor = self.backend_tokenizer.post_processor
+        return processor is not None and processor.num_special_tokens_to_add(False) > 0
+
     def _add_tokens(self, new_tokens: list[Any], special_tokens: bool = False) -> int:
         self._table = self._control = None
         self._plain = {}
