@@ -16,6 +16,7 @@ from mono_internvl.model.configuration import MonoInternVLVisionConfig
 from mono_internvl.model.from_llm import monolithic_from_llm
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.tokenization import load_tokenizer
+from mono_internvl.pipelines.init import save_with_processor
 from mono_internvl.training.recipe import Rule, Stage
 
 TILE_PX, TOKENS_PER_TILE = 56, 4
@@ -56,11 +57,11 @@ def write_checkpoint(folder: Path, **llama: Any) -> Path:
         max_dynamic_patch=1,
         use_thumbnail=False,
     )
-    made.model.save_pretrained(folder)
     made.tokenizer.save_pretrained(folder)
-    MonoInternVLProcessor.from_config(
+    processor = MonoInternVLProcessor.from_config(
         made.model.config, load_tokenizer(folder), default_system_prompt=""
-    ).save_pretrained(folder)
+    )
+    save_with_processor(made.model, processor, folder)
     return folder
 
 

@@ -21,6 +21,7 @@ from mono_internvl.model.chat_templates import (
 from mono_internvl.model.configuration import MonoInternVLVisionConfig
 from mono_internvl.model.files import read_json
 from mono_internvl.model.from_llm import MonolithicStart, monolithic_from_llm
+from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import DEFAULT_SYSTEM_PROMPT, TURN_END, TURN_START
 from mono_internvl.model.tokenization import TOKENIZER_CONFIG
@@ -104,12 +105,23 @@ def init(
             template=JINJA_FORM if template else RELEASED_FORM,
         )
         processor = _processor(made, folder, template)
-        generation: Any = made.model.generation_config
-        generation.eos_token_id = processor.stop_token_ids
-        generation.pad_token_id = processor.tokenizer.pad_token_id
-        made.model.save_pretrained(partial)
-        processor.save_pretrained(partial)
+        save_with_processor(made.model, processor, partial)
     return out
+
+
+def save_with_processor(
+    model: MonoInternVLForConditionalGeneration, processor: MonoInternVLProcessor, folder: Path
+) -> None:
+    """Write a checkpoint that every host can read, its stop ids in generation_config.json.
+
+    Hosts that generate know no templates: without the id that closes an answer they go on to their
+    limit.
+    """
+    generation: Any = model.generation_config
+    generation.eos_token_id = processor.stop_token_ids
+    generation.pad_token_id = processor.tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def _template(folder: Path, asked: str | None) -> str | None:

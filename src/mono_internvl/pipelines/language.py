@@ -26,6 +26,7 @@ from mono_internvl.model.from_llm import export_llama, monolithic_from_llm
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.tokenization import load_tokenizer
+from mono_internvl.pipelines.init import save_with_processor
 from mono_internvl.pipelines.train import train_stages
 from mono_internvl.recipes.miniature import LANGUAGE, LANGUAGE_MODEL, VISION
 from mono_internvl.training.distributed import run_processes
@@ -125,12 +126,11 @@ def give_eyes(
         made.model.load_state_dict(weights, strict=False)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    made.model.save_pretrained(partial)
     made.tokenizer.save_pretrained(partial)
     processor = MonoInternVLProcessor.from_config(
         made.model.config, load_tokenizer(partial), default_system_prompt=""
     )
-    processor.save_pretrained(partial)
+    save_with_processor(made.model, processor, partial)
     partial.rename(out)
     return out
 
