@@ -18,6 +18,7 @@ PACKAGE = "mono_internvl"
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "provenance": set(),
+    "transformers_import": set(),
     "door": set(),
     "json_lines": set(),
     "experts": set(),

@@ -1,19 +1,25 @@
 """Mono-InternVL: one decoder that reads pixels and words.
 
 Public names are imported when they are first used: `import mono_internvl` alone loads neither torch
-nor transformers.
+nor transformers. Transformers' Auto classes, pipelines and trainers know the checkpoints of this
+package as soon as both are imported, in either order (`register`). The errors are in
+`mono_internvl.errors`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mono_internvl import transformers_import
+
 if TYPE_CHECKING:
     from mono_internvl.errors import MonoInternVLError
+    from mono_internvl.model.auto_classes import register
     from mono_internvl.model.configuration import MonoInternVLConfig
     from mono_internvl.model.image_processing import MonoInternVLImageProcessor
-    from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+    from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration, MonoInternVLModel
     from mono_internvl.model.processing import MonoInternVLProcessor
     from mono_internvl.serving.loading import load
+    from mono_internvl.serving.sampling import Sampling
     from mono_internvl.serving.session import Answer, ChatSession
 
     __version__: str
@@ -25,9 +31,12 @@ __all__ = [
     "MonoInternVLError",
     "MonoInternVLForConditionalGeneration",
     "MonoInternVLImageProcessor",
+    "MonoInternVLModel",
     "MonoInternVLProcessor",
+    "Sampling",
     "__version__",
     "load",
+    "register",
 ]
 
 _HOME_OF_NAME = {
@@ -37,8 +46,11 @@ _HOME_OF_NAME = {
     "MonoInternVLError": "errors",
     "MonoInternVLForConditionalGeneration": "model.modeling",
     "MonoInternVLImageProcessor": "model.image_processing",
+    "MonoInternVLModel": "model.modeling",
     "MonoInternVLProcessor": "model.processing",
+    "Sampling": "serving.sampling",
     "load": "serving.loading",
+    "register": "model.auto_classes",
 }
 
 
@@ -46,7 +58,10 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         value: Any = import_module("importlib.metadata").version("mono-internvl")
     elif name in _HOME_OF_NAME:
-        value = getattr(import_module(f"{__name__}.{_HOME_OF_NAME[name]}"), name)
+        home = _HOME_OF_NAME[name]
+        value = getattr(import_module(f"{__name__}.{home}"), name)
+        if home != "errors":  # transformers is loaded now
+            import_module(f"{__name__}.model.auto_classes").register()
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -55,3 +70,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+transformers_import.when_complete("mono_internvl.model.auto_classes", "register")

@@ -13,7 +13,7 @@ from tiny_models import ALL_EXPERTS, image_ids, text_ids, tile_pixels, tiny_conf
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from mono_internvl.errors import CheckpointError, ConfigError
-from mono_internvl.model import register_auto_classes
+from mono_internvl.model.auto_classes import register
 from mono_internvl.model.checkpoint import (
     digest,
     expected_shapes,
@@ -351,8 +351,8 @@ def test_loading_hub_id_that_is_not_there_raises(
 
 
 def test_auto_classes_load_checkpoint(saved: Path) -> None:
-    register_auto_classes()
-    register_auto_classes()
+    register()
+    register()
     assert isinstance(AutoConfig.from_pretrained(saved), MonoInternVLConfig)
     model = AutoModelForImageTextToText.from_pretrained(saved)
     assert isinstance(model, Model)

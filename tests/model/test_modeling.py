@@ -477,3 +477,15 @@ def test_tied_embeddings_are_one_parameter() -> None:
     model = tiny_model(tie_word_embeddings=True)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert tiny_model().lm_head.weight is not tiny_model().get_input_embeddings().weight
+
+
+def test_forward_returns_a_tuple_where_asked() -> None:
+    model = tiny_model()
+    ids = text_ids(5)
+    for network in (model, model.model):
+        whole = network(ids)
+        found = network(ids, return_dict=False)
+        assert isinstance(found, tuple)
+        assert torch.equal(found[0], whole[0])
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)

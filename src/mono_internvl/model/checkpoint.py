@@ -25,6 +25,7 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.files import read_json
+from mono_internvl.model.released_fields import RELEASED_MODEL_TYPE
 from mono_internvl.model.weight_files import WeightFiles
 
 # Released module path -> ours. Paths of a decoder layer are relative to it; a tuple is the
@@ -230,10 +231,10 @@ def read_config(folder: Path) -> MonoInternVLConfig:
     """
     file = folder / "config.json"
     stored = read_json(file)
-    if stored.get("model_type") != MonoInternVLConfig.model_type:
+    if stored.get("model_type") != RELEASED_MODEL_TYPE:
         raise ConfigError(
             f"{file}: model_type={stored.get('model_type')!r} is not supported; expected "
-            f"{MonoInternVLConfig.model_type!r}, the layout of the released checkpoints; "
+            f"{RELEASED_MODEL_TYPE!r}, the layout of the released checkpoints; "
             "`mono-internvl init --llm` makes one of a language model"
         )
     config: MonoInternVLConfig = MonoInternVLConfig.from_dict(stored, name_or_path=str(folder))

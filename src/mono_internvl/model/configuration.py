@@ -2,7 +2,8 @@
 
 On disk it is the released layout (`model_type: internvl_chat`, nested `vision_config` and
 `llm_config`); in memory it has the form that generic hosts expect (nested `text_config`,
-transformers' field names). Fields of a released file that we do not know are kept and written back.
+transformers' field names) and names of its own, which no other InternVL shares. Fields of a
+released file that we do not know are kept and written back.
 
 Source: OpenGVLab/Mono-InternVL at 5b17ab4 (configuration classes and their defaults, which apply
 where a file omits a key).
@@ -11,6 +12,7 @@ where a file omits a key).
 import copy
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -23,6 +25,12 @@ from mono_internvl.model.field_checks import (
     check_number,
     check_share,
     checked_object,
+)
+from mono_internvl.model.released_fields import (
+    RELEASED_ARCHITECTURE,
+    RELEASED_LLM_DEFAULTS,
+    RELEASED_MODEL_TYPE,
+    RELEASED_TOP_DEFAULTS,
 )
 from mono_internvl.model.vision_configuration import (
     VISION_KINDS,
@@ -39,36 +47,7 @@ from mono_internvl.model.visual_options import (
 # The nine visual tokens close the vocabulary in a fixed order; <IMG_CONTEXT> is the third of them.
 IMAGE_TOKEN_OFFSET_FROM_END = 7
 
-# What the released code assumes where a file leaves a key out.
-_RELEASED_LLM_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 103168,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-6,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "bias": True,
-    "rope_theta": 10000.0,
-    "rope_scaling": None,
-}
-_RELEASED_TOP_DEFAULTS: dict[str, Any] = {
-    "select_layer": -4,
-    "ps_version": "v1",
-    "downsample_ratio": 0.5,
-    "template": None,
-    "dynamic_image_size": False,
-    "use_thumbnail": False,
-    "min_dynamic_patch": 1,
-    "max_dynamic_patch": 6,
-    "pad2square": False,
-}
+_ARCHITECTURE = "MonoInternVLForConditionalGeneration"
 # What loaders add to the fields of a file; never written back.
 _NOT_OF_THE_FILE = frozenset({"name_or_path", "attn_implementation", "_commit_hash"})
 _TEXT_ARCHITECTURE_WITH_EXPERTS = "InternLM2VEForCausalLM"
@@ -203,12 +182,14 @@ class MonoInternVLConfig(PreTrainedConfig):
         template: Name of the chat template of the released checkpoints.
     """
 
-    model_type = "internvl_chat"
+    model_type = "mono_internvl"
     sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {
         "text_config": MonoInternVLTextConfig,
         "vision_config": MonoInternVLVisionConfig,
     }
     has_no_defaults_at_init = False
+    # Where transformers looks for the code of a checkpoint: none is ever run, whatever a file says.
+    auto_map: ClassVar[dict[str, str]] = {}
 
     # Set by __init__, whatever they are given as.
     text_config: MonoInternVLTextConfig = None  # type: ignore[assignment]
@@ -233,8 +214,11 @@ class MonoInternVLConfig(PreTrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         released = {}
         if "llm_config" in kwargs:
-            released = {k: v for k, v in kwargs.items() if k not in _NOT_OF_THE_FILE}
-            released = copy.deepcopy(released)
+            released = {
+                name: copy.deepcopy(value)
+                for name, value in kwargs.items()
+                if name not in _NOT_OF_THE_FILE and not isinstance(value, torch.dtype)
+            }
             kwargs = _from_released(kwargs)
         text, vision = kwargs.pop("text_config", None), kwargs.pop("vision_config", None)
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in _OWN_FIELDS}
@@ -312,6 +296,16 @@ class MonoInternVLConfig(PreTrainedConfig):
         return self.text_config
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of a config.json, under this class's `model_type`."""
+        fields, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") == RELEASED_MODEL_TYPE:
+            fields["model_type"] = cls.model_type
+        return fields, rest
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers does it; how to compute counts if asked for, not in a file.
 
@@ -345,11 +339,11 @@ class MonoInternVLConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """This configuration in the released layout, with unknown released fields kept."""
         out = copy.deepcopy(self._released)
-        out.update({name: getattr(self, name) for name in _RELEASED_TOP_DEFAULTS})
+        out.update({name: getattr(self, name) for name in RELEASED_TOP_DEFAULTS})
         out["force_image_size"] = self.force_image_size
         out["tie_word_embeddings"] = self.tie_word_embeddings
-        out["model_type"] = self.model_type
-        out.setdefault("architectures", ["InternVLChatModel"])
+        out["model_type"] = RELEASED_MODEL_TYPE
+        out.setdefault("architectures", [RELEASED_ARCHITECTURE])
         out["llm_config"] = {**out.get("llm_config", {}), **_text_to_released(self)}
         out["vision_config"] = {
             **out.get("vision_config", {}),
@@ -414,8 +408,8 @@ def _sub_config(cls: type[PreTrainedConfig], value: Any, field: str) -> Any:
 
 def _from_released(released: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `MonoInternVLConfig` from the fields of a released config.json."""
-    top = {**_RELEASED_TOP_DEFAULTS, **released}
-    llm = {**_RELEASED_LLM_DEFAULTS, **checked_object("llm_config", top.pop("llm_config"))}
+    top = {**RELEASED_TOP_DEFAULTS, **released}
+    llm = {**RELEASED_LLM_DEFAULTS, **checked_object("llm_config", top.pop("llm_config"))}
     vision = checked_object("vision_config", top.pop("vision_config", None))
 
     architectures = llm.pop("architectures", None)
@@ -424,7 +418,8 @@ def _from_released(released: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"llm_config.architectures[0]={architecture!r} is not supported; expected "
             f"{_TEXT_ARCHITECTURE_WITH_EXPERTS} (monolithic) or {_TEXT_ARCHITECTURE_PLAIN} "
-            "(modular)"
+            "(modular); other InternVL repositories are loaded by transformers with "
+            "trust_remote_code=True"
         )
     bias = llm.pop("bias")
     llm.setdefault("qkv_bias", bias)
@@ -440,9 +435,10 @@ def _from_released(released: dict[str, Any]) -> dict[str, Any]:
     llm["family"] = llm.pop("model_type", MonoInternVLTextConfig.family)
     experts = ("ffn",) if architecture == _TEXT_ARCHITECTURE_WITH_EXPERTS else ()
 
-    known = set(_OWN_FIELDS) | {"torch_dtype", "dtype", "architectures"}
+    known = set(_OWN_FIELDS) | {"torch_dtype", "dtype"}
     return {
         **{name: value for name, value in top.items() if name in known},
+        "architectures": [_ARCHITECTURE],
         "visual_experts": top.get("visual_experts", experts),
         "image_token_id": top.get("img_context_token_id"),
         "text_config": _only_fields(MonoInternVLTextConfig, llm),

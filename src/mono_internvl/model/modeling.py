@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
+from transformers.utils.generic import can_return_tuple
 
 from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing
-from mono_internvl.model import register_auto_classes
+from mono_internvl.model.auto_classes import register
 from mono_internvl.model.checkpoint import register_conversion
 from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.model.decoder import (
@@ -147,6 +148,7 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         rows = x.flatten(0, 1).index_copy(0, routing.visual_rows, image_features.to(x.dtype))
         return rows.view_as(x)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -208,6 +210,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         """(tiles, visual tokens per tile, D) of (tiles, 3, S, S) pixels."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -263,6 +266,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             past_key_values=past_key_values,
             rows_to_keep=None if keep is None else keep.rows,
             first_token_to_keep=0 if keep is None else keep.first_token,
+            return_dict=True,
             **kwargs,
         )
         x = out.last_hidden_state  # (B, T, D), or of the rows to keep: (B, T', D) or (R, D)
@@ -461,4 +465,4 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
 
 
 register_conversion()
-register_auto_classes()
+register()
