@@ -39,8 +39,8 @@ test-slow: $(STAMP)
 	RUN_SLOW=1 $(BIN)/python -m pytest -q -m slow
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
 
 types: $(STAMP)
 	$(BIN)/mypy
