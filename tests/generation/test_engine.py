@@ -229,6 +229,18 @@ def test_engine_takes_generated_image_tokens_of_a_prompt_as_text() -> None:
     _assert_alone(model, requests, Engine(model).generate(requests))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"visual_position_step": 0.25}], ids=str)
+def test_engine_on_a_gpu_gives_the_same_tokens(options: dict[str, Any]) -> None:
+    model, requests = tiny_model(attention="sdpa"), _mixed()
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    expected = [_alone(model, request) for request in requests]
+    engine = Engine(model.to("cuda"), max_rows=4)
+    assert [list(result.ids) for result in engine.generate(requests)] == expected
+
+
 # ------------------------------------------------------------------ memory
 
 
