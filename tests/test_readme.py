@@ -19,14 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 from test_house import ALLOWED
 from tiny_runs import write_checkpoint
 
 from mono_internvl import cli
 from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.run import read_questions
+from mono_internvl.miniature.drawing import _RGB
+from mono_internvl.miniature.lexicon import POSITIONS
 from mono_internvl.miniature.targets import Bound, judge, to_rows
 from mono_internvl.pipelines import results
 from mono_internvl.recipes import RECIPES
@@ -60,7 +64,7 @@ NOT_EXECUTED = {
     ".venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": NETWORK,
     "mono-internvl chat --model OpenGVLab/Mono-InternVL-2B --image a.png "
     "'Please describe the image shortly.'": NETWORK,
-    "mono-internvl init --llm Qwen/Qwen3-0.6B --out runs/qwen3-eyes --preset v1_5": NETWORK,
+    "mono-internvl init --llm Qwen/Qwen3-0.6B --out runs/qwen3-vl --preset v1_5": NETWORK,
     "mono-internvl train sft --model OpenGVLab/Mono-InternVL-2B --data my-data/meta.json "
     "--out runs/mine-2b --device cuda": "needs the network and a GPU",
     "mono-internvl train miniature-sft --model runs/quickstart/model --data my-data/meta.json "
@@ -163,6 +167,8 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(IMAGES / "chat_a.png", place / "a.png")
         shutil.copy(IMAGES / "chat_b.png", place / "b.png")
+    (folder / "results").mkdir()
+    shutil.copy(ROOT / "results" / "quickstart.png", folder / "results")
     for block in (block for page in PAGES for block in blocks(page) if block.path):
         file = folder / block.path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -438,7 +444,7 @@ def test_every_departure_of_the_source_is_in_the_faithfulness_page() -> None:
 
 
 def test_pages_speak_of_the_project_alone() -> None:
-    files = [*ALL_PAGES, *(f for f in (ROOT / "results").iterdir() if f.is_file())]
+    files = [*ALL_PAGES, *(f for f in (ROOT / "results").iterdir() if f.suffix != ".png")]
     for file in files:
         place = re.search(r"(?<![\w.:/])/(home|root|tmp|work|Users)/\S+", file.read_text("utf-8"))
         assert place is None, f"{file.name}: {place}"
@@ -526,6 +532,38 @@ def test_blocks_show_what_was_measured(tmp_path: Path) -> None:
     assert "```text\nQ: what is this?" in results.fill(_page("quickstart-output"), tmp_path)
     digits = results.fill(_page("digits"), tmp_path)
     assert "| held-out accuracy | 0.938 | `mono-internvl evaluate` | cpu |" in digits
+
+
+def test_first_run_has_a_column_for_a_machine(tmp_path: Path) -> None:
+    rows = [
+        _row(group="first-run", what="`make quickstart`", value=19.6, unit="minutes", device="A"),
+        _row(group="first-run", what="`make quickstart`", value=38, unit="minutes", device="B"),
+        _row(group="first-run", what="memory", value=2.4, unit="GB", device="B"),
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    text = results.fill(_page("first-run"), tmp_path)
+    assert "|  | A | B |" in text and "| `make quickstart` | 19.6 minutes | 38 minutes |" in text
+    assert "| memory | not measured | 2.4 GB |" in text
+
+
+def test_first_screen_asks_what_was_answered() -> None:
+    (first, *_) = (b for b in blocks(ROOT / "README.md") if b.language == "python")
+    found = results.first_answer(ROOT / "results")
+    assert found is not None and f'"{found["question"]}"' in first.text
+
+
+def test_first_picture_is_that_of_the_answer() -> None:
+    """Colour and place of the only thing in it are those of the truth that the run printed."""
+    found = results.first_answer(ROOT / "results")
+    assert found is not None
+    pixels = np.asarray(Image.open(ROOT / "results" / "quickstart.png").convert("RGB"), dtype=int)
+    is_thing = np.abs(pixels - pixels[0, -1]).sum(axis=-1) > 100
+    y, x = (int(3 * where.mean() / 168) for where in is_thing.nonzero())
+    colour = pixels[is_thing].mean(axis=0)
+    nearest = min(_RGB, key=lambda name: np.abs(colour - _RGB[name]).sum())
+    assert pixels.shape == (168, 168, 3)
+    assert found["truth"].endswith(f"at the {POSITIONS[3 * y + x]}.")
+    assert f" {nearest} " in found["truth"]
 
 
 def test_stale_page_is_found_and_written(tmp_path: Path) -> None:

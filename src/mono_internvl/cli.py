@@ -95,7 +95,7 @@ def chat(
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Choose from this share of probability.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Choose from this much probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Choose from so many tokens; 0 all.")] = 0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the choices.")] = None,
@@ -149,7 +149,7 @@ def info(
         str | None, typer.Option(metavar="visual=N,text=N", help="A prompt, to cost it.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="What learns in each stage.")
+        str | None, typer.Option(metavar="NAME|FILE", help="What is trainable in each stage.")
     ] = None,
     revision: Revision = None,
     as_json: Json = False,
@@ -196,7 +196,7 @@ def convert(
 
 @app.command()
 def init(
-    llm: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="Language model that gets eyes.")],
+    llm: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="Language model to start from.")],
     out: Annotated[Path, typer.Option(help="New folder of the monolithic model.")],
     preset: Annotated[str, typer.Option(help="v1, or v1_5: our reconstruction of 1.5.")] = "v1",
     visual_experts: Annotated[
@@ -252,7 +252,7 @@ def train(
         str | None, typer.Option(metavar="DIR|HUB_ID", help="Checkpoint to start from.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="META.json|DIR", help="What to learn from.")
+        Path | None, typer.Option(metavar="META.json|DIR", help="What to train on.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE.")] = None,
     processes: Processes = None,
@@ -300,7 +300,7 @@ def train(
 @app.command()
 def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
-    quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
     processes: Processes = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -310,7 +310,7 @@ def quickstart(
     seed: WorldSeed = 0,
     ask: Annotated[bool, typer.Option(help="End with three questions.")] = True,
 ) -> None:
-    """Give a small language model eyes: data, four stages, evaluation, report."""
+    """Train the miniature through all four stages: data, evaluation, report."""
     from mono_internvl.pipelines.quickstart import quickstart as run_quickstart
 
     quieten()
@@ -413,13 +413,13 @@ def lab_modular(
     against: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A finished quickstart to compare with.")
     ] = None,
-    quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
     processes: Processes = None,
     device: Device = "cpu",
     precision: Precision = "auto",
     seed: WorldSeed = 0,
 ) -> None:
-    """Train the modular twin of the quickstart's model on the same data."""
+    """Train the modular baseline of the quickstart's model on the same data."""
     from mono_internvl.pipelines.lab_modular import modular_twin
 
     quieten()
@@ -440,7 +440,7 @@ def lab_modular(
 def lab_evip_plus_plus(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/evip-plus-plus"),
     seeds: Annotated[int, typer.Option(min=1, help="How many; more may follow later.")] = 3,
-    quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
     against: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A finished quickstart: it is EViP's run of seed 0."),

@@ -49,8 +49,8 @@ class Machine:
 
 
 CORES = (
-    Machine("one CPU core, AVX2", torch.float32, 80e9, 15e9),
-    Machine("one CPU core, AVX512_BF16", torch.bfloat16, 200e9, 15e9),
+    Machine("one CPU core with AVX2", torch.float32, 80e9, 15e9),
+    Machine("one CPU core with AVX512_BF16", torch.bfloat16, 200e9, 15e9),
 )
 """Rates of one core of a server: 78 to 82 and 205 to 220 GFLOP/s in products of 1,024 rows."""
 GPUS = (
@@ -108,11 +108,11 @@ def training_block(_: Path) -> str:
     names = (f"{machine.name.split()[0]} days" for machine in GPUS)
     head = ("stage", "samples", "weights, gradients, moments", "a sample", *names)
     rates = ", ".join(f"{machine.name} {_rate(machine)}" for machine in GPUS)
-    slow = ", ".join(f"{core.name}: {_seconds(flops / core.rate)}" for core in CORES)
+    slow = " or ".join(f"{_seconds(flops / core.rate)} on {core.name}" for core in CORES)
     return (
         f"{table(head, rows)}\nComputed, not measured: fp32 state, every sample as long as the "
-        f"stage allows, {UTILIZATION:.0%} of the peak rate by data sheet ({rates}); activations "
-        f"come on top of the memory. One sample of `sft` takes on {slow}.\n"
+        f"stage allows, {100 * UTILIZATION:.0f} % of the peak rate by data sheet ({rates}); "
+        f"activations come on top of the memory. One sample of `sft` takes {slow}.\n"
     )
 
 

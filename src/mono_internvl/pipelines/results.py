@@ -37,13 +37,14 @@ logger = logging.getLogger(__name__)
 
 QUICKSTART, ROWS = "quickstart.json", "rows.jsonl"
 ROW_FIELDS = ("group", "what", "value", "unit", "command", "commit", "device", "versions", "date")
-GROUPS = ("parity", "checkpoints", "digits", "gpu", "suite")
+GROUPS = ("parity", "checkpoints", "digits", "gpu", "suite", "first-run")
 """Groups of single figures in `rows.jsonl`; each is a block of its own."""
 
 _BLOCK = re.compile(
     r"(?P<head><!-- results:(?P<name>[\w-]+) -->\n)(?P<body>.*?)(?P<tail><!-- /results -->)",
     re.DOTALL,
 )
+_ANSWER = re.compile(r"Q: (?P<question>.*)\n\s*A: (?P<answer>.*)(\n\s*\(truth: (?P<truth>.*)\))?")
 _MARKER = re.compile(r"<!-- /?results\b.*?-->")
 
 
@@ -212,6 +213,41 @@ def _output(name: str) -> Callable[[Path], str]:
     return block
 
 
+def first_answer(results: Path) -> Mapping[str, str] | None:
+    """Question, answer and truth of the first picture that a quickstart asked about."""
+    file = results / "quickstart.txt"
+    found = _ANSWER.search(file.read_text("utf-8")) if file.is_file() else None
+    return found.groupdict("") if found else None
+
+
+def _first_answer(results: Path) -> str:
+    found = first_answer(results)
+    if found is None:
+        return NOTHING
+    return (
+        '<img src="results/quickstart.png" width="168" alt="a held-out picture">\n\n'
+        f"> {found['answer']}\n\n"
+        f"The model of `make quickstart`, on a picture that it was not trained on; "
+        f"truth: *{found['truth']}*\n"
+    )
+
+
+def _first_run(results: Path) -> str:
+    """What the first commands take: a line for a figure, a column for a class of machines."""
+    rows = [row for row in read_rows(results) if row.group == "first-run"]
+    if not rows:
+        return NOTHING
+    machines = list(dict.fromkeys(row.device for row in rows))
+    figures = {(row.what, row.device): f"{_figure(row.value)} {row.unit}".strip() for row in rows}
+    return table(
+        ("", *machines),
+        (
+            (what, *(figures.get((what, machine), "not measured") for machine in machines))
+            for what in dict.fromkeys(row.what for row in rows)
+        ),
+    )
+
+
 def _group(name: str) -> Callable[[Path], str]:
     def block(results: Path) -> str:
         rows = [row for row in read_rows(results) if row.group == name]
@@ -248,6 +284,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quickstart-output": _output("quickstart"),
     "test-output": _output("test"),
     **{name: _group(name) for name in GROUPS},
+    "first-run": _first_run,
+    "quickstart-answer": _first_answer,
     **LAB_BLOCKS,
     "bench-targets": targets_block,
     "bench-experts": experts_block,
