@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# One thread per process: on shared cores more threads are slower, and results stay the same.
-export OMP_NUM_THREADS ?= 1
-export MKL_NUM_THREADS ?= 1
+# Tests run side by side and rows of bench say one thread; what trains asks its compute plan.
+test test-slow bench: export OMP_NUM_THREADS ?= 1
+test test-slow bench: export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: help setup quickstart bench test test-slow lint types clean
