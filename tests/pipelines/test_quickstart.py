@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "QUICK", SMALLEST)
+        before = time.process_time()
         quickstart(folder, quick=True, processes=1)
+        (folder / "cpu_seconds").write_text(str(time.process_time() - before))
     return folder
 
 
@@ -54,6 +57,12 @@ def test_quickstart_leaves_report_model_and_metrics(run: Path) -> None:
     assert (run / "model" / "model.safetensors").is_file()
     assert [stage["name"] for stage in metrics["stages"]] == ["start", "s11", "s12", "s13", "s2"]
     assert metrics["cpu_minutes"] > 0
+
+
+def test_cpu_minutes_of_one_process_count_nothing_twice(run: Path) -> None:
+    """Alone, the process that trains is the one that rendered and may have done more before."""
+    minutes = json.loads((run / "metrics.json").read_text())["cpu_minutes"]
+    assert 0 < 60 * minutes <= float((run / "cpu_seconds").read_text())
 
 
 def test_text_logits_stay_bit_identical_until_attention_learns(run: Path) -> None:

@@ -215,7 +215,8 @@ def train_and_evaluate(
         compute: What to compute with.
         expected: Of the stages that are left; what remains of it is said before each of them.
     """
-    with _Cost(run / START, "set up", from_process_start=True):
+    # Alone, this is the process that rendered, and its time until here is counted.
+    with _Cost(run / START, "set up", from_process_start=world_size() > 1):
         checkpoint = run / START / "checkpoint"
     _evaluate(START, checkpoint, plan, world, run, compute, is_last=False)
     done: list[str] = []
