@@ -92,8 +92,22 @@ def test_damaged_run_is_refused_by_name(
 def test_run_goes_on_beside_a_users_copy_of_a_state(start: Path, data: Path, run: Path) -> None:
     copy = shutil.copytree(run / "step_00000004", run / "step_00000004_backup")
     assert train_stage(STAGE, start, data, run).resumed_at == 4
-    assert (copy / "optimizer.safetensors").is_file()
+    assert (copy / "optimizer.state").is_file()
     assert not (run / "step_00000004").exists()
+
+
+def test_state_has_no_weights_but_the_models(run: Path) -> None:
+    """Engines read every safetensors file of a checkpoint as its weights."""
+    names = {file.name for file in (run / "step_00000004").glob("*.safetensors")}
+    assert names == {"model.safetensors"}
+
+
+def test_run_goes_on_from_an_optimizer_under_its_earlier_name(
+    start: Path, data: Path, run: Path
+) -> None:
+    file = run / "step_00000004" / "optimizer.state"
+    file.rename(file.with_suffix(".safetensors"))
+    assert train_stage(STAGE, start, data, run).resumed_at == 4
 
 
 def test_changed_records_of_the_same_size_are_noticed(

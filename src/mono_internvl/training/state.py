@@ -30,7 +30,11 @@ from mono_internvl.model.weight_files import safetensors_files
 from mono_internvl.provenance import commit, versions
 from mono_internvl.training.job_folder import write_whole
 
-STATE_FILE, OPTIMIZER_FILE = "training_state.json", "optimizer.safetensors"
+STATE_FILE = "training_state.json"
+# In the safetensors format, but not by name: engines read every `*.safetensors` beside config.json
+# as weights of the model.
+OPTIMIZER_FILE = "optimizer.state"
+_EARLIER_OPTIMIZER_FILE = "optimizer.safetensors"  # states of version 0.1 go on from it
 PLAN_FILE = "plan.json"
 _DIGEST_DIGITS = 16
 _STATE_NAME = re.compile(r"step_\d{8,}")
@@ -276,11 +280,14 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
     Raises:
         TrainingStateError: They do not belong to these parameters.
     """
+    file = folder / OPTIMIZER_FILE
+    if not file.exists() and (folder / _EARLIER_OPTIMIZER_FILE).exists():
+        file = folder / _EARLIER_OPTIMIZER_FILE
     try:
-        tensors = load_file(folder / OPTIMIZER_FILE)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise TrainingStateError(
-            f"{folder / OPTIMIZER_FILE}: not readable ({error}); delete the folder to start over"
+            f"{file}: not readable ({error}); delete the folder to start over"
         ) from error
     names = {id(p): name for name, p in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
