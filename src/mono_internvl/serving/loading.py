@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from mono_internvl.generation.sampling import GREEDY, Sampling
+from mono_internvl.model.adapters import base_of_adapter, merge_adapter
 from mono_internvl.model.loading import load_planned, plan_inference
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.weight_files import resolve_checkpoint
@@ -27,7 +28,8 @@ def load(
     """Load a checkpoint and open a conversation with it.
 
     Args:
-        model: Checkpoint folder or hub id.
+        model: Checkpoint folder or hub id; or a PEFT adapter, which is merged into the model that
+            it names as its base.
         device: "auto" (an accelerator if there is any, else CPU), "cpu", "cuda", "cuda:1", "xpu"
             or "mps".
         precision: "auto", "bf16", "fp32", or "int8" on a CPU. "auto" is bf16 where the device
@@ -55,6 +57,10 @@ def load(
     folder = resolve_checkpoint(
         model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    adapter = None
+    if (base := base_of_adapter(folder)) is not None:
+        adapter = folder
+        folder = resolve_checkpoint(base, cache_dir=cache_dir, local_files_only=local_files_only)
     plan = plan_inference(
         folder,
         device=device,
@@ -64,8 +70,9 @@ def load(
         threads=threads,
     )
     processor = MonoInternVLProcessor.from_pretrained(folder)
+    loaded = load_planned(folder, plan)
     return ChatSession(
-        load_planned(folder, plan),
+        loaded if adapter is None else merge_adapter(loaded, adapter),
         processor,
         system=system,
         max_tiles=max_tiles,
