@@ -107,9 +107,12 @@ class WholeCheckpointModel(PreTrainedModel):
             **kwargs: As there.
 
         Raises:
-            CheckpointError: `save_directory` is a file or cannot be written.
+            CheckpointError: `save_directory` is a file or cannot be written, or weights are
+                quantised.
         """
         folder = Path(save_directory)
+        if not getattr(self, "_hf_peft_config_loaded", False):  # else the adapter alone is saved
+            _check_not_quantised(self, folder)
         is_main = args[0] if args else kwargs.get("is_main_process", True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -177,6 +180,19 @@ def _check_all_loaded(folder: Path, info: Any, *, is_quantized: bool) -> None:
         raise CheckpointError(
             f"{folder}: not loaded whole, {what}: {len(problems[what])}, first {first}; {hint}"
         )
+
+
+def _check_not_quantised(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse what the released layout has no place for: packed weights, scales, split wqkv."""
+    for name, parameter in model.named_parameters():
+        kind = type(parameter)
+        is_packed = kind.__module__.partition(".")[0] in ("torchao", "bitsandbytes")
+        if is_packed or not parameter.is_floating_point():
+            raise CheckpointError(
+                f"{folder}: not written, {name} is quantised ({kind.__name__}); a checkpoint holds "
+                "floating-point weights, save the model before quantising it and quantise it again "
+                "after loading"
+            )
 
 
 def _replace_checkpoint(new: Path, folder: Path) -> None:
