@@ -6,6 +6,7 @@ package as soon as both are imported, in either order (`register`). The errors a
 `mono_internvl.errors`.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -71,5 +72,10 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
+
+# Transformers imports torchao where it is installed; at every start that would tell users of a CPU,
+# in each process, which CUDA libraries it cannot load and what PyTorch will deprecate.
+for _talkative in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_talkative).setLevel(logging.ERROR)
 
 transformers_import.when_complete("mono_internvl.model.auto_classes", "register")
