@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mono_internvl.errors import ConfigError, ImageError
+from mono_internvl.model.image_files import load_image
 from mono_internvl.model.image_processing import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MonoInternVLImageProcessor,
     candidate_grids,
     choose_grid,
-    load_image,
     share_tiles,
 )
 

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 from mono_internvl.data.samples import read_sample
 from mono_internvl.data.sources import read_meta
 from mono_internvl.model.encoding import IGNORED_LABEL, encode_pieces
+from mono_internvl.model.image_files import load_image
 from mono_internvl.model.image_processing import (
     MonoInternVLImageProcessor,
     candidate_grids,
     choose_grid,
-    load_image,
 )
 from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.model.prompts import (

@@ -25,7 +25,7 @@ from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation
 from mono_internvl.json_lines import to_line
-from mono_internvl.model.image_processing import load_image
+from mono_internvl.model.image_files import load_image
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import IGNORED_LABEL, MonoInternVLProcessor
 

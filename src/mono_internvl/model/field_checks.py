@@ -6,17 +6,21 @@ from typing import Any
 
 from mono_internvl.errors import ConfigError
 
+MAX_INTEGER = 2**31 - 1
+"""Largest number of anything in a configuration: what fits a tensor's index."""
+
 _NEXT_STEP = "correct config.json"
 
 
-def check_integer(field: str, value: Any, least: int = 1) -> None:
-    """Refuses what is not an integer of at least `least`.
+def check_integer(field: str, value: Any, least: int = 1, most: int = MAX_INTEGER) -> None:
+    """Refuses what is not an integer from `least` to `most`.
 
     Raises:
         ConfigError: With field and value; so do all checks here.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{field}={value!r}; expected an integer >= {least}, {_NEXT_STEP}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limit = f">= {least}" if most == MAX_INTEGER else f"from {least} to {most}"
+        raise ConfigError(f"{field}={value!r:.40}; expected an integer {limit}, {_NEXT_STEP}")
 
 
 def check_number(field: str, value: Any, *, above: float = -math.inf) -> None:

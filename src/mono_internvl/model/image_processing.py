@@ -6,197 +6,24 @@ The arithmetic is Pillow's and numpy's; no other image package is used. Uint8 ti
 values equal those of the released code bit for bit.
 """
 
-import base64
-import binascii
-import io
-import logging
-import struct
-import urllib.parse
-import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from mono_internvl.errors import ConfigError, ImageError
-
-logger = logging.getLogger(__name__)
-
-ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
-"""What `load_image` accepts: a path, encoded bytes, a data URI, base64, an open file, or pixels."""
+from mono_internvl.model.field_checks import check_integer
+from mono_internvl.model.image_files import MAX_PIXELS, load_image
+from mono_internvl.model.visual_options import MAX_TILE_PX, MAX_TILES
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_PIXELS = 100_000_000
-"""Largest image that is decoded, px; beyond it a small file can exhaust the memory."""
-
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,  # Pillow: broken PNG chunk
-    ValueError,
-    EOFError,
-    IndexError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    UnidentifiedImageError,
-)
-_SHORTEST_BASE64 = 64  # the smallest PNG takes 92 characters
-_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
-
-
-def _name_of(source: object) -> str:
-    """A short name of a source for messages: never the data themselves."""
-    if isinstance(source, bytes):
-        return f"<{len(source)} bytes>"
-    if isinstance(source, Image.Image):
-        return f"<PIL image {source.mode} {source.width}x{source.height}>"
-    if isinstance(source, np.ndarray):
-        return f"<array {source.dtype} {source.shape}>"
-    text = str(source)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _read_data_uri(uri: str) -> bytes:
-    header, comma, payload = uri.partition(",")
-    if not comma:
-        raise ImageError(f"image {_name_of(uri)}: a data URI needs a comma before its data")
-    data = urllib.parse.unquote_to_bytes(payload)
-    if not header.lower().endswith(";base64"):
-        return data
-    try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
-    except binascii.Error as error:
-        raise ImageError(f"image {_name_of(uri)}: not valid base64 ({error})") from error
-
-
-def _read_base64(text: str) -> bytes | None:
-    """The bytes of an image in base64, as hosts hand it over; None if the text is a path."""
-    if len(text) < _SHORTEST_BASE64:
-        return None
-    try:
-        data = base64.b64decode(text, validate=True)
-        return None if Path(text).is_file() else data
-    except ValueError:  # a path has characters that base64 has not, mostly a dot
-        return None
-    except OSError:  # too long for a path
-        return data
-
-
-def _from_array(pixels: np.ndarray) -> Image.Image:
-    """The image of uint8 pixels, (height, width) grey or (height, width, 3 or 4)."""
-    fits = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
-    if pixels.dtype != np.uint8 or not fits or not pixels.size:
-        raise ImageError(
-            f"image array of {pixels.dtype} {pixels.shape}; expected uint8 (height, width, 3)"
-        )
-    return Image.fromarray(pixels)
-
-
-def _open(source: object) -> Image.Image:
-    """The image behind `source`, its header read, its pixels perhaps not yet."""
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, str):
-        scheme = source.split(":", 1)[0].lower() if ":" in source else ""
-        if scheme in ("http", "https", "ftp", "s3", "gs", "file"):
-            raise ImageError(
-                f"image {_name_of(source)}: nothing is fetched; save it first and pass its path"
-            )
-        if scheme == "data":
-            return _open(_read_data_uri(source))
-        return _open(Path(source) if (data := _read_base64(source)) is None else data)
-    if isinstance(source, np.ndarray):
-        return _from_array(source)
-    if hasattr(source, "read"):
-        source = source.read()
-    if isinstance(source, bytes):
-        if not source:
-            raise ImageError("image <0 bytes>: empty; expected an encoded image")
-        return Image.open(io.BytesIO(source))
-    if isinstance(source, Path):
-        if not source.is_file():
-            raise ImageError(f"image {_name_of(source)}: no such file")
-        if source.stat().st_size == 0:
-            raise ImageError(f"image {_name_of(source)}: the file is empty")
-        return Image.open(io.BytesIO(source.read_bytes()))
-    raise ImageError(
-        f"image of type {type(source).__name__}; expected a path, bytes, an open file, a data URI, "
-        "base64, a PIL image or an array"
-    )
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """8-bit RGB; 16-bit grey is scaled, where Pillow's own conversion would clip it to white."""
-    if image.mode == "RGB":
-        return image
-    if image.mode in _SIXTEEN_BIT_MODES:
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-            raise ImageError(
-                f"image {name}: integer pixels from {values.min()} to {values.max()}; "
-                "expected 0 to 65535, convert it to 8 or 16 bits first"
-            )
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ImageError(
-            f"image {name}: floating-point pixels have no fixed range; convert it to 8 bits first"
-        )
-    return image.convert("RGB")
-
-
-def load_image(source: ImageSource) -> Image.Image:
-    """Decodes an image to 8-bit RGB, upright.
-
-    EXIF orientation is applied; of an animation the first frame is taken; alpha is dropped without
-    compositing, as the released code does. Grey of more than 8 bits (modes "I;16" and "I") is read
-    as 0 to 65535, whatever its brightest pixel, and scaled; beyond that range it is refused.
-
-    Args:
-        source: Path, encoded bytes, open file, data URI, base64, PIL image, or array of uint8
-            (height, width, 3). No URL is fetched.
-
-    Returns:
-        A PIL image of mode RGB.
-
-    Raises:
-        ImageError: If the source is no image, truncated, empty, has a side of zero, more than
-            `MAX_PIXELS` pixels (checked before decoding), or is a URL.
-    """
-    name = _name_of(source)
-    try:
-        image = _open(source)
-        _check_size(image, name)
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image), name)
-    except ImageError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
-            f"image {name}: {error}; at most {MAX_PIXELS} pixels are decoded"
-        ) from error
-    except _DECODING_ERRORS as error:
-        raise ImageError(
-            f"image {name}: cannot be decoded ({type(error).__name__}: {error}); "
-            "check that the file is complete and a supported image format"
-        ) from error
-
-
-def _check_size(image: Image.Image, name: str) -> None:
-    if image.width <= 0 or image.height <= 0:
-        raise ImageError(f"image {name}: {image.width}x{image.height} px; expected at least 1x1")
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(
-            f"image {name}: {image.width}x{image.height} = {image.width * image.height} pixels; "
-            f"at most {MAX_PIXELS} are decoded, scale it down first"
-        )
 
 
 @lru_cache(maxsize=256)
@@ -211,13 +38,14 @@ def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ..
 
     Source: dynamic preprocessing of the released code.
     """
-    grids = {
-        (columns, rows)
-        for bound in range(min_tiles, max_tiles + 1)
-        for columns in range(1, bound + 1)
-        for rows in range(1, bound + 1)
-        if min_tiles <= columns * rows <= max_tiles
-    }
+    grids = set()
+    for bound in range(min_tiles, max_tiles + 1):
+        for columns in range(1, bound + 1):
+            # A smaller bound has given the others already.
+            least = 1 if bound in (min_tiles, columns) else bound
+            for rows in range(least, min(bound, max_tiles // columns) + 1):
+                if columns * rows >= min_tiles:
+                    grids.add((columns, rows))
     return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
 
 
@@ -304,9 +132,10 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.pad2square = pad2square
-        if image_size < 1:
-            raise ConfigError(f"image_size={image_size}; expected a positive number of pixels")
-        if not 1 <= min_tiles <= max_tiles:
+        check_integer("image_size", image_size, most=MAX_TILE_PX)
+        check_integer("min_tiles", min_tiles, most=MAX_TILES)
+        check_integer("max_tiles", max_tiles, most=MAX_TILES)
+        if min_tiles > max_tiles:
             raise ConfigError(
                 f"min_tiles={min_tiles}, max_tiles={max_tiles}; expected 1 <= min <= max"
             )
@@ -333,12 +162,13 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
     ) -> tuple[int, int]:
         """(columns, rows) of the tiles of an image of `width` x `height` px."""
         most = self.max_tiles if max_tiles is None else max_tiles
-        if most < 1:
-            raise ConfigError(f"max_tiles={most}; expected at least 1")
+        least = self.min_tiles if min_tiles is None else min_tiles
+        check_integer("max_tiles", most, most=MAX_TILES)
+        check_integer("min_tiles", least, most=MAX_TILES)
         return choose_grid(
             width,
             height,
-            min_tiles=self.min_tiles if min_tiles is None else min_tiles,
+            min_tiles=least,
             max_tiles=most,
             image_size=self.image_size,
         )
@@ -466,15 +296,14 @@ def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     side = max(image.size)
     if image.width == image.height:
         return image
+    if side * side > MAX_PIXELS:
+        raise ImageError(
+            f"image of {image.width}x{image.height} px: padded to a square it has {side * side} "
+            f"pixels; at most {MAX_PIXELS} are made, scale it down first"
+        )
     square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def is_one_image(images: object) -> bool:
-    """Whether this is an image, and no collection of images."""
-    kinds = (str, Path, bytes, Image.Image, np.ndarray)
-    return isinstance(images, kinds) or hasattr(images, "read")
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -21,6 +21,12 @@ experts, but not their parts, and nothing of that model was released."""
 IMAGE_ATTENTION = ("causal", "bidirectional")
 """How the visual tokens of one image attend to each other."""
 
+MAX_TILES = 256
+"""Most tiles that an image is cut into: at 448 px, twice what a context of 32,768 tokens holds."""
+
+MAX_TILE_PX = 8192
+"""Longest side of a tile, px."""
+
 _STEPS_PER_UNIT = 1024
 
 

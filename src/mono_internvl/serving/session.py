@@ -27,7 +27,7 @@ from mono_internvl.generation.finite_logits import check_finite
 from mono_internvl.generation.prefix import digest
 from mono_internvl.generation.request import TextStream
 from mono_internvl.generation.sampling import GREEDY, Sampling
-from mono_internvl.model.image_processing import ImageSource, is_one_image, load_image
+from mono_internvl.model.image_files import ImageSource, is_one_image, load_image
 from mono_internvl.model.layers import is_scaled_dynamically
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.processing import MonoInternVLProcessor

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
+from mono_internvl.errors import ImageError
+from mono_internvl.model.image_files import load_image
 from mono_internvl.visual.boxes import Box, parse_boxes
 from mono_internvl.visual.kinds import Kind, in_order, kind_named
 from mono_internvl.visual.run_folder import Answer
@@ -162,15 +162,14 @@ def load_picture(data_root: Path, name: str) -> Picture | None:
     Returns:
         The picture; None, with a warning in the log, if it cannot be read.
     """
-    path = (data_root / name).resolve()
-    if not path.is_relative_to(data_root.resolve()):
-        logger.warning("image %s lies outside %s; shown without it", name, data_root)
-        return None
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        logger.warning("image %s cannot be read (%s); shown without it", path, error)
+        path = (data_root / name).resolve()
+        if not path.is_relative_to(data_root.resolve()):
+            logger.warning("image %s lies outside %s; shown without it", name, data_root)
+            return None
+        image = load_image(path)
+    except (ImageError, OSError, ValueError, RuntimeError) as error:  # or a name that cannot be
+        logger.warning("image %.200r: %s; shown without it", name, error)
         return None
     image.thumbnail((_MAX_EDGE_PX, _MAX_EDGE_PX))
     buffer, media_type = io.BytesIO(), "image/png"
