@@ -1,8 +1,8 @@
 """A checkpoint in memory as the plan has it: on a small machine with int8 weights, and said so."""
 
-import functools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from tiny_runs import text_record, write_checkpoint, write_lines
 
 from mono_internvl import compute
 from mono_internvl.errors import MissingDependency
+from mono_internvl.model.layers import DecoderLayer
 from mono_internvl.model.loading import load_planned, plan_inference, quantize_int8
-from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.pipelines.evaluate import evaluate
 from mono_internvl.serving.loading import load
 
@@ -87,16 +87,14 @@ def test_evaluation_computes_as_planned_and_says_so(
 ) -> None:
     records = write_lines(tmp_path / "records.jsonl", [text_record(i) for i in range(3)])
     attentions = []
-    forward = MonoInternVLForConditionalGeneration.forward
+    forward = DecoderLayer.forward
 
-    @functools.wraps(forward)  # `generate` asks for the signature
-    def spy(self: MonoInternVLForConditionalGeneration, *args: object, **kwargs: object) -> object:
-        attentions.append(
-            (self.config.get_text_config()._attn_implementation, torch.is_autocast_enabled("cpu"))
-        )
-        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
+    def spy(self: DecoderLayer, *args: Any, **kwargs: Any) -> Any:
+        used = self.self_attn.config._attn_implementation
+        attentions.append((used, torch.is_autocast_enabled("cpu")))
+        return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(MonoInternVLForConditionalGeneration, "forward", spy)
+    monkeypatch.setattr(DecoderLayer, "forward", spy)
     for cost, precision, attention in ((40.0, "fp32", "sdpa"), (0.3, "bf16", "blocked")):
         _machine(monkeypatch, cost, 1 << 40)
         attentions.clear()
