@@ -639,3 +639,10 @@ def test_session_reset_reads_anew_what_dynamic_scaling_turns_by_the_length(
     assert found.ids == expected.ids
     for one, other in zip(session.cache.layers, fresh.cache.layers, strict=True):
         torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=TOLERANCE)
+
+
+def test_session_and_answer_print_in_one_line(session):
+    answer = session.ask(QUESTION, max_new_tokens=3)
+    assert str(answer) == answer.text
+    assert f"2 messages, {len(session.ids)} tokens" in repr(session)
+    assert "float32 on cpu" in repr(session) and "\n" not in repr(session)

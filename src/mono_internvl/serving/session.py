@@ -72,6 +72,9 @@ class Answer:
     finish_reason: FinishReason
     ids: tuple[int, ...]
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class FirstQuestion:
@@ -157,6 +160,13 @@ class ChatSession:
         self._first: FirstQuestion | None = None  # of this conversation
         self._past: FirstQuestion | None = None  # of the one before, with its cache
         self._cache = DynamicCache()  # whole in sliding layers too: it is cropped
+
+    def __repr__(self) -> str:
+        model = self.model
+        return (
+            f"<ChatSession: {len(self._messages)} messages, {len(self._ids)} tokens; "
+            f"{model.num_parameters():,} parameters, {model.dtype} on {model.device}>"
+        )
 
     @property
     def history(self) -> list[dict[str, Any]]:
