@@ -131,7 +131,11 @@ def test_load_image_refuses_fifo(tmp_path: Path) -> None:
     assert load_picture(tmp_path, "a.png") is None
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop", "\udc80.png"])
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 300, "a\0b", "loop", "\udc80.png"],
+    ids=["long", "nul", "loop", "surrogate"],  # xdist sends names as UTF-8
+)
 def test_report_shows_no_picture_of_impossible_name(tmp_path: Path, name: str) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert load_picture(tmp_path, name) is None

@@ -69,7 +69,8 @@ QUICK_BOUNDS: dict[str, Bound] = {
     "text-only logits bit-identical after S1.1 and S1.2": Bound(1.0, 1.0),
     "perplexity, after S2 / start": Bound(1.4, None, "lower"),
     "facts replayed in S2, after / start": Bound(0.8, None),
-    "CPU minutes": Bound(6.0, None, "lower"),
+    # 5.0 on an idle machine, 7.3 beside other work: CI may run on either.
+    "CPU minutes": Bound(10.0, None, "lower"),
 }
 """Bounds of `quickstart --quick`, which shows that everything runs and learns something."""
 
