@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 from mono_internvl.errors import ConfigError
 from mono_internvl.model.decoder_knobs import LAYER_TYPES, check_layers, check_rope
 from mono_internvl.model.field_checks import (
+    MOST_OF_TEXT,
     check_choice,
     check_flag,
     check_integer,
@@ -26,6 +27,7 @@ from mono_internvl.model.field_checks import (
     check_share,
     checked_object,
 )
+from mono_internvl.model.files import reading
 from mono_internvl.model.released_fields import (
     RELEASED_ARCHITECTURE,
     RELEASED_LLM_DEFAULTS,
@@ -39,6 +41,8 @@ from mono_internvl.model.vision_configuration import (
     vision_to_released,
 )
 from mono_internvl.model.visual_options import (
+    MAX_TILE_PX,
+    MAX_TILES,
     check_image_attention,
     check_position_step,
     visual_expert_set,
@@ -52,15 +56,6 @@ _ARCHITECTURE = "MonoInternVLForConditionalGeneration"
 _NOT_OF_THE_FILE = frozenset({"name_or_path", "attn_implementation", "_commit_hash"})
 _TEXT_ARCHITECTURE_WITH_EXPERTS = "InternLM2VEForCausalLM"
 _TEXT_ARCHITECTURE_PLAIN = "InternLM2ForCausalLM"
-_TEXT_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
 
 
 class MonoInternVLTextConfig(PreTrainedConfig):
@@ -117,8 +112,8 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 1_000_000.0}
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        for name in _TEXT_COUNTS:
-            check_integer(f"llm_config.{name}", getattr(self, name))
+        for name, most in MOST_OF_TEXT.items():
+            check_integer(f"llm_config.{name}", getattr(self, name), most=most)
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -127,17 +122,25 @@ class MonoInternVLTextConfig(PreTrainedConfig):
             self.layer_types = [LAYER_TYPES[slides] for slides in self.sliding_layers]
 
     def _check(self) -> None:
-        check_integer("llm_config.head_dim", self.head_dim, least=2)
+        check_integer("llm_config.head_dim", self.head_dim, least=2, most=1 << 14)
+        if self.pad_token_id is not None:
+            check_integer(
+                "llm_config.pad_token_id", self.pad_token_id, least=0, most=self.vocab_size - 1
+            )
         if self.head_dim % 2:
             raise ConfigError(
                 f"llm_config.head_dim={self.head_dim}; expected an even number, rotary positions "
                 "turn pairs: correct hidden_size, num_attention_heads or head_dim"
             )
+        ends = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        for index in (self.bos_token_id, *ends):
+            if index is not None:  # -1, too, is none
+                check_integer("llm_config.bos_token_id and eos_token_id", index, least=-1)
         check_choice("llm_config.hidden_act", self.hidden_act, ACT2FN)
         check_number("llm_config.rms_norm_eps", self.rms_norm_eps, above=0)
         check_number("llm_config.initializer_range", self.initializer_range)
         check_share("llm_config.attention_dropout", self.attention_dropout)
-        for name in ("qkv_bias", "o_bias", "qk_norm", "tie_word_embeddings"):
+        for name in ("qkv_bias", "o_bias", "qk_norm", "tie_word_embeddings", "use_cache"):
             check_flag(f"llm_config.{name}", getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -244,8 +247,14 @@ class MonoInternVLConfig(PreTrainedConfig):
                 f"visual_position_steps={self.visual_position_steps!r}; expected a list of numbers"
             )
         self.visual_position_steps = tuple(self.visual_position_steps)
-        for name in ("force_image_size", "min_dynamic_patch", "max_dynamic_patch"):
-            check_integer(name, getattr(self, name))
+        check_integer("force_image_size", self.force_image_size, most=MAX_TILE_PX)
+        for name in ("min_dynamic_patch", "max_dynamic_patch"):
+            check_integer(name, getattr(self, name), most=MAX_TILES)
+        is_type = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
+        if self.dtype is not None and not is_type:
+            raise ConfigError(
+                f"torch_dtype={self.dtype!r:.60}; expected a floating type, float32 or bfloat16"
+            )
         if self.min_dynamic_patch > self.max_dynamic_patch:
             raise ConfigError(
                 f"min_dynamic_patch={self.min_dynamic_patch} is above max_dynamic_patch="
@@ -314,9 +323,10 @@ class MonoInternVLConfig(PreTrainedConfig):
         """
         asked = kwargs.get("attn_implementation")
         fields = cls.take_fields(kwargs)
-        result = super().from_dict(_facts_of_the_model(config_dict), **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        config.change(fields)
+        with reading("config.json", ConfigError):
+            result = super().from_dict(_facts_of_the_model(config_dict), **kwargs)
+            config = result[0] if isinstance(result, tuple) else result
+            config.change(fields)
         if asked is not None:
             config._attn_implementation = asked
         return result

@@ -54,7 +54,7 @@ def check_rope(rope_parameters: Any) -> None:
     rope = checked_object("llm_config.rope_parameters", rope_parameters)
     check_number("llm_config.rope_theta", rope.get("rope_theta"), above=0)
     kind = rope.get("rope_type", "default")
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise ConfigError(
             f"rope_parameters.rope_type={kind!r} is not implemented; known: "
             f"{', '.join(ROPE_FIELDS)}"

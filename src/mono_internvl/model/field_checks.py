@@ -9,6 +9,21 @@ from mono_internvl.errors import ConfigError
 MAX_INTEGER = 2**31 - 1
 """Largest number of anything in a configuration: what fits a tensor's index."""
 
+MAX_LAYERS = 1000
+"""Most layers of a decoder or a vision tower."""
+
+MOST_OF_TEXT: dict[str, int] = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 19,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "max_position_embeddings": MAX_INTEGER,
+}
+"""Counts of the decoder and the most they may be, ten times and more what is known: a damaged or
+hostile file must not build a million layers before it is refused."""
+
 _NEXT_STEP = "correct config.json"
 
 

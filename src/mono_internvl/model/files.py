@@ -1,6 +1,7 @@
-"""Small files of a checkpoint folder: read whole, and never more of them than such a file can hold.
+"""Small files of a checkpoint folder: read whole, but never more than such a file can hold.
 
-Also how a folder gets new files: written beside, moved into place when they are complete.
+What libraries raise of damaged ones becomes an error of ours (`reading`). Also how a folder gets
+new files: written beside, moved into place when they are complete.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mono_internvl.errors import CheckpointError
+from mono_internvl.errors import CheckpointError, MonoInternVLError
 
 MAX_JSON_BYTES = 64 << 20
 """Largest settings file or shard index that is read; a released one has some 100 kB."""
@@ -23,7 +24,41 @@ MAX_JSON_BYTES = 64 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 """Largest tokenizer file that is read; vocabularies of 250,000 tokens have 35 MB."""
 
+MAX_TEMPLATE_BYTES = 1 << 20
+"""Largest chat template that is read; known ones have up to 20 kB."""
+
 _SCRATCH = "partial"
+
+
+@contextmanager
+def reading(what: str, kind: type[MonoInternVLError] = CheckpointError) -> Iterator[None]:
+    """Turns whatever is raised while foreign data are read into one line of our own.
+
+    A damaged file makes the libraries that read it raise anything, a panic of Rust code included,
+    which Python does not count among the ordinary exceptions.
+
+    Args:
+        what: File or folder, for the message.
+        kind: Of the error.
+
+    Raises:
+        MonoInternVLError: Of that kind; an error that is ours already stays as it is.
+    """
+    try:
+        yield
+    except MonoInternVLError:
+        raise
+    except Exception as error:
+        raise kind(_line_of(what, error)) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(_line_of(what, error)) from error
+
+
+def _line_of(what: str, error: BaseException) -> str:
+    said = " ".join(str(error).split())[:300]
+    return f"{what}: {type(error).__name__}: {said}; restore the file, or correct it"
 
 
 def read_bytes(file: Path, most: int) -> bytes:

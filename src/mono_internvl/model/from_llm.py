@@ -37,6 +37,8 @@ from mono_internvl.model.prompts import IMAGE_CONTEXT, VISUAL_TOKENS
 from mono_internvl.model.tokenization import MonoInternVLTokenizer, load_tokenizer
 from mono_internvl.model.weight_files import iterate_tensors
 
+_READ = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 @dataclass(frozen=True)
 class MonolithicStart:
@@ -224,6 +226,11 @@ def _load_text_weights(
         if key not in wanted:
             raise CheckpointError(
                 f"{folder}: unexpected tensor {key}; expected a {family.architecture} checkpoint"
+            )
+        if tensor.dtype not in _READ:
+            raise CheckpointError(
+                f"{folder}: {key} is {tensor.dtype}; expected floating-point weights, quantised "
+                "ones cannot be read"
             )
         targets = wanted.pop(key)
         if key in (table, head):

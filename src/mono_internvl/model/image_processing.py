@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from mono_internvl.errors import ConfigError, ImageError
-from mono_internvl.model.field_checks import check_integer
+from mono_internvl.model.field_checks import check_flag, check_integer
 from mono_internvl.model.image_files import MAX_PIXELS, load_image
 from mono_internvl.model.visual_options import MAX_TILE_PX, MAX_TILES
 
@@ -135,6 +135,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         check_integer("image_size", image_size, most=MAX_TILE_PX)
         check_integer("min_tiles", min_tiles, most=MAX_TILES)
         check_integer("max_tiles", max_tiles, most=MAX_TILES)
+        check_flag("use_thumbnail", use_thumbnail)
+        check_flag("pad2square", pad2square)
         if min_tiles > max_tiles:
             raise ConfigError(
                 f"min_tiles={min_tiles}, max_tiles={max_tiles}; expected 1 <= min <= max"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -27,10 +26,13 @@ from transformers import (
 
 from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.model.checkpoint import released_name
-from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
+from mono_internvl.model.configuration import (
+    MonoInternVLConfig,
+    MonoInternVLTextConfig,
+)
 from mono_internvl.model.decoder_knobs import check_rope
-from mono_internvl.model.field_checks import checked_object
-from mono_internvl.model.files import read_json
+from mono_internvl.model.field_checks import MOST_OF_TEXT, check_integer, checked_object
+from mono_internvl.model.files import read_json, reading
 
 # What all families and our decoder call by the same name.
 SHARED_FIELDS = (
@@ -193,20 +195,26 @@ def read_text_config(folder: Path) -> MonoInternVLTextConfig:
     if not file.is_file():
         raise CheckpointError(f"{file}: is missing; give the folder of a language model")
     stored = read_json(file)
-    family = family_of(stored, str(file))
-    _check_fields(stored, family, str(file))
-    try:
-        field = "rope_parameters" if stored.get("rope_parameters") else "rope_scaling"
-        rope = checked_object(field, stored.get(field))
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        check_rope({"rope_theta": 1.0, **rope, "rope_type": kind} if rope else {"rope_theta": 1.0})
-        return _text_config(stored, family, family.read(stored))
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
-    except (StrictDataclassError, TypeError, ValueError, KeyError, ArithmeticError) as error:
-        # What transformers' own classes say of values that they cannot hold, on several lines.
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{file}: {type(error).__name__}: {said}; correct config.json") from error
+    with reading(str(file), ConfigError):
+        family = family_of(stored, str(file))
+        _check_fields(stored, family, str(file))
+        try:
+            return _checked_text_config(stored, family)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from error
+
+
+def _checked_text_config(
+    stored: Mapping[str, Any], family: LanguageFamily
+) -> MonoInternVLTextConfig:
+    for name, most in MOST_OF_TEXT.items():  # before transformers makes lists of that length
+        if stored.get(name) is not None:
+            check_integer(name, stored[name], most=most)
+    field = "rope_parameters" if stored.get("rope_parameters") else "rope_scaling"
+    rope = checked_object(field, stored.get(field))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    check_rope({"rope_theta": 1.0, **rope, "rope_type": kind} if rope else {"rope_theta": 1.0})
+    return _text_config(stored, family, family.read(stored))
 
 
 def family_of(stored: Mapping[str, Any], name: str) -> LanguageFamily:

@@ -22,7 +22,7 @@ from mono_internvl.model.encoding import (
     encode_pieces,
     pad_left,
 )
-from mono_internvl.model.files import read_json
+from mono_internvl.model.files import MAX_TEMPLATE_BYTES, read_bytes, read_json, reading
 from mono_internvl.model.host_processor import HostProcessor
 from mono_internvl.model.image_processing import MonoInternVLImageProcessor, share_tiles
 from mono_internvl.model.prompts import (
@@ -92,6 +92,8 @@ class MonoInternVLProcessor(HostProcessor):
                 f"image_size={image_processor.image_size} is not a multiple of the visual token's "
                 f"side of {visual_token_size} px"
             )
+        if not isinstance(default_system_prompt, str):
+            raise ConfigError(f"default_system_prompt={default_system_prompt!r:.60}; expected text")
         self.default_system_prompt = default_system_prompt
         self.visual_token_size = visual_token_size
         self.image_token = IMAGE_CONTEXT
@@ -171,7 +173,19 @@ class MonoInternVLProcessor(HostProcessor):
         hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
         overrides = {key: value for key, value in kwargs.items() if key in _IMAGE_OVERRIDES}
         path = pretrained_model_name_or_path
+        with reading(f"{path}: processor files"):
+            return cls._read(path, hub, overrides, kwargs.get("default_system_prompt"))
+
+    @classmethod
+    def _read(
+        cls,
+        path: str | Path,
+        hub: dict[str, Any],
+        overrides: dict[str, Any],
+        system: str | None,
+    ) -> "MonoInternVLProcessor":
         tokenizer = load_tokenizer(path, **hub)
+        template_file = None
         stored = read_json(find_file(path, PROCESSOR_CONFIG, hub))
         settings = stored.get("image_processor") or read_json(
             find_file(path, PREPROCESSOR_CONFIG, hub)
@@ -186,19 +200,19 @@ class MonoInternVLProcessor(HostProcessor):
                     f"{path}: neither {PROCESSOR_CONFIG} of ours nor {CONFIG}; "
                     "expected a checkpoint"
                 )
-            like = cls.from_config(MonoInternVLConfig(**released), tokenizer)
+            like = cls.from_config(MonoInternVLConfig.from_dict(released), tokenizer)
             fields = {key: getattr(like.image_processor, key) for key in _IMAGE_SETTINGS}
             token_size = like.visual_token_size
-        system, template_file = kwargs.get("default_system_prompt"), None
         form = stored.get("prompt_form", RELEASED_FORM)
         if stored and (system is None or form == JINJA_FORM):
             template_file = find_file(path, JINJA_FORM, hub)
         if system is None:
             system = stored.get("default_system_prompt", DEFAULT_SYSTEM_PROMPT)
+        template = read_bytes(template_file, MAX_TEMPLATE_BYTES) if template_file else None
         return cls(
             MonoInternVLImageProcessor(**{**fields, **overrides}),
             tokenizer,
-            chat_template=template_file.read_text("utf-8") if template_file else None,
+            chat_template=None if template is None else template.decode(),
             default_system_prompt=system,
             visual_token_size=token_size,
             prompt_form=form,

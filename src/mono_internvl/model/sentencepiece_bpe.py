@@ -1,6 +1,7 @@
 """Sentencepiece BPE as a fast tokenizer: the same ids from text, the same text from ids."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from tokenizers.models import BPE
 from mono_internvl.errors import CheckpointError
 
 _SPACE = "\u2581"  # sentencepiece writes a space as this character
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+_MOST_CHARACTERS = 1000  # of a piece; trained ones have up to 512
 _REPLACEMENT = "\ufffd"
 
 # Piece types and model types of sentencepiece's model file.
@@ -86,6 +89,11 @@ def convert_sentencepiece(
             "convert it to tokenizer.json"
         )
     names = [piece.piece for piece in proto.pieces]
+    if (longest := max(map(len, names))) > _MOST_CHARACTERS:  # merges take its square
+        raise CheckpointError(
+            f"tokenizer.model: a piece of {longest} characters; expected at most "
+            f"{_MOST_CHARACTERS}, restore the file from the checkpoint"
+        )
     user_defined = []
     for index, piece in enumerate(proto.pieces):
         if index in added_tokens:
@@ -184,8 +192,8 @@ def decoding_table(tokenizer: Tokenizer) -> DecodingTable:
 
 
 def _piece_bytes(name: str) -> bytes:
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-        return bytes([int(name[3:5], 16)])
+    if byte := _BYTE_PIECE.fullmatch(name):
+        return bytes([int(byte[1], 16)])
     return name.replace(_SPACE, " ").encode()
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from mono_internvl.errors import CheckpointError, PromptError
-from mono_internvl.model.files import read_json
+from mono_internvl.model.files import MAX_TOKENIZER_BYTES, read_bytes, read_json, reading
 from mono_internvl.model.prompts import CHAT_TOKENS, VISUAL_TOKENS
 from mono_internvl.model.sentencepiece_bpe import (
     DecodingTable,
@@ -42,6 +42,7 @@ _NAMED_TOKENS = {
     "unk_token": "<unk>",
     "pad_token": "</s>",
 }
+_TRIAL = " A word, 12 34\n\tnaïve \u4e2d\u6587 \U0001f600"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
 
@@ -240,8 +241,18 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> MonoInternVLTokenize
         The tokenizer: BOS in front, no EOS, padding left.
 
     Raises:
-        CheckpointError: If neither file is there, or the files contradict one another.
+        CheckpointError: If neither file is there, the files contradict one another, are damaged, or
+            make a tokenizer that cannot encode.
     """
+    with reading(f"{path}: tokenizer files"):
+        tokenizer = _load_tokenizer(path, hub_options)
+        # Some damage shows only in use: better here than in the middle of a run.
+        tokenizer.decode(tokenizer.encode_plain(_TRIAL).ids)
+        tokenizer(_TRIAL)
+        return tokenizer
+
+
+def _load_tokenizer(path: str | Path, hub_options: dict[str, Any]) -> MonoInternVLTokenizer:
     files = {
         name: find_file(path, name, hub_options)
         for name in (TOKENIZER_JSON, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, *_KEPT_FILES)
@@ -253,15 +264,19 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> MonoInternVLTokenize
         for key, default in _NAMED_TOKENS.items()
         if (token := settings.get(key, special_map.get(key, default))) is not None
     }
-    kept = {name: found.read_bytes() for name in _KEPT_FILES if (found := files[name]) is not None}
+    kept = {
+        name: read_bytes(found, MAX_TOKENIZER_BYTES)
+        for name in _KEPT_FILES
+        if (found := files[name]) is not None
+    }
     if (json_file := files[TOKENIZER_JSON]) is not None:
         backend = _read_tokenizer_json(json_file)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         named = {key: token for key, token in named.items() if token in vocabulary}
-    elif (model_file := files[SENTENCEPIECE_MODEL]) is not None:
+    elif SENTENCEPIECE_MODEL in kept:
         added = _released_added_tokens(settings, read_json(files[ADDED_TOKENS]), special_map, named)
         backend = convert_sentencepiece(
-            model_file.read_bytes(),
+            kept[SENTENCEPIECE_MODEL],
             added,
             bos_token=named.get("bos_token") if settings.get("add_bos_token", True) else None,
         )
@@ -284,12 +299,8 @@ def load_tokenizer(path: str | Path, **hub_options: Any) -> MonoInternVLTokenize
 
 
 def _read_tokenizer_json(file: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises nothing more specific
-        raise CheckpointError(
-            f"{file}: not a readable tokenizer ({error}); restore the file from the checkpoint"
-        ) from error
+    with reading(f"{file}: not a readable tokenizer"):
+        return Tokenizer.from_buffer(read_bytes(file, MAX_TOKENIZER_BYTES))
 
 
 def _released_added_tokens(

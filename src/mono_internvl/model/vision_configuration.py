@@ -11,18 +11,29 @@ from transformers.activations import ACT2FN
 
 from mono_internvl.errors import ConfigError
 from mono_internvl.model.field_checks import (
+    MAX_LAYERS,
     check_choice,
     check_flag,
     check_integer,
     check_number,
     check_share,
 )
+from mono_internvl.model.visual_options import MAX_TILE_PX
 
 VISION_KINDS = {"intern_vit_patch": "patch", "intern_vit_6b": "vit"}
 """Model type in a released file -> kind; InternViT-300M, too, says `intern_vit_6b`."""
 
 NORM_TYPES = ("layer_norm", "rms_norm")
 
+_MOST = {
+    "hidden_size": 1 << 17,
+    "image_size": MAX_TILE_PX,
+    "patch_size": MAX_TILE_PX,
+    "num_channels": 64,
+    "num_hidden_layers": MAX_LAYERS,
+    "num_attention_heads": 1 << 12,
+    "intermediate_size": 1 << 19,
+}
 _MODEL_TYPES = {kind: name for name, kind in VISION_KINDS.items()}
 # What the released code assumes where a file leaves a key out.
 _RELEASED_DEFAULTS: dict[str, Any] = {
@@ -80,14 +91,14 @@ class MonoInternVLVisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("hidden_size", "image_size", "patch_size", "num_channels"):
-            check_integer(f"vision_config.{name}", getattr(self, name))
+            check_integer(f"vision_config.{name}", getattr(self, name), most=_MOST[name])
         if self.kind == "vit":
             self._check_tower()
         super().__post_init__(**kwargs)
 
     def _check_tower(self) -> None:
         for name in ("num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            check_integer(f"vision_config.{name}", getattr(self, name))
+            check_integer(f"vision_config.{name}", getattr(self, name), most=_MOST[name])
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"vision_config.hidden_size={self.hidden_size} is not a multiple of "

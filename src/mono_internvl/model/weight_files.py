@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from mono_internvl.errors import CheckpointError
-from mono_internvl.model.files import read_json
+from mono_internvl.model.files import read_json, reading
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -127,13 +127,11 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file}: not a readable safetensors file ({error}); copy it again"
-        ) from error
+    with (
+        reading(f"{file}: not a readable safetensors file"),
+        safe_open(file, framework="pt") as handle,
+    ):
+        yield handle
 
 
 @dataclass(frozen=True)
