@@ -1,5 +1,6 @@
 """The shipped language model has the skills that the vision stages stand on."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_shipped_language_model_is_small() -> None:
     assert sum(file.stat().st_size for file in SHIPPED_LANGUAGE_MODEL.iterdir()) <= MOST_BYTES
+
+
+def test_start_names_every_stop_id(checkpoint: Path) -> None:
+    """Hosts that generate stop by this file alone."""
+    stored = json.loads((checkpoint / "generation_config.json").read_text())
+    processor = MonoInternVLProcessor.from_pretrained(checkpoint)
+    assert stored["eos_token_id"] == processor.stop_token_ids
+    assert processor.turn_end_id in stored["eos_token_id"]
 
 
 @pytest.fixture(scope="module")
