@@ -165,11 +165,12 @@ def load_picture(data_root: Path, name: str) -> Picture | None:
     try:
         path = (data_root / name).resolve()
         if not path.is_relative_to(data_root.resolve()):
-            logger.warning("image %s lies outside %s; shown without it", name, data_root)
+            logger.warning("image %r lies outside %s; shown without it", name, data_root)
             return None
         image = load_image(path)
     except (ImageError, OSError, ValueError, RuntimeError) as error:  # or a name that cannot be
-        logger.warning("image %.200r: %s; shown without it", name, error)
+        reason = str(error).encode(errors="backslashreplace").decode()  # logs are UTF-8
+        logger.warning("image %.200r: %s; shown without it", name, reason)
         return None
     image.thumbnail((_MAX_EDGE_PX, _MAX_EDGE_PX))
     buffer, media_type = io.BytesIO(), "image/png"
