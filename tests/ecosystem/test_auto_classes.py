@@ -50,6 +50,8 @@ def test_auto_classes_accept_every_torch_dtype(checkpoint: Path, name: str) -> N
         config = AutoConfig.from_pretrained(checkpoint, **{name: dtype})
         assert config.dtype == dtype
         assert json.loads(config.to_json_string())["torch_dtype"] == str(dtype).split(".")[1]
+    stored = AutoConfig.from_pretrained(checkpoint)
+    assert AutoConfig.from_pretrained(checkpoint, **{name: "auto"}).dtype == stored.dtype
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, **{name: torch.bfloat16})
     assert isinstance(model, Model)
     assert model.dtype == torch.bfloat16

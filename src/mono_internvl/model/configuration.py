@@ -322,6 +322,9 @@ class MonoInternVLConfig(PreTrainedConfig):
             ConfigError: A field, of the file or among `kwargs`, is not what it may be.
         """
         asked = kwargs.get("attn_implementation")
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(kwargs.get(name), str) and kwargs[name] == "auto":  # as the file says
+                del kwargs[name]
         fields = cls.take_fields(kwargs)
         with reading("config.json", ConfigError):
             result = super().from_dict(_facts_of_the_model(config_dict), **kwargs)
