@@ -14,13 +14,13 @@ from mono_internvl import transformers_import
 
 if TYPE_CHECKING:
     from mono_internvl.errors import MonoInternVLError
+    from mono_internvl.generation.sampling import Sampling
     from mono_internvl.model.auto_classes import register
     from mono_internvl.model.configuration import MonoInternVLConfig
     from mono_internvl.model.image_processing import MonoInternVLImageProcessor
     from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration, MonoInternVLModel
     from mono_internvl.model.processing import MonoInternVLProcessor
     from mono_internvl.serving.loading import load
-    from mono_internvl.serving.sampling import Sampling
     from mono_internvl.serving.session import Answer, ChatSession
 
     __version__: str
@@ -49,7 +49,7 @@ _HOME_OF_NAME = {
     "MonoInternVLImageProcessor": "model.image_processing",
     "MonoInternVLModel": "model.modeling",
     "MonoInternVLProcessor": "model.processing",
-    "Sampling": "serving.sampling",
+    "Sampling": "generation.sampling",
     "load": "serving.loading",
     "register": "model.auto_classes",
 }

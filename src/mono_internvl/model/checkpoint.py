@@ -231,7 +231,7 @@ def read_config(folder: Path) -> MonoInternVLConfig:
     """
     file = folder / "config.json"
     stored = read_json(file)
-    if stored.get("model_type") != RELEASED_MODEL_TYPE:
+    if stored.get("model_type") not in (RELEASED_MODEL_TYPE, MonoInternVLConfig.model_type):
         raise ConfigError(
             f"{file}: model_type={stored.get('model_type')!r} is not supported; expected "
             f"{RELEASED_MODEL_TYPE!r}, the layout of the released checkpoints; "
