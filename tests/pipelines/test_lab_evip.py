@@ -200,7 +200,7 @@ def test_quickstart_of_something_else_is_refused(
     elif part == "data":
         file = other / "s12" / "checkpoint" / "training_state.json"
         state = json.loads(file.read_text())
-        state["inputs"]["data"] = "0"
+        state["inputs"]["data content"] = "0"
         file.write_text(json.dumps(state))
     with pytest.raises(ConfigError, match=message):
         compare_pretraining(folder, seeds=1, quick=True, against=other)
