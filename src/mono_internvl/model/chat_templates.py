@@ -3,6 +3,8 @@
 A Jinja template renders one string, in which what somebody typed could pass for a control token.
 So each message is rendered as a mark that no template knows, and only what the template itself
 wrote around the marks is searched for control tokens; the message takes the mark's place as text.
+A system message is shown to the template, which may look for switches in it and remove them: with
+stand-ins for the characters that control tokens begin and end with, so that no edit makes one.
 """
 
 from __future__ import annotations
@@ -10,14 +12,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
-from typing import Protocol
-
-from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import Any, Protocol
 
 from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.model.bounded_templates import BoundedTemplate, texts_in, unused_characters
 from mono_internvl.model.prompts import (
     GROUNDING_TOKENS,
     TURN_END,
@@ -37,7 +37,6 @@ RELEASED_FORM = "internlm2-chat"
 JINJA_FORM = "chat_template.jinja"
 """The form that the file of this name says; the value of `template` in config.json."""
 
-_MARK = re.compile("\ue000(\\d+)\ue001")
 TEMPLATE_DATE = date(2024, 7, 26)
 """The date that a template gets in place of today's; Llama's own templates fall back to it."""
 
@@ -117,12 +116,17 @@ class JinjaForm:
 
     def __init__(self, source: str, tokenizer: MonoInternVLTokenizer) -> None:
         self._source = source
+        try:
+            self._template = BoundedTemplate(source)
+        except Exception as error:  # Jinja's own, and Python's while it compiles
+            raise ConfigError(f"chat template: {_first_line(error)}; give another one") from error
         names = sorted(tokenizer.control_tokens, key=len, reverse=True)
         self._control = re.compile("(" + "|".join(map(re.escape, names)) + ")")
         self._names = {
             name: getattr(tokenizer, name) or ""
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
+        self._edges = sorted({edge for name in names for edge in (name[0], name[-1])})
         self._has_spans = bool(_HAS_SPANS.search(source))
         exchange = (Turn("user", ("Q",)), Turn("assistant", ("A",)))
         try:
@@ -162,55 +166,116 @@ class JinjaForm:
         )
         return pieces[answer + 1 :] if close_previous else pieces[end + 1 :]
 
+    def check_conversation(self, messages: Sequence[Any], **options: Any) -> None:
+        """Refuses messages of which the template would make control tokens, before a host renders.
+
+        A host puts what was typed into the template as it is. So it is rendered here as well, once
+        more with stand-ins for the characters that control tokens begin and end with: the control
+        tokens must be the same. The bounds of time and size hold for the host in this way, too.
+
+        Args:
+            messages: As hosts have them, contents as text or in parts.
+            **options: What else the template gets.
+
+        Raises:
+            PromptError: The template makes a control token of text, or cannot render.
+        """
+        *others, gap = unused_characters(len(self._edges) + 1, self._source, *texts_in(messages))
+        hidden = str.maketrans(dict(zip(self._edges, others, strict=True)))
+        known = {k: v for k, v in options.items() if isinstance(v, str | int | float)}
+
+        def control_tokens(change: Callable[[str], str]) -> list[str]:
+            rendered, _ = self._rendered(_with_texts(messages, change), **known)
+            return self._control.findall(rendered)
+
+        def untyped(text: str) -> str:
+            return self._control.sub(gap, text)
+
+        if control_tokens(untyped) != control_tokens(lambda text: untyped(text).translate(hidden)):
+            raise PromptError(
+                "messages: the chat template would make a control token of what is left of a text; "
+                "remove what looks like one"
+            )
+
     def _pieces(self, turns: Sequence[Turn], add_generation_prompt: bool) -> Iterator[Piece]:
         """The template's own text cut at control tokens, with the messages in their places."""
-        rendered, spans = self._render(turns, add_generation_prompt)
+        systems = [turn.text for turn in turns if turn.role == "system"]
+        opening, closing, *others = unused_characters(2 + len(self._edges), self._source, *systems)
+        stand_ins = dict(zip(self._edges, others, strict=True))
+        shown_as = str.maketrans(stand_ins)
+        typed = str.maketrans({other: edge for edge, other in stand_ins.items()})
+        rendered, spans = self._render(turns, add_generation_prompt, opening, closing, shown_as)
         position, shown, open_answer = 0, [], False
-        for mark in [*_MARK.finditer(rendered), None]:
+        for mark in [*re.finditer(f"{opening}([0-9]{{1,9}}){closing}", rendered), None]:
             stop = mark.start() if mark else len(rendered)
             for start, end, is_spanned in _cut(position, stop, spans):
                 for text in filter(None, self._control.split(rendered[start:end])):
                     is_control = bool(self._control.fullmatch(text))
                     is_learned = is_spanned if self._has_spans else open_answer
-                    yield Piece("control" if is_control else "text", text, is_learned)
+                    written = text.translate(typed)
+                    yield Piece("control" if is_control else "text", written, is_learned)
                     open_answer = open_answer and not is_control
             if mark is None:
                 break
-            turn, position = turns[int(mark[1])], mark.end()
             shown.append(int(mark[1]))
+            if shown[-1] >= len(turns):
+                break  # a template that makes marks of its own
+            turn, position = turns[shown[-1]], mark.end()
             open_answer = turn.role == "assistant"
             is_learned = open_answer
             if self._has_spans:
                 is_learned = any(first <= stop < last for first, last in spans)
             yield from _message(turn, is_learned)
         expected = [i for i, turn in enumerate(turns) if turn.role != "system"]
-        if [i for i in shown if turns[i].role != "system"] != expected:
+        if [i for i in shown if i >= len(turns) or turns[i].role != "system"] != expected:
             raise PromptError(
                 f"the chat template shows messages {shown} of {len(turns)}; expected each of them "
                 "once and in order"
             )
 
     def _render(
-        self, turns: Sequence[Turn], add_generation_prompt: bool
+        self,
+        turns: Sequence[Turn],
+        add_generation_prompt: bool,
+        opening: str,
+        closing: str,
+        shown_as: dict[int, str],
     ) -> tuple[str, list[tuple[int, int]]]:
         messages = []
         for number, turn in enumerate(turns):
-            content = f"\ue000{number}\ue001"
+            content = f"{opening}{number}{closing}"
             if turn.role == "system" and not self._control.search(turn.text):
-                content = turn.text  # templates look for switches in it
+                content = turn.text.translate(shown_as)  # templates look for switches in it
             messages.append({"role": turn.role, "content": content})
+        return self._rendered(messages, add_generation_prompt=add_generation_prompt)
+
+    def _rendered(
+        self, messages: Sequence[Any], **options: Any
+    ) -> tuple[str, list[tuple[int, int]]]:
         try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._source,
-                return_assistant_tokens_mask=self._has_spans,
-                add_generation_prompt=add_generation_prompt,
-                **self._names,
-            )
-        except TemplateError as error:
-            roles = ", ".join(turn.role for turn in turns)
-            raise PromptError(f"messages: the chat template refuses {roles}: {error}") from error
-        return texts[0], [(int(first), int(last)) for first, last in (spans or [[]])[0]]
+            variables = {"tools": None, "documents": None, **self._names, **options}
+            return self._template.render(messages=messages, **variables)
+        except Exception as error:  # of the template, or of Python while it runs
+            roles = ", ".join(str(dict(message).get("role")) for message in messages[:8])
+            raise PromptError(
+                f"messages: the chat template refuses {roles}: {_first_line(error)}"
+            ) from error
+
+
+def _with_texts(value: Any, change: Callable[[str], str], key: str = "") -> Any:
+    """Plain messages with every text changed; roles and the kinds of parts are no texts."""
+    if isinstance(value, str):
+        return value if key in ("role", "type") else change(value)
+    if isinstance(value, Mapping):
+        return {name: _with_texts(item, change, name) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_texts(item, change) for item in value]
+    return value if value is None or isinstance(value, int | float) else ""
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip().splitlines()
+    return said[0][:300] if said else type(error).__name__
 
 
 def _cut(

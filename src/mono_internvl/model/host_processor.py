@@ -12,6 +12,7 @@ from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 from mono_internvl.errors import PromptError
+from mono_internvl.model.chat_templates import JinjaForm, ReleasedForm
 from mono_internvl.model.encoding import check_placeholders
 from mono_internvl.model.image_processing import MonoInternVLImageProcessor
 from mono_internvl.model.prompts import (
@@ -44,6 +45,7 @@ class HostProcessor(ProcessorMixin):
     tokenizer: MonoInternVLTokenizer
     visual_token_size: int
     image_token_id: int
+    _form: ReleasedForm | JinjaForm
 
     @property
     def tokens_per_tile(self) -> int:
@@ -147,6 +149,9 @@ class HostProcessor(ProcessorMixin):
                 raise
             check_no_control(_without_tokens(turns, control), control)
             kwargs["sanitize_control_tokens"] = True
+        if isinstance(self._form, JinjaForm) and kwargs.get("chat_template") is None:
+            for messages in conversation if is_batch else [conversation]:
+                self._form.check_conversation(messages, **kwargs)
         return super().apply_chat_template(conversation, *args, **kwargs)
 
 
