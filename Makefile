@@ -9,12 +9,13 @@ test test-slow bench: export OMP_NUM_THREADS ?= 1
 test test-slow bench: export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart bench test test-slow lint types clean
+.PHONY: help setup quickstart bench test test-slow fuzz lint types clean
 
 help:
 	@echo "make quickstart   train the miniature through all four stages, ask it, write a report"
 	@echo "make test         the test suite"
 	@echo "make test-slow    also the tests that need minutes or gigabytes"
+	@echo "make fuzz         damaged files, records and requests for an hour (FUZZ_SECONDS=600: ten minutes)"
 	@echo "make bench        speed on this machine's CPU against its targets, within 10 minutes"
 	@echo "make lint types   ruff and mypy"
 
@@ -37,6 +38,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	RUN_SLOW=1 $(BIN)/python -m pytest -q -m slow
+
+# FUZZ_SEED=N begins with other cases; FUZZ_CASE="TARGET SEED" repeats one.
+fuzz: $(STAMP)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzing.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests examples

@@ -478,14 +478,14 @@ def _config_of(model: str | None, preset: str, revision: str | None) -> Any:
     from mono_internvl.errors import CheckpointError
     from mono_internvl.model.checkpoint import read_config
     from mono_internvl.model.presets import preset as preset_config
-    from mono_internvl.model.tokenization import find_file
+    from mono_internvl.model.weight_files import resolve_checkpoint
 
     if model is None:
         return preset_config(preset)
-    file = find_file(model, "config.json", {"revision": revision})
-    if file is None:
+    folder = resolve_checkpoint(model, revision=revision, patterns=("config.json",))
+    if not (folder / "config.json").is_file():
         raise CheckpointError(f"{model}: no config.json; expected a checkpoint folder or a hub id")
-    return read_config(file.parent)
+    return read_config(folder)
 
 
 def _say_plan(plan: "ComputePlan") -> None:

@@ -9,36 +9,13 @@ from typing import Any
 
 import pytest
 import tiny_runs
+from mutations import mutated
 
 from mono_internvl import ChatSession, load
 from mono_internvl.data.batches import BatchPlan, BatchStream
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import MonoInternVLError
 from mono_internvl.evaluation.run import read_questions
-
-STRANGE: tuple[Any, ...] = (
-    None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**30, "", " ", "\ud800", "\u2028", "\x00",
-    "<image>", "<IMG_CONTEXT>", "<|im_end|>", "a" * 300, "../" * 50, "data:image/png;base64,AA==",
-    [], [[]], {}, {"a": [1]}, ["images/0.png"] * 3, b"\xff", ("x",),
-)  # fmt: skip
-
-
-def mutated(value: Any, rng: random.Random) -> Any:
-    """The value with one strange thing somewhere in it, or something left out."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        key = rng.choice(list(value))
-        if rng.random() < 0.1:
-            return {k: v for k, v in value.items() if k != key}
-        return {**value, key: mutated(value[key], rng)}
-    if isinstance(value, list) and value and rng.random() < 0.85:
-        place = rng.randrange(len(value))
-        if rng.random() < 0.1:
-            return value[:place] + value[place + 1 :]
-        return [*value[:place], mutated(value[place], rng), *value[place + 1 :]]
-    if isinstance(value, str) and rng.random() < 0.3:
-        place = rng.randrange(len(value) + 1)
-        return value[:place] + str(rng.choice(STRANGE)) + value[place:]
-    return rng.choice(STRANGE)
 
 
 def mutated_line(record: dict[str, Any], rng: random.Random) -> bytes:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mono_internvl import cli
-from mono_internvl.errors import ConfigError, RecipeError
+from mono_internvl.errors import CheckpointError, ConfigError, RecipeError
 from mono_internvl.model.accounting import parameter_table
 from mono_internvl.model.presets import preset
 from mono_internvl.pipelines.info import describe, parse_tokens, trainable_parameters
@@ -100,3 +101,16 @@ def test_info_prints_costs_and_stages(
     assert list(found["trainable"]) == ["s11", "s12", "s13", "s2"]
     plain = json.loads(_info(monkeypatch, capsys, "--json"))
     assert set(plain) == {"name", "parameters", "config"}
+
+
+def test_info_asks_for_a_hub_id_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def offline(name: str, **options: Any) -> str:
+        asked.append(options["allow_patterns"])
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(CheckpointError, match="made-up/x: no such folder, and not available"):
+        cli._config_of("made-up/x", "2b", None)
+    assert asked == [["config.json"]]

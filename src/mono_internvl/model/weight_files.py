@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ SNAPSHOT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.m
 
 # Rotary tables that some exporters save; they hold no weights.
 _IGNORED_KEYS = re.compile(r"rotary_emb\.inv_freq$")
-_SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
+_SHARD_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,19 @@ def resolve_checkpoint(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | None = None,
+    patterns: Sequence[str] = SNAPSHOT_FILES,
 ) -> Path:
     """The local folder of a checkpoint: the path itself, or a hub id's snapshot.
 
     Of a hub repository only data is fetched (safetensors, JSON, tokenizer): no pickles, no code.
+
+    Args:
+        name_or_path: Folder or hub id.
+        revision: Branch, tag or commit of a hub id.
+        cache_dir: Where hub files are kept.
+        local_files_only: Never ask the network.
+        token: Of the hub.
+        patterns: Names of the files that are needed of a hub id.
 
     Raises:
         CheckpointError: Neither a folder nor an id that can be had.
@@ -71,7 +80,7 @@ def resolve_checkpoint(
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
                 token=token,
-                allow_patterns=list(SNAPSHOT_FILES),
+                allow_patterns=list(patterns),
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
