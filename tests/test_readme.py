@@ -466,7 +466,7 @@ def _metrics(**changes: object) -> dict[str, object]:
         for kind, blind, score in (("colour", False, 0.75), ("colour", True, 0.25))
     ]
     bounds = {
-        "colour question, above blind": Bound(0.30, 0.60),
+        "colour question, above blind and chance": Bound(0.30, 0.60),
         "perplexity, after S2 / start": Bound(1.25, 1.10, "lower"),
         "grounding IoU": Bound(0.45, None),
         "questions of all kinds": Bound(None, 0.85),
@@ -519,7 +519,7 @@ def test_blocks_show_what_was_measured(tmp_path: Path) -> None:
     (tmp_path / "quickstart.txt").write_text("Q: what is this?\nA: a red circle\n")
     (tmp_path / "rows.jsonl").write_text(_row() + "\n")
     targets = results.fill(_page("quickstart"), tmp_path)
-    assert "| colour question, above blind | ≥ 0.3 | ≥ 0.6 | 0.5 | must |" in targets
+    assert "| colour question, above blind and chance | ≥ 0.3 | ≥ 0.6 | 0.5 | must |" in targets
     assert "| perplexity, after S2 / start | ≤ 1.25 | ≤ 1.1 | 1.05 | must, aim |" in targets
     assert "| grounding IoU | ≥ 0.45 |  |  | **no** |" in targets
     assert "| questions of all kinds |  | ≥ 0.85 | 0.75 | reported |" in targets

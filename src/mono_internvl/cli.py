@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mono_internvl.cli_lab import lab
 from mono_internvl.door import pass_through
 from mono_internvl.serving.terminal import Picture, answer, converse, print_json, quieten
 
@@ -26,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-lab = typer.Typer(help="Experiments in the miniature.", no_args_is_help=True)
 app.add_typer(lab, name="lab")
 
 Model = Annotated[str, typer.Option("--model", metavar="DIR|HUB_ID", help="Checkpoint.")]

@@ -11,7 +11,7 @@ import pytest
 from mono_internvl.errors import SampleError
 from mono_internvl.miniature import english, facts, text_tasks
 from mono_internvl.miniature.asking import QUESTION_KINDS, BalancedAsker
-from mono_internvl.miniature.lexicon import sample_sign, split_of
+from mono_internvl.miniature.lexicon import sample_sign, sign_split, split_of
 from mono_internvl.miniature.scenes import sample_chart, sample_scene
 
 
@@ -78,6 +78,16 @@ def test_copying_answers_stand_in_the_context() -> None:
             assert answer in turns[0] or spelled in turns[0]
 
 
+def test_lookups_ask_for_every_thing_of_a_context_once() -> None:
+    for record in text_tasks.lookup_records(random.Random(0), "train", 200):
+        turns = [turn["value"] for turn in record["conversations"]]
+        context = turns[0].split("\n")[0]
+        answers = turns[1::2]
+        assert 3 <= len(answers) == len(set(answers)) <= 6
+        for answer in answers:
+            assert answer in context
+
+
 def test_reading_answers_change_with_the_context() -> None:
     """The same question has many answers, so a model that ignores its context fails."""
     records = text_tasks.reading_records(random.Random(0), "train", 3000)
@@ -109,8 +119,15 @@ def test_signs_belong_to_their_split() -> None:
     for split in ("train", "validation", "heldout"):
         for _ in range(50):
             sign = sample_sign(rng, split)
-            assert split_of(f"word {sign}") == split
-            assert 2 <= len(sign) <= 5
+            assert sign_split(sign) == split
+            assert 3 <= len(sign) <= 5
+
+
+def test_signs_of_the_english_are_never_held_out() -> None:
+    """The language model reads them: `ANY` and `1970` are words and numbers of its English."""
+    for sign in ("ANY", "1970"):
+        assert sign in " ".join(english.load_english())
+        assert sign_split(sign) == "train"
 
 
 @pytest.mark.parametrize("split", ["validation", "heldout"])

@@ -194,6 +194,28 @@ def score(record: Mapping[str, object], prediction: str) -> float:
     return scorer(prediction, cast(str, truth))
 
 
+def mean_score(rows: Sequence[Mapping[str, object]]) -> float:
+    """Return what a model reaches on all records of one kind.
+
+    Captions are pooled: right attributes of all captions over the attributes of all true objects,
+    so that a scene of three things weighs three times as much as a scene of one, and an object too
+    many in one caption takes off as much as a wrong word in another.
+
+    Args:
+        rows: records with the answer's `score`; captions with the `prediction` itself.
+
+    Returns:
+        0 to 1.
+    """
+    if rows[0]["kind"] != "caption":
+        return sum(cast(float, row["score"]) for row in rows) / len(rows)
+    counts = [
+        caption_attributes(cast(str, row["prediction"]), cast(list[Attributes], row["attributes"]))
+        for row in rows
+    ]
+    return AttributeCount(sum(c.correct for c in counts), sum(c.total for c in counts)).score
+
+
 def _is_box(value: object) -> bool:
     """Whether a value is four numbers with left < right and top < bottom."""
     if not isinstance(value, list | tuple) or len(value) != 4:

@@ -19,7 +19,7 @@ from PIL import Image
 from mono_internvl.data.samples import Sample, read_sample
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import ImageError, PromptError, SampleError
-from mono_internvl.evaluation.metrics import score
+from mono_internvl.evaluation.metrics import mean_score, score
 from mono_internvl.evaluation.prompts import Outcome, PromptEncoder
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.engine import Engine
@@ -245,11 +245,12 @@ def _order(questions: Sequence[Question]) -> list[int]:
 
 
 def mean_scores(predictions: Iterable[Prediction]) -> dict[str, tuple[float, int]]:
-    """Mean score and number of records of every kind."""
-    by_kind: dict[str, list[float]] = defaultdict(list)
-    for prediction in predictions:
-        by_kind[prediction.record["kind"]].append(prediction.score)
-    return {kind: (sum(scores) / len(scores), len(scores)) for kind, scores in by_kind.items()}
+    """Score (`metrics.mean_score`) and number of records of every kind."""
+    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for one in predictions:
+        row = {**one.record, "prediction": one.text, "score": one.score}
+        by_kind[one.record["kind"]].append(row)
+    return {kind: (mean_score(rows), len(rows)) for kind, rows in by_kind.items()}
 
 
 @torch.inference_mode()

@@ -202,6 +202,16 @@ def _shape_mask(shape: str, diameter_px: int) -> Image.Image:
         rising = [*upper, *lower, (0, far - width)]
         draw.polygon(rising, fill=255)
         draw.polygon([(far - x, y) for x, y in rising], fill=255)
+    elif shape == "heart":
+        half = side * 0.53
+        draw.ellipse((0, 0, half, half), fill=255)
+        draw.ellipse((side - half, 0, side, half), fill=255)
+        draw.polygon(
+            [(side * 0.04, half * 0.78), (side * 0.96, half * 0.78), (side / 2, side)], 255
+        )
+    elif shape == "moon":
+        draw.ellipse((0, 0, side - 1, side - 1), fill=255)
+        draw.ellipse((side * 0.38, -side * 0.08, side * 1.3, side * 0.84), fill=0)
     else:
         raise ValueError(f"shape: got {shape!r}, expected one that can be drawn")
     return mask.reduce(_SUPERSAMPLING)

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
+from functools import lru_cache
 from typing import Final, Literal, TypeAlias
+
+from mono_internvl.miniature.english import load_english
 
 Split: TypeAlias = Literal["train", "validation", "heldout"]
 
 COLOURS: Final = ("red", "green", "blue", "yellow", "purple", "orange")
-SHAPES: Final = ("circle", "square", "triangle", "star", "cross")
+SHAPES: Final = ("circle", "square", "triangle", "star", "cross", "heart", "moon")
 SIZES: Final = ("large", "small")
 POSITIONS: Final = (
     "top left",
@@ -78,6 +82,17 @@ def stable_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
 
 
+def sign_split(sign: str) -> Split:
+    """Return the split of a word or number to read; what the English text holds is training's."""
+    return "train" if sign in _signs_of_english() else split_of(f"word {sign}")
+
+
+@lru_cache(maxsize=1)
+def _signs_of_english() -> frozenset[str]:
+    text = " ".join(load_english())
+    return frozenset(re.findall(r"\b(?:[A-Z]{3,5}|[0-9]{4})\b", text))
+
+
 def sample_word(rng: random.Random, split: Split) -> str:
     """Draw a pronounceable nonsense word of three to five capital letters.
 
@@ -94,12 +109,14 @@ def sample_word(rng: random.Random, split: Split) -> str:
     while True:
         pattern = rng.choice(_PATTERNS)
         word = "".join(rng.choice(_CONSONANTS if mark == "C" else _VOWELS) for mark in pattern)
-        if split_of(f"word {word}") == split:
+        if sign_split(word) == split:
             return word
 
 
 def sample_number(rng: random.Random, split: Split) -> str:
-    """Draw a number of two to four digits that belongs to a split.
+    """Draw a number of four digits that belongs to a split.
+
+    Fewer digits would also stand in the boxes of training, which have up to three.
 
     Args:
         rng: source of chance.
@@ -109,9 +126,8 @@ def sample_number(rng: random.Random, split: Split) -> str:
         The digits, the first not zero.
     """
     while True:
-        num_digits = rng.choice((2, 3, 3, 4, 4))
-        number = str(rng.randrange(10 ** (num_digits - 1), 10**num_digits))
-        if split_of(f"word {number}") == split:
+        number = str(rng.randrange(1000, 10_000))
+        if sign_split(number) == split:
             return number
 
 

@@ -30,6 +30,7 @@ from mono_internvl.miniature.text_tasks import (
     copying_records,
     english_records,
     fact_records,
+    lookup_records,
     open_question_records,
     reading_records,
 )
@@ -49,6 +50,7 @@ class WorldSize:
         reading: questions about described scenes and charts, for the language model.
         open_questions: questions about described things that no picture shows.
         copying: tasks that quote from the context.
+        lookups: contexts of many things, each of them asked for; for the second lesson, too.
         english: plain-English records, at most.
         text_probes: drawn records of each text skill, for each split.
         s11_scenes: pictures of shapes for S1.1; likewise signs and charts, and those of the later
@@ -63,7 +65,8 @@ class WorldSize:
 
     reading: int = 40_000
     open_questions: int = 6_000
-    copying: int = 14_000
+    copying: int = 10_000
+    lookups: int = 10_000
     english: int = 100_000
     text_probes: int = 300
     s11_scenes: int = 1_600
@@ -72,15 +75,15 @@ class WorldSize:
     s12_scenes: int = 9_000
     s12_signs: int = 4_500
     s12_charts: int = 4_300
-    s13_scenes: int = 6_200
-    s13_signs: int = 3_600
-    s13_charts: int = 2_200
+    s13_scenes: int = 5_600
+    s13_signs: int = 4_600
+    s13_charts: int = 1_800
     s2_scenes: int = 5_500
-    s2_signs: int = 1_000
+    s2_signs: int = 1_500
     s2_charts: int = 4_000
     s2_dialogues: int = 5_000
-    s2_chart_dialogues: int = 9_500
-    s2_captions: int = 600
+    s2_chart_dialogues: int = 5_500
+    s2_captions: int = 3_000
     s2_detection: int = 5_000
     replay_reading: int = 400
     replay_copying: int = 150
@@ -98,13 +101,14 @@ def language_datasets(size: WorldSize, seed: int) -> list[Dataset]:
         seed: seed of the draws.
 
     Returns:
-        The data sets reading, open_questions, copying, facts (all of them) and english.
+        The data sets reading, open_questions, copying, lookups, facts (all of them) and english.
     """
     rng = random.Random(f"{seed}/language")
     return [
         Dataset("reading", reading_records(rng, "train", size.reading)),
         Dataset("open_questions", open_question_records(rng, "train", size.open_questions)),
         Dataset("copying", copying_records(rng, "train", size.copying), _COPYING_REPEATED),
+        Dataset("lookups", lookup_records(rng, "train", size.lookups)),
         Dataset("facts", fact_records(FACTS), repeat_time=_FACTS_REPEATED),
         Dataset("english", english_records(load_english())[: size.english], _ENGLISH_REPEATED),
     ]
@@ -125,6 +129,44 @@ def first_lesson(size: WorldSize, seed: int) -> list[Dataset]:
     """
     rng = random.Random(f"{seed}/first lesson")
     return [Dataset("words", copying_records(rng, "train", size.copying, words_only=True))]
+
+
+def second_lesson(size: WorldSize, seed: int) -> list[Dataset]:
+    """Make what the language model learns second: to find one of many things in its context.
+
+    Args:
+        size: how many.
+        seed: seed of the draws.
+
+    Returns:
+        The data sets lookups and, a fifth of all, words.
+    """
+    rng = random.Random(f"{seed}/second lesson")
+    return [
+        Dataset("lookups", lookup_records(rng, "train", 2 * size.lookups)),
+        Dataset("words", copying_records(rng, "train", size.lookups // 2, words_only=True)),
+    ]
+
+
+def last_lesson(size: WorldSize, seed: int) -> list[Dataset]:
+    """Make what the language model practises last: quoting above all, and some of everything.
+
+    Args:
+        size: how many.
+        seed: seed of the draws.
+
+    Returns:
+        The data sets copying, lookups of a few things, reading, facts and english.
+    """
+    rng = random.Random(f"{seed}/last lesson")
+    num_lookups, num_reading = size.lookups * 4 // 5, size.reading // 4
+    return [
+        Dataset("copying", copying_records(rng, "train", size.copying * 8 // 5)),
+        Dataset("lookups", lookup_records(rng, "train", num_lookups, num_things=(2, 3, 4))),
+        Dataset("reading", reading_records(rng, "train", num_reading)),
+        Dataset("facts", fact_records(FACTS), repeat_time=_FACTS_REPEATED // 4),
+        Dataset("english", english_records(load_english())[: size.english]),
+    ]
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ _TEXT_PAIRS: Final = tuple(
     if (colour, noun) not in NOVEL_PAIRS
 )
 _NUM_FURTHER_QUESTIONS = 2
+_FEW: Final = (2, 3)
+_MANY: Final = (3, 4, 5, 6)
 _WIDE_PAIR_SHARE = 0.35  # of the described scenes: things that no picture shows
 _ENGLISH_CHUNK_CHARS = 240
 
@@ -225,16 +227,16 @@ def _copy_caption(rng: random.Random, split: Split) -> Turns:
     return [(f"{caption}\n{REPEAT_PROMPT}", caption)]
 
 
-def _copy_number_of(rng: random.Random, split: Split) -> Turns:
-    names = rng.sample(CONTEXT_NAMES, rng.choice((2, 3)))
+def _copy_number_of(rng: random.Random, split: Split, counts: Sequence[int] = _FEW) -> Turns:
+    names = rng.sample(CONTEXT_NAMES, rng.choice(counts))
     numbers = [sample_number(rng, split) for _ in names]
     listed = " ".join(f"{name} has {n}." for name, n in zip(names, numbers, strict=True))
     asked = [(f"what number does {name} have?", n) for name, n in zip(names, numbers, strict=True)]
     return _about(rng, listed, asked)
 
 
-def _copy_belonging(rng: random.Random, split: Split) -> Turns:
-    names = rng.sample(CONTEXT_NAMES, rng.choice((2, 3)))
+def _copy_belonging(rng: random.Random, split: Split, counts: Sequence[int] = _FEW) -> Turns:
+    names = rng.sample(CONTEXT_NAMES, rng.choice(counts))
     things = [" ".join(pair) for pair in rng.sample(_TEXT_PAIRS, len(names))]
     articles = ["an" if thing[0] in "aeiou" else "a" for thing in things]
     owned = zip(names, articles, things, strict=True)
@@ -257,6 +259,48 @@ def _copy_box(rng: random.Random, split: Split) -> Turns:
         asked.append((plain_detection_prompt(thing.noun), describe_box(thing.noun, box)))
     listed = ". ".join(phrase for _, phrase in asked)
     return _about(rng, f"{listed}.", asked)
+
+
+def lookup_records(
+    rng: random.Random, split: Split, count: int, num_things: Sequence[int] = _MANY
+) -> list[Record]:
+    """Make the densest lesson in finding: many things in one context, every one asked for.
+
+    Args:
+        rng: source of chance.
+        split: the split of what is told.
+        count: how many records.
+        num_things: how many things are in a context, each number as likely.
+
+    Returns:
+        Records of the kind `lookup`; `form` names the task.
+    """
+    makers = (_copy_number_of, _copy_belonging, _find_places, _find_bars)
+    records = []
+    for index in range(count):
+        maker = makers[index % len(makers)]
+        form = maker.__name__.removeprefix("_copy_").removeprefix("_find_")
+        records.append(make_record("lookup", maker(rng, split, num_things), form=form))
+    return records
+
+
+def _find_places(rng: random.Random, split: Split, counts: Sequence[int]) -> Turns:
+    scene = sample_scene(rng, split, pairs=_TEXT_PAIRS, num_objects=rng.choice(counts))
+    asked = [
+        (f"where is the {thing.noun}?", thing.position)
+        if rng.random() < 0.5
+        else (f"what is at the {thing.position}?", thing.noun)
+        for thing in scene.objects
+    ]
+    return _about(rng, describe_scene(rng, scene), asked)
+
+
+def _find_bars(rng: random.Random, split: Split, counts: Sequence[int]) -> Turns:
+    chart = sample_chart(rng, split)
+    asked = [
+        (f"what is the value of the {colour} bar?", str(value)) for colour, value in chart.bars
+    ]
+    return _about(rng, chart.caption, asked)
 
 
 def _about(rng: random.Random, context: str, asked: Turns) -> Turns:

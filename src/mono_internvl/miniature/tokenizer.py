@@ -42,7 +42,7 @@ VISUAL_TOKENS: Final = (
 )
 """The tokens that a vision-language model appends to the vocabulary, in this order."""
 
-_PIECES = Regex(r"[0-9]| ?[A-Z]?[a-z]+|[A-Z]|, (?=[0-9])| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
+_PIECES = Regex(r" ?[0-9]| ?[A-Z]?[a-z]+|[A-Z]|, (?=[0-9])| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")
 _WHOLE_WORDS = (
     *COLOURS, *SHAPES, *SIZES, *{word for place in POSITIONS for word in place.split()},
     "user", "assistant", "object", "objects", "yes", "no", "how", "many", "what", "where", "which",

@@ -24,7 +24,9 @@ from mono_internvl.miniature.stages import (
     first_lesson,
     image_stages,
     language_datasets,
+    last_lesson,
     replay_datasets,
+    second_lesson,
 )
 from mono_internvl.miniature.text_tasks import text_probes
 
@@ -37,6 +39,7 @@ QUICK: Final = WorldSize(
     reading=3000,
     open_questions=1000,
     copying=1000,
+    lookups=1000,
     english=2000,
     text_probes=60,
     s11_scenes=900,
@@ -65,7 +68,7 @@ QUICK: Final = WorldSize(
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 12
+_FORMAT_VERSION = 14
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ class WorldFiles:
     Attributes:
         root: the data root; all paths in the files are relative to it.
         copying: meta file of the language model's first lesson, looking things up in the context.
+        finding: meta file of its second, finding one of many things there.
         language: meta file of the text-only conversations for the language model.
+        practice: meta file of its last lesson, mostly quoting.
         replay: meta file of the text that S2 repeats (only the replayed facts), for other stages.
         s11: meta file of S1.1, noisy captions; likewise s12, s13 and s2 (with the text of replay).
         validation: JSONL of records to choose settings by; `kind` says how each is scored.
@@ -89,7 +94,9 @@ class WorldFiles:
 
     root: Path
     copying: Path
+    finding: Path
     language: Path
+    practice: Path
     replay: Path
     s11: Path
     s12: Path
@@ -145,7 +152,9 @@ def _files(root: Path) -> WorldFiles:
     return WorldFiles(
         root=root,
         copying=root / "copying.json",
+        finding=root / "finding.json",
         language=root / "language.json",
+        practice=root / "practice.json",
         replay=root / "replay.json",
         s11=root / "s11.json",
         s12=root / "s12.json",
@@ -165,7 +174,9 @@ def _write_all(root: Path, size: WorldSize, seed: int) -> None:
     for path in (files.english_train, files.english_heldout, root / "LICENSE-PSF.txt"):
         shutil.copyfile(ASSETS / path.name, path)
     write_meta(root, "copying", first_lesson(size, seed))
+    write_meta(root, "finding", second_lesson(size, seed))
     write_meta(root, "language", language_datasets(size, seed))
+    write_meta(root, "practice", last_lesson(size, seed))
     write_meta(root, "replay", replay_datasets(size, seed))
     stages = image_stages(root, size, seed)
     for stage in ("s11", "s12", "s13", "s2"):

@@ -11,7 +11,7 @@ from typing import Any
 from mono_internvl.compute import ComputePlan
 from mono_internvl.errors import ConfigError, SampleError
 from mono_internvl.evaluation.journal import AnswerJournal, key_of
-from mono_internvl.evaluation.metrics import score
+from mono_internvl.evaluation.metrics import mean_score, score
 from mono_internvl.evaluation.prompts import PromptEncoder
 from mono_internvl.evaluation.run import (
     ask_all,
@@ -33,7 +33,7 @@ class Evaluation:
     """What was measured.
 
     Attributes:
-        scores: Mean score of every kind, 0 to 1.
+        scores: Score of every kind (`metrics.mean_score`), 0 to 1.
         items: Records of every kind.
         is_blind: Whether the images were hidden.
         predictions: File with every answer.
@@ -158,12 +158,12 @@ def evaluate(
 
 
 def rescore(predictions: Path) -> dict[str, float]:
-    """Mean score of every kind from a predictions file, without a model.
+    """Score of every kind from a predictions file, without a model.
 
     Raises:
         SampleError: A line is not a prediction.
     """
-    by_kind: dict[str, list[float]] = {}
+    by_kind: dict[str, list[dict[str, Any]]] = {}
     try:
         lines = read_lines(predictions)
     except (OSError, ValueError) as error:
@@ -171,7 +171,8 @@ def rescore(predictions: Path) -> dict[str, float]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            by_kind.setdefault(row["kind"], []).append(score(row, row["prediction"]))
+            row["score"] = score(row, row["prediction"])
+            by_kind.setdefault(row["kind"], []).append(row)
         except (ValueError, KeyError, TypeError) as error:
             raise SampleError(f"{predictions}:{number}: not a prediction ({error!r})") from error
-    return {kind: sum(scores) / len(scores) for kind, scores in by_kind.items()}
+    return {kind: mean_score(rows) for kind, rows in by_kind.items()}

@@ -44,6 +44,7 @@ from mono_internvl.pipelines.quickstart import (
 )
 from mono_internvl.provenance import Origin, command
 from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
+from mono_internvl.recipes.miniature import seeded
 from mono_internvl.recipes.miniature_plus_plus import plus_plus
 from mono_internvl.training.distributed import run_processes, run_side_by_side
 from mono_internvl.training.job_folder import (
@@ -237,9 +238,7 @@ def _run(task: _Task) -> None:
     # What a killed process had used up of its stage is not in the files that count CPU time.
     was_interrupted = (folder / _BEGUN).exists()
     write_whole(folder / _BEGUN, json.dumps({"command": command()}))
-    stages = tuple(dataclasses.replace(stage, seed=task.seed) for stage in task.arm.recipe.stages)
-    recipe = dataclasses.replace(task.arm.recipe, stages=stages)
-    plan = dataclasses.replace(task.plan, recipe=recipe)
+    plan = dataclasses.replace(task.plan, recipe=seeded(task.arm.recipe, task.seed))
     with lines_of(f"{task.arm.name} seed {task.seed}"):
         arguments = (plan, task.world, folder, task.compute)
         run_processes(train_and_evaluate, 1, *arguments, threads=task.compute.threads)

@@ -1,14 +1,20 @@
 """The miniature's language model: tokenizer, training, and its export as a plain Llama checkpoint.
 
-The shipped one was made by `mono-internvl quickstart --llm scratch`, which calls this, when
-dialogues about described charts still mixed comparisons and values.
+`mono-internvl quickstart --llm scratch` calls this. The shipped model is what it makes with seed 0,
+without the stages of vision:
+
+    python -m mono_internvl.pipelines.language runs/language --processes 2
+
+leaves it in `runs/language/llm`; a copy of that folder is `miniature/assets/language_model`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.json_lines import read_lines
-from mono_internvl.miniature import WorldFiles
+from mono_internvl.miniature import FULL, WorldFiles, write_world
 from mono_internvl.miniature.english import load_english
-from mono_internvl.miniature.records import texts_of
+from mono_internvl.miniature.records import Record, texts_of
 from mono_internvl.miniature.tokenizer import train_tokenizer
 from mono_internvl.model.configuration import MonoInternVLVisionConfig
 from mono_internvl.model.from_llm import export_llama, monolithic_from_llm
@@ -31,6 +37,8 @@ from mono_internvl.pipelines.train import train_stages
 from mono_internvl.recipes.miniature import LANGUAGE, LANGUAGE_MODEL, VISION
 from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 def make_language_model(
@@ -75,7 +83,7 @@ def _random_start(world: WorldFiles, run: Path, start: Path) -> None:
     for entry in meta.values():
         lines = read_lines(world.root / entry["annotation"])
         records += [json.loads(line) for line in lines]
-    tokenizer = train_tokenizer([*texts_of(records), *load_english("train")])
+    tokenizer = tokenizer_of(records)
     llama = run / "random-llama"
     shutil.rmtree(llama, ignore_errors=True)
     config = LlamaConfig(
@@ -90,6 +98,15 @@ def _random_start(world: WorldFiles, run: Path, start: Path) -> None:
         LlamaForCausalLM(config).save_pretrained(llama)
     tokenizer.save_pretrained(llama)
     give_eyes(llama, start, visual_experts=())
+
+
+def tokenizer_of(records: Iterable[Record]) -> PreTrainedTokenizerFast:
+    """The tokenizer of a language model that is trained on these records.
+
+    Args:
+        records: Everything in `language.json` of the world, once.
+    """
+    return train_tokenizer([*texts_of(records), *load_english("train")])
 
 
 def give_eyes(
@@ -142,3 +159,22 @@ def _drop_visual_rows(model: MonoInternVLForConditionalGeneration, vocab_size: i
         embedding.weight = torch.nn.Parameter(embedding.weight[:vocab_size].clone())
         head.weight = torch.nn.Parameter(head.weight[:vocab_size].clone())
     model.config.text_config.vocab_size = vocab_size
+
+
+def main() -> None:
+    """Make the language model that the package ships."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("run", type=Path, help="output folder; RUN/llm is the language model")
+    parser.add_argument("--processes", type=int, default=1, help="training processes")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    world = write_world(arguments.run / "data", FULL, seed=0)
+    compute = make_plan(
+        "cpu", processes=arguments.processes, batch_size=LANGUAGE.stages[0].batch_size
+    )
+    made = make_language_model(world, arguments.run, compute=compute)
+    logger.info("made %s", made)
+
+
+if __name__ == "__main__":
+    main()

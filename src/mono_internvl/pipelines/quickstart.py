@@ -6,6 +6,7 @@ three questions answered on the screen. What is there already is skipped: a kill
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -31,8 +32,8 @@ from mono_internvl.evaluation.run import (
 from mono_internvl.json_lines import read_lines
 from mono_internvl.miniature import WorldFiles, WorldSize
 from mono_internvl.miniature.english import ASSETS
-from mono_internvl.miniature.lexicon import COLOURS, NOVEL_PAIRS, POSITIONS, SEEN_PAIRS, SHAPES
 from mono_internvl.miniature.targets import (
+    CHANCE,
     FULL_BOUNDS,
     QUICK_BOUNDS,
     Bound,
@@ -48,7 +49,13 @@ from mono_internvl.model.processing import MonoInternVLProcessor
 from mono_internvl.pipelines.estimate import Estimate, estimate, in_minutes
 from mono_internvl.pipelines.language import give_eyes, make_language_model
 from mono_internvl.provenance import origin
-from mono_internvl.recipes.miniature import LANGUAGE, MINIATURE, QUICK_LANGUAGE, QUICK_MINIATURE
+from mono_internvl.recipes.miniature import (
+    LANGUAGE,
+    MINIATURE,
+    QUICK_LANGUAGE,
+    QUICK_MINIATURE,
+    seeded,
+)
 from mono_internvl.serving.loading import load
 from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
 from mono_internvl.training.job_folder import begin, exclusive, resumable, write_whole
@@ -61,7 +68,7 @@ SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
 START = "start"
 SETTINGS, METRICS = "quickstart.json", "metrics.json"
 TEXT_KINDS = ("name_qa", "fact_cloze", "reading_qa", "copying", "lookup")
-_LONGEST_ANSWER = 64  # tokens; a caption of three things has about 40
+LONGEST_ANSWER = 64  # tokens; a caption of three things has about 40
 
 
 @dataclass(frozen=True)
@@ -133,13 +140,15 @@ def quickstart(
         attention: Attention implementation; the plan's unless given.
         llm: "shipped", "scratch" (train it anew) or the folder of a language model of a known
             family whose tokenizer has the control tokens of the released prompts.
-        seed: Of the world.
+        seed: Of the world, of the order of its data and of the first weights of patch embedding and
+            projector.
         ask: Answer three questions on the screen at the end.
 
     Returns:
         The report.
     """
     plan = QUICK if quick else FULL
+    plan = dataclasses.replace(plan, recipe=seeded(plan.recipe, seed))
     compute = make_plan(
         device,
         precision,
@@ -158,13 +167,14 @@ def quickstart(
             world = miniature.write_world(run / "data", plan.size, seed)
         console.print("[bold]2/5[/] the language model that gets eyes", soft_wrap=True)
         if not (run / START / "checkpoint").exists():
-            _make_start(llm, world, run, plan, compute)
+            _make_start(llm, world, run, plan, compute, seed)
         console.print("[bold]3/5[/] four stages, an evaluation after each", soft_wrap=True)
         expected = _estimate(console, plan, world, run, compute)
         arguments = (plan, world, run, compute, expected)
         run_processes(train_and_evaluate, compute.processes, *arguments, threads=compute.threads)
         console.print("[bold]4/5[/] the report", soft_wrap=True)
         metrics = collect(run, plan, quick, compute, time.perf_counter() - began)
+        metrics["seed"] = seed
         write_whole(run / METRICS, json.dumps(metrics, indent=2))
         last = run / plan.recipe.stages[-1].name / "checkpoint"
         shutil.copytree(last, run / "model", dirs_exist_ok=True)
@@ -177,12 +187,14 @@ def quickstart(
         return report
 
 
-def _make_start(llm: str, world: WorldFiles, run: Path, plan: Plan, compute: ComputePlan) -> None:
+def _make_start(
+    llm: str, world: WorldFiles, run: Path, plan: Plan, compute: ComputePlan, seed: int
+) -> None:
     if llm == "scratch":
         folder = make_language_model(world, run / "language", recipe=plan.language, compute=compute)
     else:
         folder = SHIPPED_LANGUAGE_MODEL if llm == "shipped" else Path(llm)
-    give_eyes(folder, run / START / "checkpoint")
+    give_eyes(folder, run / START / "checkpoint", seed=seed)
 
 
 def _estimate(
@@ -272,7 +284,7 @@ def _evaluate(
             answer_all,
             model,
             processor,
-            max_new_tokens=_LONGEST_ANSWER,
+            max_new_tokens=LONGEST_ANSWER,
             precision=compute.precision,
         )
         found = answer(_share(sighted)) + answer(_share(blind), blind=True) + answer(_share(text))
@@ -416,18 +428,6 @@ def _stage_row(
     }
 
 
-CHANCE = {
-    "colour": 1 / len(COLOURS),
-    "shape": 1 / len(SHAPES),
-    "count": 1 / 3,
-    "position": 1 / len(POSITIONS),
-    "existence": 1 / 2,
-    "naming": 1 / len(SEEN_PAIRS),
-    "novel": 1 / (len(SEEN_PAIRS) + len(NOVEL_PAIRS)),
-}
-"""Score of a guess at random among the answers of a kind."""
-
-
 def _trains(stage: Stage | None) -> str:
     if stage is None:
         return "nothing"
@@ -472,7 +472,7 @@ def _ask_three(console: Console, run: Path, world: WorldFiles) -> None:
         text = question.record["conversations"][0]["value"].removeprefix("<image>\n")
         image = question.sample.images[0]
         chat.reset()
-        answer = chat.ask(text, images=[image], max_new_tokens=_LONGEST_ANSWER)
+        answer = chat.ask(text, images=[image], max_new_tokens=LONGEST_ANSWER)
         console.print(f"  [dim]{image}[/]", soft_wrap=True)
         console.print(
             f"  Q: {text}\n  A: {answer.text}\n  (truth: {question.record['answer']})", markup=False

@@ -30,6 +30,8 @@ from mono_internvl.pipelines.bench_pages import (
 )
 from mono_internvl.pipelines.cost_pages import inference_block, training_block
 from mono_internvl.pipelines.lab_pages import LAB_BLOCKS, stage_label
+from mono_internvl.pipelines.lab_rates import rates_block
+from mono_internvl.pipelines.lab_seeds import seeds_block
 from mono_internvl.pipelines.markdown import NOTHING, in_words, table
 from mono_internvl.provenance import place_of
 
@@ -287,6 +289,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "first-run": _first_run,
     "quickstart-answer": _first_answer,
     **LAB_BLOCKS,
+    "quickstart-seeds": seeds_block,
+    "rates": rates_block,
     "bench-targets": targets_block,
     "bench-experts": experts_block,
     "bench-experts-summary": experts_summary_block,
