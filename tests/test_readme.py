@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
+import fill_pages
 import numpy as np
 import pytest
 import typer
@@ -26,14 +27,13 @@ from PIL import Image
 from test_house import ALLOWED
 from tiny_runs import write_checkpoint
 
-from mono_internvl import cli
+from mono_internvl.cli import app as cli
+from mono_internvl.cli.recipes import RECIPES
 from mono_internvl.errors import ConfigError
-from mono_internvl.evaluation.run import read_questions
+from mono_internvl.evaluation.runner import read_questions
 from mono_internvl.miniature.drawing import _RGB
 from mono_internvl.miniature.lexicon import POSITIONS
 from mono_internvl.miniature.targets import Bound, judge, to_rows
-from mono_internvl.pipelines import results
-from mono_internvl.recipes import RECIPES
 from mono_internvl.serving import terminal
 from mono_internvl.serving.session import ChatSession
 
@@ -49,9 +49,9 @@ IMAGES = ROOT / "tests" / "parity" / "golden" / "python"
 
 NETWORK = "needs the network"
 MINUTES = "takes minutes; .ci/run walks the quick form"
-MINUTES_MODULAR = "takes minutes; tests/pipelines/test_lab_modular.py walks a smaller form"
-MINUTES_LLM = "takes minutes; tests/pipelines/test_quickstart_llm.py walks a smaller form"
-MINUTES_EVIP = "takes hours; tests/pipelines/test_lab_evip.py walks a smaller form"
+MINUTES_MODULAR = "takes minutes; tests/miniature/test_lab_modular.py walks a smaller form"
+MINUTES_LLM = "takes minutes; tests/miniature/test_quickstart_llm.py walks a smaller form"
+MINUTES_EVIP = "takes hours; tests/miniature/test_lab_evip.py walks a smaller form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
 DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
 NOT_EXECUTED = {
@@ -347,6 +347,8 @@ def test_modules_of_commands_exist() -> None:
         if words[0] == "python" and words[1] == "-m":
             module = ROOT / "src" / Path(*words[2].split(".")).with_suffix(".py")
             assert module.is_file(), shlex.join(words)
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), shlex.join(words)
 
 
 def test_torch_of_the_readme_is_the_pinned_one() -> None:
@@ -421,7 +423,7 @@ def test_documented_import_directions_are_the_tested_ones() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text().split("## Who imports whom")[1]
     lines = dict(re.findall(r"^(\w+)\s*-> (.+)$", text, flags=re.M))
     for package, allowed in ALLOWED.items():
-        if package in lines and package != "pipelines":
+        if package in lines:
             assert {x for x in lines[package].split(", ") if x != "(nothing)"} == allowed, package
 
 
@@ -502,35 +504,35 @@ def _row(**changes: object) -> str:
 
 
 def test_pages_are_up_to_date() -> None:
-    stale = [page.name for page in results.stale_pages(ROOT)]
-    assert not stale, f"{stale}: run python -m mono_internvl.pipelines.results"
+    stale = [page.name for page in fill_pages.stale_pages(ROOT)]
+    assert not stale, f"{stale}: run python tools/fill_pages.py"
 
 
-@pytest.mark.parametrize("name", sorted(results.BLOCKS.keys() - results.COMPUTED.keys()))
+@pytest.mark.parametrize("name", sorted(fill_pages.BLOCKS.keys() - fill_pages.COMPUTED.keys()))
 def test_block_without_measurement_claims_nothing(name: str, tmp_path: Path) -> None:
-    filled = results.fill(_page(name), tmp_path)
+    filled = fill_pages.fill(_page(name), tmp_path)
     assert "nothing is claimed here" in filled and "old" not in filled
     assert filled.startswith("before\n") and filled.endswith("after\n")
-    assert results.fill(filled, tmp_path) == filled
+    assert fill_pages.fill(filled, tmp_path) == filled
 
 
 def test_blocks_show_what_was_measured(tmp_path: Path) -> None:
     (tmp_path / "quickstart.json").write_text(json.dumps(_metrics()))
     (tmp_path / "quickstart.txt").write_text("Q: what is this?\nA: a red circle\n")
     (tmp_path / "rows.jsonl").write_text(_row() + "\n")
-    targets = results.fill(_page("quickstart"), tmp_path)
+    targets = fill_pages.fill(_page("quickstart"), tmp_path)
     assert "| colour question, above blind and chance | ≥ 0.3 | ≥ 0.6 | 0.5 | must |" in targets
     assert "| perplexity, after S2 / start | ≤ 1.25 | ≤ 1.1 | 1.05 | must, aim |" in targets
     assert "| grounding IoU | ≥ 0.45 |  |  | **no** |" in targets
     assert "| questions of all kinds |  | ≥ 0.85 | 0.75 | reported |" in targets
     assert "2 processes on cpu, 9.0 CPU minutes; torch 2.13.0, commit 0123456789ab" in targets
-    stages = results.fill(_page("quickstart-stages"), tmp_path)
+    stages = fill_pages.fill(_page("quickstart-stages"), tmp_path)
     assert "| kind | start | S1.1 | S1.1, aligned | S1.1, blind | chance |" in stages
     assert "| colour | 0.75 | 0.75 |  | 0.25 | 0.167 |" in stages
-    language = results.fill(_page("quickstart-language"), tmp_path)
+    language = fill_pages.fill(_page("quickstart-language"), tmp_path)
     assert "| perplexity | 42 | 42 |" in language
-    assert "```text\nQ: what is this?" in results.fill(_page("quickstart-output"), tmp_path)
-    digits = results.fill(_page("digits"), tmp_path)
+    assert "```text\nQ: what is this?" in fill_pages.fill(_page("quickstart-output"), tmp_path)
+    digits = fill_pages.fill(_page("digits"), tmp_path)
     assert "| held-out accuracy | 0.938 | `mono-internvl evaluate` | cpu |" in digits
 
 
@@ -541,20 +543,20 @@ def test_first_run_has_a_column_for_a_machine(tmp_path: Path) -> None:
         _row(group="first-run", what="memory", value=2.4, unit="GB", device="B"),
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    text = results.fill(_page("first-run"), tmp_path)
+    text = fill_pages.fill(_page("first-run"), tmp_path)
     assert "|  | A | B |" in text and "| `make quickstart` | 19.6 minutes | 38 minutes |" in text
     assert "| memory | not measured | 2.4 GB |" in text
 
 
 def test_first_screen_asks_what_was_answered() -> None:
     (first, *_) = (b for b in blocks(ROOT / "README.md") if b.language == "python")
-    found = results.first_answer(ROOT / "results")
+    found = fill_pages.first_answer(ROOT / "results")
     assert found is not None and f'"{found["question"]}"' in first.text
 
 
 def test_first_picture_is_that_of_the_answer() -> None:
     """Colour and place of the only thing in it are those of the truth that the run printed."""
-    found = results.first_answer(ROOT / "results")
+    found = fill_pages.first_answer(ROOT / "results")
     assert found is not None
     pixels = np.asarray(Image.open(ROOT / "results" / "quickstart.png").convert("RGB"), dtype=int)
     is_thing = np.abs(pixels - pixels[0, -1]).sum(axis=-1) > 100
@@ -569,9 +571,9 @@ def test_first_picture_is_that_of_the_answer() -> None:
 def test_stale_page_is_found_and_written(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(_page("digits"))
-    assert results.stale_pages(tmp_path) == [tmp_path / "README.md"]
-    assert results.write_pages(tmp_path) == [tmp_path / "README.md"]
-    assert results.stale_pages(tmp_path) == []
+    assert fill_pages.stale_pages(tmp_path) == [tmp_path / "README.md"]
+    assert fill_pages.write_pages(tmp_path) == [tmp_path / "README.md"]
+    assert fill_pages.stale_pages(tmp_path) == []
 
 
 @pytest.mark.parametrize(("check", "code"), [(True, 1), (False, 0)])
@@ -582,7 +584,7 @@ def test_results_command_exits(
     words = ["results", "--root", str(tmp_path), *(["--check"] if check else [])]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
-        results.main()
+        fill_pages.main()
     assert end.value.code == code
     assert ("old" in (tmp_path / "README.md").read_text()) is check
 
@@ -605,4 +607,4 @@ def test_results_refuse_what_they_do_not_know(
     if file:
         (tmp_path / file).write_text(content)
     with pytest.raises(ConfigError, match=message):
-        results.fill(page, tmp_path)
+        fill_pages.fill(page, tmp_path)

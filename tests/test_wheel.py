@@ -94,7 +94,7 @@ def test_wheel_alone_loads_a_model_answers_and_reads_its_assets(
     assert version in built.name
     assert 0 <= int(generated) <= 3
     assert has_assets == "True"
-    command = "from mono_internvl.cli import main; main()"
+    command = "from mono_internvl.cli.app import main; main()"
     listed = run("-c", command, "train", "--list")
     assert "evip-2b: " in listed
     assert "3,111,355,392" in run("-c", command, "info", "--preset", "v1")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mono_internvl.model.configuration import (
+from mono_internvl.configuration.model import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
     MonoInternVLVisionConfig,

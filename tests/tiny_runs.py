@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mono_internvl.checkpoints.from_llm import monolithic_from_llm
+from mono_internvl.checkpoints.initialize import save_with_processor
+from mono_internvl.configuration.model import MonoInternVLVisionConfig
 from mono_internvl.miniature.tokenizer import train_tokenizer
-from mono_internvl.model.configuration import MonoInternVLVisionConfig
-from mono_internvl.model.from_llm import monolithic_from_llm
-from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.tokenization import load_tokenizer
-from mono_internvl.pipelines.init import save_with_processor
+from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.tokenizer import load_tokenizer
 from mono_internvl.training.recipe import Rule, Stage
 
 TILE_PX, TOKENS_PER_TILE = 56, 4

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from mono_internvl import transformers_import
 
 if TYPE_CHECKING:
+    from mono_internvl.auto_classes import register
+    from mono_internvl.configuration.model import MonoInternVLConfig
     from mono_internvl.errors import MonoInternVLError
     from mono_internvl.generation.sampling import Sampling
-    from mono_internvl.model.auto_classes import register
-    from mono_internvl.model.configuration import MonoInternVLConfig
-    from mono_internvl.model.image_processing import MonoInternVLImageProcessor
     from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration, MonoInternVLModel
-    from mono_internvl.model.processing import MonoInternVLProcessor
+    from mono_internvl.processing.images import MonoInternVLImageProcessor
+    from mono_internvl.processing.processor import MonoInternVLProcessor
     from mono_internvl.serving.loading import load
     from mono_internvl.serving.session import Answer, ChatSession
 
@@ -43,15 +43,15 @@ __all__ = [
 _HOME_OF_NAME = {
     "Answer": "serving.session",
     "ChatSession": "serving.session",
-    "MonoInternVLConfig": "model.configuration",
+    "MonoInternVLConfig": "configuration.model",
     "MonoInternVLError": "errors",
     "MonoInternVLForConditionalGeneration": "model.modeling",
-    "MonoInternVLImageProcessor": "model.image_processing",
+    "MonoInternVLImageProcessor": "processing.images",
     "MonoInternVLModel": "model.modeling",
-    "MonoInternVLProcessor": "model.processing",
+    "MonoInternVLProcessor": "processing.processor",
     "Sampling": "generation.sampling",
     "load": "serving.loading",
-    "register": "model.auto_classes",
+    "register": "auto_classes",
 }
 
 
@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
         home = _HOME_OF_NAME[name]
         value = getattr(import_module(f"{__name__}.{home}"), name)
         if home != "errors":  # transformers is loaded now
-            import_module(f"{__name__}.model.auto_classes").register()
+            import_module(f"{__name__}.auto_classes").register()
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -78,4 +78,4 @@ def __dir__() -> list[str]:
 for _talkative in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_talkative).setLevel(logging.ERROR)
 
-transformers_import.when_complete("mono_internvl.model.auto_classes", "register")
+transformers_import.when_complete("mono_internvl.auto_classes", "register")

@@ -13,7 +13,7 @@ from mono_internvl.bench import experts, gpu, serve
 from mono_internvl.bench.experts import Cell
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import BenchRow, Target
-from mono_internvl.pipelines.bench import COMPARISONS, bench
+from mono_internvl.bench.run import COMPARISONS, bench
 from mono_internvl.recipes.evip import EVIP
 
 CPU = torch.device("cpu")

@@ -26,11 +26,11 @@ from mono_internvl.bench.rows import (
     keep,
     read_rows,
 )
+from mono_internvl.bench.run import COMPARISONS, bench
 from mono_internvl.bench.timing import Subject, interleaved, measure, percentile, repeats_for
 from mono_internvl.bench.train import peak_bytes
-from mono_internvl.cli import app
+from mono_internvl.cli.app import app
 from mono_internvl.errors import ConfigError
-from mono_internvl.pipelines.bench import COMPARISONS, bench
 
 CPU = torch.device("cpu")
 ELSEWHERE = {"targets", "experts", "gpu"}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mono_internvl.attention.blocked import BLOCKED, blocked_attention_forward
 from mono_internvl.bench.models import (
     last_logits_of_llama,
     last_logits_of_ours,
@@ -15,7 +16,6 @@ from mono_internvl.bench.models import (
     random_model,
     size_of,
 )
-from mono_internvl.model.blocked_attention import BLOCKED, blocked_attention_forward
 
 CPU = torch.device("cpu")
 

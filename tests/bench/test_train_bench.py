@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mono_internvl.bench.models import Setting, prompt_of, random_model, size_of
 from mono_internvl.bench.train import bench_stages, bench_step, stage_size
+from mono_internvl.costs.training import SampleShape, step_flops
 from mono_internvl.errors import ConfigError
-from mono_internvl.model.training_costs import SampleShape, step_flops
 from mono_internvl.recipes.evip import EVIP
 from mono_internvl.training.recipe import Rule, Stage
 from mono_internvl.training.rules import apply_rules

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import mono_internvl
-from mono_internvl import cli
+from mono_internvl.cli import app as cli
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.serving.session import ChatSession
 
@@ -81,7 +81,7 @@ def test_program_answers_as_json(checkpoint):
 
 def test_package_import_is_light_and_names_resolve():
     code = (
-        "import sys, mono_internvl as m; from mono_internvl import cli; "
+        "import sys, mono_internvl as m; from mono_internvl.cli import app; "
         "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
@@ -367,7 +367,8 @@ def record_calls(monkeypatch, module, name):
 
 
 def test_train_passes_its_arguments_on(command, monkeypatch):
-    from mono_internvl.pipelines import train
+    from mono_internvl.cli.recipes import RECIPES
+    from mono_internvl.training import run as train
 
     calls = record_calls(monkeypatch, train, "train")
     options = ["--model", "start", "--data", "meta.json", "--out", "run", "--processes", 2]
@@ -376,7 +377,7 @@ def test_train_passes_its_arguments_on(command, monkeypatch):
     assert code == 0 and "runs/x/checkpoint" in out
     assert calls == [
         {
-            "recipe": "miniature",
+            "recipe": RECIPES["miniature"],
             "start": "start",
             "data": Path("meta.json"),
             "run": Path("run"),
@@ -391,7 +392,7 @@ def test_train_passes_its_arguments_on(command, monkeypatch):
 
 
 def test_train_lists_recipes(command):
-    from mono_internvl.recipes import RECIPES
+    from mono_internvl.cli.recipes import RECIPES
 
     code, out, _ = command("train", "--list")
     assert code == 0
@@ -403,7 +404,7 @@ def test_train_lists_recipes(command):
 
 
 def test_quickstart_passes_its_arguments_on(command, monkeypatch):
-    from mono_internvl.pipelines import quickstart
+    from mono_internvl.miniature import quickstart
 
     calls = record_calls(monkeypatch, quickstart, "quickstart")
     options = ["--quick", "--no-ask", "--out", "run", "--seed", 5]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mono_internvl import MonoInternVLForConditionalGeneration, MonoInternVLProcessor, cli
+from mono_internvl import MonoInternVLForConditionalGeneration, MonoInternVLProcessor
+from mono_internvl.cli import app as cli
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
 PICTURE, QUESTION = GOLDEN / "python" / "chat_a.png", "What is it?"

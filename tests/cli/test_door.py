@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mono_internvl import cli
+from mono_internvl.cli import app as cli
 from mono_internvl.door import one_line
 from mono_internvl.errors import ConfigError
 

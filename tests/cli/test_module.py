@@ -8,7 +8,7 @@ import pytest
 import mono_internvl
 
 
-@pytest.mark.parametrize("module", ["mono_internvl", "mono_internvl.cli"])
+@pytest.mark.parametrize("module", ["mono_internvl", "mono_internvl.cli.app"])
 def test_module_is_the_command_line(module: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True

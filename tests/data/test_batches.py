@@ -16,7 +16,7 @@ from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
 from mono_internvl.data.samples import Sample
 from mono_internvl.data.sources import JsonlSource, read_meta
 from mono_internvl.errors import ImageError, PromptError, RecipeError, SampleError
-from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.processing.processor import MonoInternVLProcessor
 
 PAD = 99
 

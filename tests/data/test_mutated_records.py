@@ -15,7 +15,7 @@ from mono_internvl import ChatSession, load
 from mono_internvl.data.batches import BatchPlan, BatchStream
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import MonoInternVLError
-from mono_internvl.evaluation.run import read_questions
+from mono_internvl.evaluation.runner import read_questions
 
 
 def mutated_line(record: dict[str, Any], rng: random.Random) -> bytes:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mono_internvl import load
 from mono_internvl.errors import ImageError
-from mono_internvl.model.image_files import load_image
+from mono_internvl.processing.image_files import load_image
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mono_internvl.data.samples import Sample
-from mono_internvl.evaluation.run import Question, _order
+from mono_internvl.evaluation.runner import Question, _order
 
 
 def _question(kind: str, answer: str, *images: str) -> Question:

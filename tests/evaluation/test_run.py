@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from mono_internvl.cli import app
+from mono_internvl.cli.app import app
 from mono_internvl.errors import ConfigError, SampleError
-from mono_internvl.evaluation import run as run_module
-from mono_internvl.evaluation.run import (
+from mono_internvl.evaluation import runner as run_module
+from mono_internvl.evaluation.evaluate import evaluate, rescore
+from mono_internvl.evaluation.runner import (
     Prediction,
     Question,
     answer_all,
@@ -28,8 +29,7 @@ from mono_internvl.evaluation.run import (
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation, Request
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.pipelines.evaluate import evaluate, rescore
+from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.training.loop import train_stage
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mono_internvl.configuration.model import MonoInternVLTextConfig
 from mono_internvl.experts import Routing
-from mono_internvl.model.configuration import MonoInternVLTextConfig
 from mono_internvl.model.layers import FeedForward, route
 
 # Largest difference, relative to the largest entry of the reference, over all cases below.

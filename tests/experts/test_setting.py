@@ -7,13 +7,13 @@ import tiny_runs
 import torch
 from torch import Tensor
 
-from mono_internvl.errors import ExpertPathUnavailable
-from mono_internvl.experts import grouped
-from mono_internvl.model.configuration import (
+from mono_internvl.configuration.model import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
     MonoInternVLVisionConfig,
 )
+from mono_internvl.errors import ExpertPathUnavailable
+from mono_internvl.experts import grouped
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 IMAGE_TOKEN = 121

@@ -22,17 +22,17 @@ from PIL import Image
 from transformers import LlamaConfig, Qwen3Config, SmolLM3Config
 
 from mono_internvl import load
+from mono_internvl.checkpoints.llm_families import read_text_config
 from mono_internvl.data.batches import BatchPlan, BatchStream
 from mono_internvl.data.sources import JsonlSource
-from mono_internvl.evaluation.run import read_questions
-from mono_internvl.model.chat_templates import JinjaForm, adapt_template
-from mono_internvl.model.image_files import load_image
-from mono_internvl.model.image_processing import MonoInternVLImageProcessor
-from mono_internvl.model.llm_families import read_text_config
+from mono_internvl.evaluation.runner import read_questions
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.prompts import Turn
-from mono_internvl.model.tokenization import load_tokenizer
+from mono_internvl.processing.image_files import load_image
+from mono_internvl.processing.images import MonoInternVLImageProcessor
+from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import Turn
+from mono_internvl.processing.templates import JinjaForm, adapt_template
+from mono_internvl.processing.tokenizer import load_tokenizer
 
 Case = Callable[[random.Random], object]
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"

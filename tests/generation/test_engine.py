@@ -18,13 +18,13 @@ from tiny_models import (
 )
 from torch import Tensor
 
+from mono_internvl.attention import image_layout
 from mono_internvl.errors import CheckpointError, ConfigError, PromptError
 from mono_internvl.generation import engine as engine_module
 from mono_internvl.generation import reading
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation, Request, Result
 from mono_internvl.generation.sampling import Sampling, choose_tokens
-from mono_internvl.model import image_layout
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 Model = MonoInternVLForConditionalGeneration

@@ -14,9 +14,10 @@ from PIL import Image
 from mono_internvl.data.samples import read_sample
 from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import MissingDependency
+from mono_internvl.evaluation.evaluate import evaluate
 from mono_internvl.miniature.digits import DigitFiles, main, write_digits
-from mono_internvl.pipelines.evaluate import evaluate
-from mono_internvl.pipelines.train import train
+from mono_internvl.miniature.recipes import MINIATURE_SFT
+from mono_internvl.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_digits_without_scikit_learn_name_the_extra(
 def test_digits_are_trained_on_and_evaluated(digits: DigitFiles, tmp_path: Path) -> None:
     start = tiny_runs.write_checkpoint(tmp_path / "start")
     checkpoint = train(
-        "miniature-sft",
+        MINIATURE_SFT,
         start=str(start),
         data=digits.train,
         run=tmp_path / "run",

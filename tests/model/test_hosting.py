@@ -10,8 +10,8 @@ import torch
 from tiny_llms import TINY_LLMS
 from tiny_models import IMAGE_SIZE, TOKENS_PER_TILE, tile_pixels
 
-from mono_internvl.model.configuration import MonoInternVLVisionConfig
-from mono_internvl.model.from_llm import monolithic_from_llm
+from mono_internvl.checkpoints.from_llm import monolithic_from_llm
+from mono_internvl.configuration.model import MonoInternVLVisionConfig
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.training.recompute import enable_recompute
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
+from mono_internvl.attention.packing import packed_segments
+from mono_internvl.checkpoints.from_llm import copy_text_to_visual
 from mono_internvl.errors import PromptError
-from mono_internvl.model.from_llm import copy_text_to_visual
-from mono_internvl.model.packing import packed_segments
 from mono_internvl.training.recompute import enable_recompute
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
@@ -221,7 +221,7 @@ def test_packed_segments_beside_a_mask_are_refused_by_flash_attention() -> None:
 
 @torch.no_grad()
 def test_prefill_beyond_dynamic_scaling_equals_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mono_internvl.model.image_layout._CHUNK_TOKENS", 8)
+    monkeypatch.setattr("mono_internvl.attention.image_layout._CHUNK_TOKENS", 8)
     rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     model = tiny_model(rope_parameters=rope, max_position_embeddings=20)
     for length in (20, 40):  # up to the trained length chunks change nothing

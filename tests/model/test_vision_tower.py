@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_models import IMAGE_SIZE, VOCAB, image_ids, randomize, text_ids, tile_pixels, tiny_config
 
+from mono_internvl.checkpoints.convert import check_round_trip
+from mono_internvl.configuration.model import MonoInternVLConfig, MonoInternVLVisionConfig
 from mono_internvl.errors import CheckpointError, ConfigError
-from mono_internvl.model.checkpoint import to_released
-from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLVisionConfig
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration as Model
 from mono_internvl.model.vision_tower import drop_path
-from mono_internvl.pipelines.convert import check_round_trip
 from mono_internvl.recipes.groups import EYES
+from mono_internvl.released.keys import to_released
 from mono_internvl.training.recipe import Rule, Stage
 from mono_internvl.training.recompute import enable_recompute
 from mono_internvl.training.rules import apply_rules

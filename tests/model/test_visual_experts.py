@@ -15,13 +15,13 @@ from tiny_models import (
     tiny_model,
 )
 
+from mono_internvl.checkpoints.from_llm import copy_text_to_visual
+from mono_internvl.checkpoints.presets import PRESET_NOTES, preset
+from mono_internvl.configuration.options import parse_visual_experts, visual_expert_set
+from mono_internvl.costs.inference import parameter_table
 from mono_internvl.errors import ConfigError
-from mono_internvl.model.accounting import parameter_table
-from mono_internvl.model.from_llm import copy_text_to_visual
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.presets import PRESET_NOTES, preset
-from mono_internvl.model.visual_options import parse_visual_experts, visual_expert_set
-from mono_internvl.model.weight_files import read_headers
+from mono_internvl.released.weight_files import read_headers
 
 Model = MonoInternVLForConditionalGeneration
 SETS = [s for size in range(1, 5) for s in combinations(ALL_EXPERTS, size)]

@@ -17,9 +17,9 @@ from tolerances import Tolerance
 from torch import Tensor
 
 from mono_internvl.errors import PromptError
-from mono_internvl.model.checkpoint import to_released
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.model.visual_tokens import pixel_shuffle
+from mono_internvl.released.keys import to_released
 
 Model = MonoInternVLForConditionalGeneration
 

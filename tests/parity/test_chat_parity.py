@@ -13,9 +13,9 @@ import torch
 from golden_data import GoldenDataError, golden_dir
 from parity_checks import Model, load_model
 
-from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.prompts import TURN_END
-from mono_internvl.model.tokenization import load_tokenizer
+from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import TURN_END
+from mono_internvl.processing.tokenizer import load_tokenizer
 
 CHAT_MODEL = "mono_a"
 KNOWN_CHATS = {"chat_turn1", "chat_turn2", "multi_image_chat", "batch_chat"}

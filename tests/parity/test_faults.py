@@ -20,10 +20,11 @@ from parity_checks import (
 )
 from torch import Tensor, nn
 
+from mono_internvl.configuration.model import MonoInternVLTextConfig, MonoInternVLVisionConfig
 from mono_internvl.experts import Routing
-from mono_internvl.model import checkpoint, decoder, layers, modeling, vision_tower
-from mono_internvl.model.configuration import MonoInternVLTextConfig, MonoInternVLVisionConfig
+from mono_internvl.model import decoder, layers, modeling, vision_tower
 from mono_internvl.model.vision_tower import VisionAttention, VisionTower
+from mono_internvl.released import keys as checkpoint
 
 COMMITTED = Path(__file__).parent / "golden"
 

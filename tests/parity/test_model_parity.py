@@ -22,7 +22,7 @@ from golden_data import (
 from parity_checks import Check, Model, case_checks, checks_of, load_model
 from safetensors.torch import load_file, save_file
 
-from mono_internvl.model.checkpoint import expected_shapes
+from mono_internvl.released.keys import expected_shapes
 
 ATTENTION = ("eager", "sdpa")
 CASE_CHECKS = case_checks(all_cases())

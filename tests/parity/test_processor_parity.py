@@ -11,17 +11,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from mono_internvl.configuration.labels import IGNORED_LABEL
 from mono_internvl.data.samples import read_sample
 from mono_internvl.data.sources import read_meta
-from mono_internvl.model.encoding import IGNORED_LABEL, encode_pieces
-from mono_internvl.model.image_files import load_image
-from mono_internvl.model.image_processing import (
+from mono_internvl.processing.encoding import encode_pieces
+from mono_internvl.processing.image_files import load_image
+from mono_internvl.processing.images import (
     MonoInternVLImageProcessor,
     candidate_grids,
     choose_grid,
 )
-from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.prompts import (
+from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import (
     BOS,
     DEFAULT_SYSTEM_PROMPT,
     IMAGE_CONTEXT,
@@ -31,7 +32,7 @@ from mono_internvl.model.prompts import (
     render,
     to_turns,
 )
-from mono_internvl.model.tokenization import MonoInternVLTokenizer, load_tokenizer
+from mono_internvl.processing.tokenizer import MonoInternVLTokenizer, load_tokenizer
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 NORMALIZATIONS = {

@@ -14,7 +14,7 @@ from mono_internvl.errors import CheckpointError, ConfigError, ImageError, Promp
 from mono_internvl.experts import Routing
 from mono_internvl.generation.sampling import Sampling
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.processing.processor import MonoInternVLProcessor
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parents[1] / "parity" / "golden")
 PYTHON = GOLDEN / "python"

@@ -17,8 +17,8 @@ import pytest
 import tiny_runs
 
 from mono_internvl.errors import CheckpointError, TrainingStateError
+from mono_internvl.runs.folder import exclusive, new_folder, resumable
 from mono_internvl.training import loop
-from mono_internvl.training.job_folder import exclusive, new_folder, resumable
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.state import digest_of_data
 
@@ -180,7 +180,7 @@ def test_interrupt_says_that_the_run_goes_on(
 def test_termination_says_that_the_run_goes_on(tmp_path: Path) -> None:
     code = (
         "import time; from pathlib import Path\n"
-        "from mono_internvl.training.job_folder import resumable\n"
+        "from mono_internvl.runs.folder import resumable\n"
         f"with resumable(Path({str(tmp_path)!r})): print('ready', flush=True); time.sleep(60)"
     )
     words = [sys.executable, "-c", code]

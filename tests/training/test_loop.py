@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from mono_internvl import compute
 from mono_internvl.errors import CheckpointError, RecipeError, SampleError, TrainingStateError
+from mono_internvl.miniature.recipes import QUICK_MINIATURE
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.recipes.miniature import QUICK_MINIATURE
-from mono_internvl.training import job_folder, loop, state
-from mono_internvl.training.job_folder import exclusive
+from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.runs import folder as job_folder
+from mono_internvl.runs.folder import exclusive
+from mono_internvl.training import loop, state
 from mono_internvl.training.loop import StageResult, train_stage
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Rule, Stage

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_runs
 
 from mono_internvl import compute
 from mono_internvl.compute import make_plan
 from mono_internvl.errors import ConfigError
-from mono_internvl.pipelines.train import train
-from mono_internvl.provenance import origin, place_of
+from mono_internvl.runs.provenance import origin, place_of
+from mono_internvl.training.recipe import Recipe
+from mono_internvl.training.run import train
 from mono_internvl.training.state import PLAN_FILE, keep_plan, read_state
 
 
@@ -17,17 +19,11 @@ def _bf16_costs(monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
     monkeypatch.setattr(compute, "bf16_cost", lambda device_type: cost)
 
 
-def _recipe(folder: Path, **fields: object) -> str:
-    """A file with a recipe of two stages of two steps."""
+def _recipe(**fields: object) -> Recipe:
+    """A recipe of two stages of two steps."""
     said = {"steps": 2, "precision": "auto", "checkpoint_every": 1, **fields}
-    file = folder / "recipe.py"
-    file.write_text(
-        "import tiny_runs\nfrom mono_internvl.training.recipe import Recipe\n"
-        f"fields = {said!r}\n"
-        "stages = tuple(tiny_runs.tiny_stage(name=n, **fields) for n in ('first', 'second'))\n"
-        "RECIPE = Recipe(name='two', source='a test', stages=stages)\n"
-    )
-    return str(file)
+    stages = tuple(tiny_runs.tiny_stage(name=name, **said) for name in ("first", "second"))
+    return Recipe(name="two", source="a test", stages=stages)
 
 
 def _precisions(run: Path) -> list[str]:
@@ -43,7 +39,7 @@ def test_train_keeps_its_precision_over_all_stages(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = {"start": str(start), "data": data, "run": tmp_path / "run", "processes": 1}
-    recipe = _recipe(tmp_path)
+    recipe = _recipe()
     _bf16_costs(monkeypatch, 0.3)
     train(recipe, **options)
     assert "plan: cpu, bf16 (bf16 products 3.3x faster), attention blocked" in (
@@ -66,8 +62,8 @@ def test_train_computes_in_the_precision_asked_for(
 ) -> None:
     _bf16_costs(monkeypatch, 0.3)
     options = {"start": str(start), "data": data, "processes": 1}
-    train(_recipe(tmp_path), run=tmp_path / "flag", precision="fp32", **options)
-    train(_recipe(tmp_path, precision="fp32"), run=tmp_path / "recipe", **options)
+    train(_recipe(), run=tmp_path / "flag", precision="fp32", **options)
+    train(_recipe(precision="fp32"), run=tmp_path / "recipe", **options)
     for name in ("flag", "recipe"):
         assert _precisions(tmp_path / name) == ["fp32", "fp32"]
         assert json.loads((tmp_path / name / PLAN_FILE).read_text())["precision"] == "fp32"
@@ -78,7 +74,7 @@ def test_run_begun_before_plans_keeps_its_precision(
 ) -> None:
     run = tmp_path / "run"
     options = {"start": str(start), "data": data, "run": run, "processes": 1}
-    train(_recipe(tmp_path), **options, precision="bf16")
+    train(_recipe(), **options, precision="bf16")
     (run / PLAN_FILE).unlink()
     _bf16_costs(monkeypatch, 40.0)
     plan = keep_plan(run, make_plan("cpu"), "auto")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from mono_internvl.model.presets import preset
-from mono_internvl.recipes import RECIPES
+from mono_internvl.checkpoints.presets import preset
+from mono_internvl.cli.recipes import RECIPES
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.rules import apply_rules
 
@@ -191,7 +191,7 @@ def _rate_of(name: str, recipe: str, stage: str) -> float | None:
 
 @pytest.mark.parametrize(("recipe", "number"), STAGES)
 def test_published_rules_train_what_the_source_says(recipe: str, number: int) -> None:
-    from mono_internvl.model.accounting import skeleton
+    from mono_internvl.costs.inference import skeleton
 
     stage = RECIPES[recipe].stages[number]
     config = preset("v1_5" if recipe == "evip-plus-plus-2b" else "v1")

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import tiny_runs
 
+from mono_internvl.cli.recipes import RECIPES
 from mono_internvl.errors import RecipeError
-from mono_internvl.pipelines.train import override, train
-from mono_internvl.recipes import RECIPES
 from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Rule, Stage, load_recipe
+from mono_internvl.training.run import override, train
 
 
 def test_constant_schedule_warms_up_and_stays() -> None:
@@ -222,11 +222,11 @@ def test_override_refuses_what_is_no_field_or_value(fields: dict[str, str], comp
 
 def test_train_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="needs data"):
-        train("sft", start="x", run=tmp_path)
+        train(RECIPES["sft"], start="x", run=tmp_path)
     with pytest.raises(RecipeError, match="names no checkpoint"):
-        train("sft", data=tmp_path, run=tmp_path)
+        train(RECIPES["sft"], data=tmp_path, run=tmp_path)
     with pytest.raises(RecipeError, match=r"one meta file for the 4 stages.*s11\.json, s12\.json"):
-        train("miniature", start="x", data=tmp_path / "meta.json", run=tmp_path)
+        train(RECIPES["miniature"], start="x", data=tmp_path / "meta.json", run=tmp_path)
 
 
 def test_described_recipe_names_every_stage_and_rule() -> None:

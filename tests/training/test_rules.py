@@ -12,20 +12,20 @@ import tiny_runs
 import torch
 from torch import Tensor, nn
 
-from mono_internvl.errors import RecipeError
-from mono_internvl.model.configuration import (
+from mono_internvl.checkpoints.presets import preset
+from mono_internvl.cli.recipes import RECIPES
+from mono_internvl.configuration.model import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
     MonoInternVLVisionConfig,
 )
+from mono_internvl.configuration.options import EXPERT_PRESETS
+from mono_internvl.errors import RecipeError
+from mono_internvl.miniature.recipes import LANGUAGE_MODEL, MINIATURE, VISION
+from mono_internvl.miniature.recipes_plus_plus import plus_plus
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.presets import preset
-from mono_internvl.model.visual_options import EXPERT_PRESETS
-from mono_internvl.recipes import RECIPES
 from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
 from mono_internvl.recipes.groups import ATTENTION
-from mono_internvl.recipes.miniature import LANGUAGE_MODEL, MINIATURE, VISION
-from mono_internvl.recipes.miniature_plus_plus import plus_plus
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Rule, Stage
 from mono_internvl.training.rules import apply_rules, never_learns

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
+from mono_internvl.attention.blocked import BLOCKED
 from mono_internvl.bench.models import Setting, plain_llama, prompt_of, random_model, twin
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.generation.engine import PREFIX_BYTES, Engine
 from mono_internvl.generation.request import Request
 from mono_internvl.generation.sampling import Sampling
-from mono_internvl.model.blocked_attention import BLOCKED
 
 STEPS = 8
 """Tokens of one run."""

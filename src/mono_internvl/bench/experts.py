@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from mono_internvl.bench.models import Setting, Size
 from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.timing import Subject, measure
+from mono_internvl.configuration.model import MonoInternVLTextConfig
 from mono_internvl.errors import ExpertPathUnavailable
 from mono_internvl.experts import Routing
 from mono_internvl.experts.pairs import LinearPair, SwiGLUPair, expert_pair
 from mono_internvl.experts.registry import expert_path
-from mono_internvl.model.configuration import MonoInternVLTextConfig
 from mono_internvl.model.layers import FeedForward, route
 
 ONE, ONE_PROJECTION = "one FFN, all rows", "one projection, all rows"

@@ -12,8 +12,8 @@ from PIL import Image
 from mono_internvl.bench.models import Setting
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
-from mono_internvl.model.image_files import load_image
-from mono_internvl.model.image_processing import MonoInternVLImageProcessor
+from mono_internvl.processing.image_files import load_image
+from mono_internvl.processing.images import MonoInternVLImageProcessor
 
 FILES = 4
 SIDES_PX = ((448, 448), (1280, 960))

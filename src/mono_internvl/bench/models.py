@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from mono_internvl.errors import ConfigError
-from mono_internvl.model.blocked_attention import BLOCKED
-from mono_internvl.model.configuration import (
+from mono_internvl.attention.blocked import BLOCKED
+from mono_internvl.configuration.model import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
     MonoInternVLVisionConfig,
 )
+from mono_internvl.errors import ConfigError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 VARIANTS: dict[str, tuple[str, ...]] = {

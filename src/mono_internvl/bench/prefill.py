@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from mono_internvl.attention.blocked import BLOCKED
 from mono_internvl.bench.limit import against_one_product, one_product
 from mono_internvl.bench.models import (
     Setting,
@@ -21,7 +22,6 @@ from mono_internvl.bench.models import (
 )
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
-from mono_internvl.model.blocked_attention import BLOCKED
 
 LLAMA = "Llama of transformers, sdpa"
 LLAMA_BLOCKED = "Llama of transformers, blocked"

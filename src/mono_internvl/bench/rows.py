@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.training.job_folder import write_whole
+from mono_internvl.runs.folder import write_whole
 
 BENCH_ROWS, TARGETS, LOCK = "bench.jsonl", "targets.jsonl", ".bench.lock"
 _ROW_BEGINS = b'{"what": '

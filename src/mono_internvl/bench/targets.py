@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
+from mono_internvl.attention.blocked import BLOCKED
 from mono_internvl.bench import decode, prefill, train
 from mono_internvl.bench.models import SIZES, Setting
 from mono_internvl.bench.rows import BenchRow, Target, device_name
-from mono_internvl.model.blocked_attention import BLOCKED
 
 MODULAR_TILES = (3, 7)
 _ALIKE = {"sdpa": prefill.PLAIN, BLOCKED: prefill.BLOCKED_ONLY}

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mono_internvl.bench.models import Setting
 from mono_internvl.bench.rows import BenchRow, device_name
-from mono_internvl.provenance import commit, today, versions
+from mono_internvl.runs.provenance import commit, today, versions
 
 LEAST_SECONDS = 5e-3
 """Shorter runs on an accelerator are repeated until they last as long."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mono_internvl.attention.blocked import BLOCKED
 from mono_internvl.bench.limit import against_one_product, one_product, rate_of_one_product
 from mono_internvl.bench.models import (
     Prompt,
@@ -25,10 +26,9 @@ from mono_internvl.bench.models import (
 )
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
-from mono_internvl.model.blocked_attention import BLOCKED
-from mono_internvl.model.encoding import IGNORED_LABEL
+from mono_internvl.configuration.labels import IGNORED_LABEL
+from mono_internvl.costs.training import SampleShape, step_flops
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.training_costs import SampleShape, step_flops
 from mono_internvl.training.loop import optimizer_of
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute

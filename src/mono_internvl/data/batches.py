@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mono_internvl.configuration.labels import IGNORED_LABEL
 from mono_internvl.data.order import Mixture, batch_positions
 from mono_internvl.data.samples import (
     MOST_CHARACTERS_OF_TOKEN,
@@ -29,7 +30,6 @@ from mono_internvl.errors import (
     RecipeError,
     SampleError,
 )
-from mono_internvl.model.processing import IGNORED_LABEL
 
 LossWeighting = Literal["token", "square", "sample"]
 OnBadSample = Literal["raise", "skip"]

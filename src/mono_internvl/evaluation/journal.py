@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.evaluation.run import Question
-from mono_internvl.json_lines import read_lines, to_line
+from mono_internvl.evaluation.runner import Question
+from mono_internvl.runs.json_lines import read_lines, to_line
 
 _DIGEST_BYTES = 16
 

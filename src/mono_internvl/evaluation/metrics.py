@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from mono_internvl.errors import SampleError
-from mono_internvl.model.prompts import parse_boxes
+from mono_internvl.processing.prompts import parse_boxes
 
 _PHRASE = re.compile(
     r"^(?:an? )?(?:(?P<size>large|small|\w+(?= \w+ (?!at the )\w+)) )?"

@@ -9,7 +9,7 @@ from mono_internvl.data.samples import MOST_CHARACTERS_OF_TOKEN, count_character
 from mono_internvl.errors import ImageError, PromptError, SampleError
 from mono_internvl.generation.request import Request
 from mono_internvl.generation.sampling import Sampling
-from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.processing.processor import MonoInternVLProcessor
 
 Outcome = str | SampleError
 """What a question came to: the answer, or why it could not be asked."""

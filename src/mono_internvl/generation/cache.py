@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from mono_internvl.model.configuration import MonoInternVLTextConfig
+from mono_internvl.configuration.model import MonoInternVLTextConfig
 
 
 class BatchCache:

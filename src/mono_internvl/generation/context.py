@@ -2,7 +2,7 @@
 
 import sys
 
-from mono_internvl.model.configuration import MonoInternVLConfig
+from mono_internvl.configuration.model import MonoInternVLConfig
 
 
 def most_tokens(config: MonoInternVLConfig) -> int:

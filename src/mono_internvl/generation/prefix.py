@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mono_internvl.model.configuration import MonoInternVLConfig
-from mono_internvl.model.image_layout import has_image_layout
-from mono_internvl.model.layers import is_scaled_dynamically
+from mono_internvl.attention.image_layout import has_image_layout
+from mono_internvl.configuration.model import MonoInternVLConfig
+from mono_internvl.configuration.text_fields import is_scaled_dynamically
 
 
 @dataclass(frozen=True)

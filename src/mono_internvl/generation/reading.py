@@ -18,21 +18,20 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mono_internvl.errors import ConfigError, PromptError
-from mono_internvl.experts import Routing
-from mono_internvl.generation.cache import BatchCache, Rows
-from mono_internvl.generation.few_rows import FewRows
-from mono_internvl.generation.request import Request
-from mono_internvl.model.blocked_attention import BLOCKED
-from mono_internvl.model.decoder_knobs import LAYER_TYPES
-from mono_internvl.model.image_layout import (
+from mono_internvl.attention.blocked import BLOCKED
+from mono_internvl.attention.image_layout import (
     ImageLayout,
     chunk_ends,
     has_image_layout,
     lay_out_images,
     moves_positions,
 )
-from mono_internvl.model.layers import is_scaled_dynamically
+from mono_internvl.configuration.text_fields import LAYER_TYPES, is_scaled_dynamically
+from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.experts import Routing
+from mono_internvl.generation.cache import BatchCache, Rows
+from mono_internvl.generation.few_rows import FewRows
+from mono_internvl.generation.request import Request
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 TOKENS_PER_PASS = 2048

@@ -18,16 +18,16 @@ from transformers.masking_utils import (
 )
 from transformers.utils import ModelOutput
 
+from mono_internvl.attention.blocked import register_blocked_attention
+from mono_internvl.attention.image_layout import ImageLayout, check_attention_and_cache
+from mono_internvl.attention.packing import packed_segments
+from mono_internvl.configuration.model import MonoInternVLConfig, MonoInternVLTextConfig
+from mono_internvl.configuration.text_fields import LAYER_TYPES
 from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing, check_expert_path
-from mono_internvl.model.blocked_attention import register_blocked_attention
-from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLTextConfig
-from mono_internvl.model.decoder_knobs import LAYER_TYPES
-from mono_internvl.model.image_layout import ImageLayout, check_attention_and_cache
 from mono_internvl.model.layers import DecoderLayer, KeptRows, RMSNorm, rotary_embeddings, slides
-from mono_internvl.model.packing import packed_segments
-from mono_internvl.model.pretrained import WholeCheckpointModel
 from mono_internvl.model.visual_tokens import PatchEmbedder
+from mono_internvl.released.whole import WholeCheckpointModel
 
 
 @dataclass

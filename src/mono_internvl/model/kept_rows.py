@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mono_internvl.model.encoding import IGNORED_LABEL
+from mono_internvl.configuration.labels import IGNORED_LABEL
 
 
 @dataclass(frozen=True)

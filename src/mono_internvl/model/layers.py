@@ -20,9 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mono_internvl.attention.blocked import BLOCKED
+from mono_internvl.configuration.model import MonoInternVLTextConfig
+from mono_internvl.configuration.text_fields import is_scaled_dynamically
 from mono_internvl.experts import Routing, run_fast_path
-from mono_internvl.model.blocked_attention import BLOCKED
-from mono_internvl.model.configuration import MonoInternVLTextConfig
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-def is_scaled_dynamically(config: MonoInternVLTextConfig, kv_length: int) -> bool:
-    """Whether "dynamic" scaling turns the keys of a context by angles that depend on its length.
-
-    Such keys are of use in a context of this length only.
-
-    Args:
-        config: Its `rope_parameters` and `max_position_embeddings` are read.
-        kv_length: Tokens of the context.
-    """
-    is_dynamic = config.rope_parameters["rope_type"] == "dynamic"
-    return is_dynamic and kv_length > config.max_position_embeddings
 
 
 def rotary_embeddings(

@@ -19,25 +19,25 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils.generic import can_return_tuple
 
-from mono_internvl.errors import PromptError
-from mono_internvl.experts import Routing
-from mono_internvl.model.auto_classes import register
-from mono_internvl.model.checkpoint import register_conversion
-from mono_internvl.model.configuration import MonoInternVLConfig
-from mono_internvl.model.decoder import (
-    MonoInternVLOutput,
-    MonoInternVLPreTrainedModel,
-    MonoInternVLTextModel,
-)
-from mono_internvl.model.image_layout import (
+from mono_internvl.attention.image_layout import (
     check_attention_and_cache,
     chunk_ends,
     has_image_layout,
     lay_out_images,
 )
+from mono_internvl.auto_classes import register
+from mono_internvl.configuration.model import MonoInternVLConfig
+from mono_internvl.errors import PromptError
+from mono_internvl.experts import Routing
+from mono_internvl.model.decoder import (
+    MonoInternVLOutput,
+    MonoInternVLPreTrainedModel,
+    MonoInternVLTextModel,
+)
 from mono_internvl.model.kept_rows import labelled_rows, rows_read
 from mono_internvl.model.vision_tower import VisionTower
 from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pixel_shuffle
+from mono_internvl.released.keys import register_conversion
 
 _IMAGE_INPUTS = ("pixel_values", "image_features")
 

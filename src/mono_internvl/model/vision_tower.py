@@ -21,9 +21,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mono_internvl.configuration.vision import MonoInternVLVisionConfig
 from mono_internvl.model.decoder import MonoInternVLPreTrainedModel
 from mono_internvl.model.layers import RMSNorm, eager_attention_forward
-from mono_internvl.model.vision_configuration import MonoInternVLVisionConfig
 
 
 def drop_path(x: Tensor, rate: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mono_internvl.model.configuration import MonoInternVLConfig, MonoInternVLVisionConfig
+from mono_internvl.configuration.model import MonoInternVLConfig, MonoInternVLVisionConfig
 
 
 class PatchEmbedder(nn.Module):

@@ -1,9 +1,8 @@
-"""Fine-tuning on your own conversations, from a released 2B checkpoint or the quickstart's model.
+"""Fine-tuning on your own conversations, from a released 2B checkpoint.
 
-Source: the released fine-tuning script (LLaVA-665k) for the 2B numbers; the miniature's are ours.
+Source: the released fine-tuning script (LLaVA-665k).
 """
 
-from mono_internvl.recipes.groups import EXPERTS, EYES
 from mono_internvl.training.recipe import Recipe, Rule, Stage
 
 SFT = Recipe(
@@ -28,29 +27,6 @@ SFT = Recipe(
             max_tiles=6,
             checkpoint_every=500,
             on_bad_sample="skip",
-        ),
-    ),
-)
-
-MINIATURE_SFT = Recipe(
-    name="miniature-sft",
-    source="ours",
-    start="runs/quickstart/model",
-    stages=(
-        Stage(
-            name="sft",
-            title="the miniature on your own data",
-            data="train.json",
-            rules=(Rule(f"{EYES}|{EXPERTS}", 1e-3), Rule(".*", 2e-4)),
-            epochs=8.0,
-            batch_size=32,
-            schedule="cosine",
-            warmup_share=0.05,
-            weight_decay=0.05,
-            betas=(0.9, 0.95),
-            max_tokens=512,
-            max_tiles=1,
-            checkpoint_every=200,
         ),
     ),
 )

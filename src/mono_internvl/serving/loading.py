@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from mono_internvl.checkpoints.adapters import base_of_adapter, merge_adapter
+from mono_internvl.checkpoints.loading import load_planned, plan_inference
 from mono_internvl.generation.sampling import GREEDY, Sampling
-from mono_internvl.model.adapters import base_of_adapter, merge_adapter
-from mono_internvl.model.loading import load_planned, plan_inference
-from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.weight_files import resolve_checkpoint
+from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.released.weight_files import resolve_checkpoint
 from mono_internvl.serving.session import ChatSession
 
 

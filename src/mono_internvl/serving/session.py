@@ -21,17 +21,17 @@ from transformers import BatchFeature, LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 
 from mono_internvl.compute import ComputePlan
+from mono_internvl.configuration.text_fields import is_scaled_dynamically
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.finite_logits import check_finite
 from mono_internvl.generation.prefix import digest
 from mono_internvl.generation.request import TextStream
 from mono_internvl.generation.sampling import GREEDY, Sampling
-from mono_internvl.model.image_files import ImageSource, is_one_image, load_image
-from mono_internvl.model.layers import is_scaled_dynamically
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.processing import MonoInternVLProcessor
-from mono_internvl.model.prompts import parse_boxes
+from mono_internvl.processing.image_files import ImageSource, is_one_image, load_image
+from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import parse_boxes
 
 Box = tuple[int, int, int, int]
 FinishReason = Literal["stop", "length"]

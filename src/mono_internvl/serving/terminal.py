@@ -45,7 +45,7 @@ class Picture:
         Raises:
             ImageError: It cannot be decoded.
         """
-        from mono_internvl.model.image_files import load_image
+        from mono_internvl.processing.image_files import load_image
 
         if name.startswith("data:"):
             return cls(name, load_image(name))

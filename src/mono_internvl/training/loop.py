@@ -31,7 +31,8 @@ from mono_internvl.data.samples import Sample
 from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import TrainingStateError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.model.processing import MonoInternVLProcessor
+from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.runs.folder import exclusive
 from mono_internvl.training.distributed import (
     all_sum,
     barrier,
@@ -40,7 +41,6 @@ from mono_internvl.training.distributed import (
     rank,
     world_size,
 )
-from mono_internvl.training.job_folder import exclusive
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute

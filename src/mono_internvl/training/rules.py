@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mono_internvl.configuration.model import MonoInternVLConfig
 from mono_internvl.errors import RecipeError
-from mono_internvl.model.configuration import MonoInternVLConfig
 from mono_internvl.training.recipe import Rule, Stage
 
 

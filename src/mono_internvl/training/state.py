@@ -25,10 +25,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from mono_internvl.compute import ComputePlan
 from mono_internvl.errors import ConfigError, TrainingStateError
-from mono_internvl.json_lines import read_lines
-from mono_internvl.model.weight_files import safetensors_files
-from mono_internvl.provenance import commit, versions
-from mono_internvl.training.job_folder import write_whole
+from mono_internvl.released.weight_files import safetensors_files
+from mono_internvl.runs.folder import write_whole
+from mono_internvl.runs.json_lines import read_lines
+from mono_internvl.runs.provenance import commit, versions
 
 STATE_FILE = "training_state.json"
 # In the safetensors format, but not by name: engines read every `*.safetensors` beside config.json

@@ -1,0 +1,1 @@
+"""How tokens attend: blocks on a CPU, images that see themselves, packed segments."""

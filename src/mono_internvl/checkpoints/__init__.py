@@ -1,0 +1,1 @@
+"""Models from elsewhere: language models, adapters, the released layout and back."""

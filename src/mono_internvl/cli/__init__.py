@@ -1,0 +1,1 @@
+"""`mono-internvl VERB`: parse, call one function, print."""

@@ -1,0 +1,431 @@
+"""`mono-internvl VERB`: parse, call one function, print.
+
+Whatever is heavy is imported inside its command, so that `--help` answers at once.
+"""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mono_internvl.cli.lab import lab
+from mono_internvl.cli.options import (
+    Attention,
+    Device,
+    Experts,
+    Json,
+    Model,
+    Precision,
+    Processes,
+    Revision,
+    Threads,
+    WorldSeed,
+)
+from mono_internvl.door import pass_through
+from mono_internvl.serving.terminal import Picture, answer, converse, print_json, quieten
+
+if TYPE_CHECKING:
+    from mono_internvl.compute import ComputePlan
+
+DEFAULT_PRESET = "mono-internvl-2b"
+app = typer.Typer(
+    name="mono-internvl",
+    help="Mono-InternVL: one decoder that reads pixels and words.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.add_typer(lab, name="lab")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake becomes one line and exit code 1 or 2."""
+    for name in ("torchao", "torch.utils._pytree"):  # where torchao is installed, its CUDA kernels
+        logging.getLogger(name).setLevel(logging.ERROR)
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    sys.exit(pass_through(lambda: app(arguments), is_debug="--debug" in sys.argv[1:]))
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        import mono_internvl
+
+        typer.echo(f"mono-internvl {mono_internvl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from; anywhere in the line.")
+    ] = False,
+) -> None:
+    """Options of all verbs; `main` reads `--debug`, wherever it stands."""
+
+
+@app.command()
+def chat(
+    model: Model,
+    question: Annotated[str | None, typer.Argument(help="Without it, an open chat.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Again for each further image.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message; '' for none.")] = None,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Choose from this much probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Choose from so many tokens; 0 all.")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the choices.")] = None,
+    device: Device = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
+    ] = "auto",
+    attention: Attention = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
+    experts: Experts = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Ask about images: one question, or a conversation."""
+    from mono_internvl.generation.sampling import Sampling
+    from mono_internvl.serving.loading import load
+
+    quieten()
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
+    pictures = [Picture.load(name) for name in image or ()]
+    session = load(
+        model,
+        device=device,
+        precision=precision,
+        attention=attention,
+        threads=threads,
+        revision=revision,
+        system=system,
+        max_tiles=max_tiles,
+        sampling=sampling,
+        experts=experts,
+    )
+    plan = session.plan
+    if plan is not None and (sys.stderr.isatty() or plan.precision == "int8"):  # a loss is said
+        _say_plan(plan)
+    if question is not None:
+        answer(session, question, pictures, as_json)
+    elif converse(session, pictures, as_json) and not sys.stdin.isatty():
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR|HUB_ID", help="Checkpoint; its config is read.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help=f"Or v1, v1_5 (ours); {DEFAULT_PRESET}.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="visual=N,text=N", help="A prompt, to cost it.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="What is trainable in each stage.")
+    ] = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Count parameters, and the operations and bytes of a prompt."""
+    if model is not None and preset is not None:
+        raise typer.BadParameter("give --model or --preset, not both")
+    from mono_internvl.checkpoints.presets import PRESET_NOTES
+    from mono_internvl.cli.printing import info_values, print_info
+    from mono_internvl.cli.recipes import RECIPES
+    from mono_internvl.costs.info import describe
+    from mono_internvl.training.recipe import load_recipe
+
+    quieten()
+    config = _config_of(model, preset or DEFAULT_PRESET, revision)
+    found = describe(config, tokens, load_recipe(recipe, RECIPES) if recipe else None)
+    title = model or preset or DEFAULT_PRESET
+    if note := PRESET_NOTES.get(preset or ""):
+        found = dataclasses.replace(found, config={**found.config, "note": note})
+    if as_json:
+        print_json({"name": title, **info_values(found)})
+    else:
+        print_info(title, found)
+
+
+@app.command()
+def convert(
+    check: Annotated[
+        str, typer.Option("--check", metavar="DIR|HUB_ID", help="Checkpoint to send around.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Keep the copy in this new folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that a checkpoint is read and written without loss."""
+    from mono_internvl.checkpoints.convert import check_round_trip
+    from mono_internvl.cli.printing import print_round_trip
+
+    quieten()
+    result = check_round_trip(check, out)
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print_round_trip(check, result)
+    if result.differences:
+        raise typer.Exit(1)
+
+
+@app.command()
+def init(
+    llm: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="Language model to start from.")],
+    out: Annotated[Path, typer.Option(help="New folder of the monolithic model.")],
+    preset: Annotated[str, typer.Option(help="v1, or v1_5: our reconstruction of 1.5.")] = "v1",
+    visual_experts: Annotated[
+        str | None, typer.Option(metavar="PARTS", help="Instead: ffn, attention, norms; none.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Jinja, or internlm2-chat; the model's own.")
+    ] = None,
+    template_date: Annotated[str | None, typer.Option(help="Of dated templates, or today.")] = None,
+    tile_px: Annotated[int, typer.Option(help="Side of a tile.")] = 448,
+    patch_width: Annotated[int, typer.Option(min=1, help="Of the patch embedding.")] = 1024,
+    max_tiles: Annotated[int, typer.Option(min=1, help="Most tiles of an image.")] = 12,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of patch embedding and projector.")] = 0,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Make a monolithic model of a language model: the start of pre-training."""
+    from mono_internvl.checkpoints.initialize import init as make_model
+    from mono_internvl.checkpoints.initialize import summary
+    from mono_internvl.cli.printing import in_words
+    from mono_internvl.configuration.options import EXPERT_PRESETS, parse_visual_experts
+
+    if preset not in EXPERT_PRESETS:
+        raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
+    quieten()
+    experts = parse_visual_experts(preset if visual_experts is None else visual_experts)
+    made = make_model(
+        llm,
+        out,
+        visual_experts=experts,
+        chat_template=chat_template,
+        template_date=template_date,
+        tile_px=tile_px,
+        patch_width=patch_width,
+        max_tiles=max_tiles,
+        dtype=dtype,
+        seed=seed,
+        revision=revision,
+    )
+    if as_json:
+        print_json({"out": str(made), **summary(made)})
+        return
+    for name, value in summary(made).items():
+        typer.echo(f"{name.replace('_', ' '):<15} {in_words(value)}")
+    typer.echo(f"checkpoint: {made}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="Name, or a Python file.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="DIR|HUB_ID", help="Checkpoint to start from.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="META.json|DIR", help="What to train on.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/RECIPE.")] = None,
+    processes: Processes = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    precision: Precision = "auto",
+    attention: Attention = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every stage."),
+    ] = None,
+    list_recipes: Annotated[bool, typer.Option("--list", help="Name the recipes.")] = False,
+) -> None:
+    """Train a recipe; call it again to go on after a stop."""
+    if list_recipes:
+        _print_recipes()
+        return
+    if recipe is None:
+        raise typer.BadParameter("name a RECIPE, or ask for them with --list")
+    overrides = {}
+    for assignment in assignments or ():
+        field, equals, value = assignment.partition("=")
+        if not (field and equals):
+            raise typer.BadParameter(f"--set {assignment}: expected FIELD=VALUE")
+        overrides[field] = value
+    from mono_internvl.cli.recipes import RECIPES
+    from mono_internvl.training.recipe import load_recipe
+    from mono_internvl.training.run import train as run_recipe
+
+    quieten()
+    checkpoint = run_recipe(
+        load_recipe(recipe, RECIPES),
+        start=model,
+        data=data,
+        run=out,
+        processes=processes,
+        threads=threads,
+        device=device,
+        precision=precision,
+        attention=attention,
+        overrides=overrides,
+    )
+    typer.echo(f"checkpoint: {checkpoint}")
+    typer.echo(f'ask it:     mono-internvl chat --model {checkpoint} --image FILE "question"')
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    processes: Processes = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    precision: Precision = "auto",
+    attention: Attention = None,
+    llm: Annotated[str, typer.Option(help="shipped, scratch, or a folder.")] = "shipped",
+    seed: WorldSeed = 0,
+    ask: Annotated[bool, typer.Option(help="End with three questions.")] = True,
+) -> None:
+    """Train the miniature through all four stages: data, evaluation, report."""
+    from mono_internvl.miniature.quickstart import quickstart as run_quickstart
+
+    quieten()
+    run_quickstart(
+        out,
+        quick=quick,
+        processes=processes,
+        threads=threads,
+        device=device,
+        precision=precision,
+        attention=attention,
+        llm=llm,
+        seed=seed,
+        ask=ask,
+    )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option(metavar="FILE.jsonl", help="Records with a kind and its answer.")
+    ],
+    blind: Annotated[bool, typer.Option("--blind", help="Hide the images.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Predictions; beside the model.")
+    ] = None,
+    per_kind: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many of each kind.")
+    ] = None,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    device: Device = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
+    ] = "auto",
+    attention: Attention = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score the answers to the records of a file."""
+    from mono_internvl.evaluation.evaluate import evaluate as run_evaluation
+
+    quieten()
+    found = run_evaluation(
+        model,
+        data,
+        blind=blind,
+        device=device,
+        precision=precision,
+        attention=attention,
+        threads=threads,
+        out=out,
+        per_kind=per_kind,
+        max_tiles=max_tiles,
+        on_plan=_say_plan,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    for kind, mean in found.scores.items():
+        typer.echo(f"{kind:<20} {100 * mean:5.1f} %  of {found.items[kind]}")
+    typer.echo(f"predictions: {found.predictions}")
+
+
+@app.command()
+def bench(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="targets, prefill, modular, decode, prefix, profile, train, serve, engine, "
+            "images, experts or gpu."
+        ),
+    ],
+    size: Annotated[str | None, typer.Option(help="tiny, middle or 2b; middle, gpu: 2b.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the size's.")] = None,
+    precision: Precision = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs of every subject.")] = 5,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Add the rows to its bench.jsonl; write targets.jsonl."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="As elsewhere; cpu, gpu: auto.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed: compared subjects interleaved in one run."""
+    from mono_internvl.bench.rows import keep
+    from mono_internvl.bench.run import bench as run_bench
+
+    quieten()
+    rows = run_bench(
+        what, size=size, layers=layers, precision=precision, device=device, rounds=rounds
+    )
+    for row in rows if out is None else keep(out, rows):
+        typer.echo(row.to_json() if as_json else row.to_line())
+
+
+def _print_recipes() -> None:
+    from mono_internvl.cli.recipes import RECIPES
+    from mono_internvl.training.progress import summarize_recipe
+
+    for recipe in RECIPES.values():
+        typer.echo(summarize_recipe(recipe))
+
+
+def _config_of(model: str | None, preset: str, revision: str | None) -> Any:
+    from mono_internvl.checkpoints.presets import preset as preset_config
+    from mono_internvl.errors import CheckpointError
+    from mono_internvl.released.keys import read_config
+    from mono_internvl.released.weight_files import resolve_checkpoint
+
+    if model is None:
+        return preset_config(preset)
+    folder = resolve_checkpoint(model, revision=revision, patterns=("config.json",))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{model}: no config.json; expected a checkpoint folder or a hub id")
+    return read_config(folder)
+
+
+def _say_plan(plan: "ComputePlan") -> None:
+    typer.echo(plan.describe(), err=True)
+
+
+if __name__ == "__main__":
+    main()

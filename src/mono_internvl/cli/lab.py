@@ -1,0 +1,106 @@
+"""Verbs of `mono-internvl lab`: experiments in the miniature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mono_internvl.cli.options import Device, Precision, Processes, WorldSeed
+from mono_internvl.serving.terminal import quieten
+
+lab = typer.Typer(help="Experiments in the miniature.", no_args_is_help=True)
+
+
+@lab.command("seeds")
+def lab_seeds(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/seeds"),
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", help="One run each; 0, 1 and 2.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+) -> None:
+    """Run the quickstart with several seeds; a row for each."""
+    from mono_internvl.miniature.lab_seeds import compare_seeds
+    from mono_internvl.miniature.recipes import SEEDS
+
+    rows = compare_seeds(out, seeds=seeds or SEEDS, precision=precision, processes=processes)
+    typer.echo(f"rows: {rows}")
+
+
+@lab.command("rates")
+def lab_rates(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/rates"),
+    factors: Annotated[
+        list[float] | None, typer.Option("--factor", help="One run each; 0.5, 1 and 2.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+) -> None:
+    """Multiply all rates by factors and score each on the validation split."""
+    from mono_internvl.miniature.lab_rates import compare_rates
+    from mono_internvl.miniature.recipes import RATE_FACTORS
+
+    rows = compare_rates(out, factors=factors or RATE_FACTORS, quick=quick, processes=processes)
+    typer.echo(f"rows: {rows}")
+
+
+@lab.command("modular")
+def lab_modular(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/modular"),
+    against: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A finished quickstart to compare with.")
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    processes: Processes = None,
+    device: Device = "cpu",
+    precision: Precision = "auto",
+    seed: WorldSeed = 0,
+) -> None:
+    """Train the modular baseline of the quickstart's model on the same data."""
+    from mono_internvl.miniature.lab_modular import modular_twin
+
+    quieten()
+    modular_twin(
+        out,
+        against=against,
+        quick=quick,
+        processes=processes,
+        device=device,
+        precision=precision,
+        seed=seed,
+    )
+    typer.echo((out / "table.md").read_text(encoding="utf-8"))
+    typer.echo(f"comparison: {out / 'comparison.json'}")
+
+
+@lab.command("evip-plus-plus")
+def lab_evip_plus_plus(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/evip-plus-plus"),
+    seeds: Annotated[int, typer.Option(min=1, help="How many; more may follow later.")] = 3,
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A finished quickstart: it is EViP's run of seed 0."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+    device: Device = "cpu",
+    precision: Precision = "auto",
+) -> None:
+    """Compare EViP, EViP++ at equal data and EViP++ at 42 % of it, over seeds."""
+    from mono_internvl.miniature.lab_evip import compare_pretraining
+
+    quieten()
+    table = compare_pretraining(
+        out,
+        seeds=seeds,
+        quick=quick,
+        against=against,
+        processes=processes,
+        device=device,
+        precision=precision,
+    )
+    typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"table: {table}")

@@ -1,0 +1,1 @@
+"""What a config.json says, checked: the decoder, the tower, and which visual experts there are."""

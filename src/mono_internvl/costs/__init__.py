@@ -1,0 +1,1 @@
+"""Parameters, FLOPs, bytes and memory of a model, computed without running it."""

@@ -1,0 +1,126 @@
+"""`mono-internvl info`: what a model is made of, what a prompt costs, what a recipe trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mono_internvl.configuration.model import MonoInternVLConfig
+from mono_internvl.costs.inference import (
+    Costs,
+    ParameterCounts,
+    parameter_table,
+    prompt_costs,
+    skeleton,
+)
+from mono_internvl.errors import ConfigError
+from mono_internvl.model.layers import slides
+from mono_internvl.training.recipe import Recipe
+from mono_internvl.training.rules import apply_rules
+
+TOKENS_FORM = "visual=768,text=256"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model in numbers.
+
+    Attributes:
+        parameters: In total, activated per token, and by part.
+        config: What the configuration says, for people.
+        trainable: Stage of the recipe -> parameters that learn in it; None without a recipe.
+        costs: Of one prompt; None where none was asked for.
+    """
+
+    parameters: ParameterCounts
+    config: Mapping[str, Any]
+    trainable: Mapping[str, int] | None = None
+    costs: Costs | None = None
+
+
+def describe(
+    config: MonoInternVLConfig, tokens: str | None = None, recipe: Recipe | None = None
+) -> ModelInfo:
+    """Count what can be counted without weights.
+
+    Args:
+        config: Of the model.
+        tokens: A prompt, as `visual=768,text=256`; a part left out is 0.
+        recipe: Its stages are held against the model's parameters.
+
+    Raises:
+        ConfigError: `tokens` cannot be read, or its visual tokens are no whole tiles.
+        RecipeError: The rules of the recipe do not fit the model.
+    """
+    costs = None
+    if tokens is not None:
+        visual, text = parse_tokens(tokens)
+        costs = prompt_costs(config, visual, text, config.dtype or torch.bfloat16)
+    return ModelInfo(
+        parameters=parameter_table(config),
+        config=_summary(config),
+        trainable=None if recipe is None else trainable_parameters(config, recipe),
+        costs=costs,
+    )
+
+
+def parse_tokens(tokens: str) -> tuple[int, int]:
+    """Visual and text tokens of `visual=768,text=256`, in any order.
+
+    Raises:
+        ConfigError: A part is no `visual=N` or `text=N`, or stands there twice.
+    """
+    counts: dict[str, int] = {}
+    for part in tokens.split(","):
+        name, _, number = (word.strip() for word in part.partition("="))
+        if name not in ("visual", "text") or name in counts or not number.isdecimal():
+            raise ConfigError(f"tokens={tokens!r}: {part!r}; expected e.g. {TOKENS_FORM}")
+        counts[name] = int(number)
+    return counts.get("visual", 0), counts.get("text", 0)
+
+
+def trainable_parameters(config: MonoInternVLConfig, recipe: Recipe) -> dict[str, int]:
+    """Parameters that learn in each stage of a recipe, by the rules that training applies."""
+    model, counts = skeleton(config), {}
+    for stage in recipe.stages:
+        apply_rules(model, config, stage)
+        counts[stage.name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return counts
+
+
+def _summary(config: MonoInternVLConfig) -> dict[str, Any]:
+    text, vision = config.text_config, config.vision_config
+    layers = range(text.num_hidden_layers)
+    # Shown where they are not as in the released models.
+    options = {
+        "image_attention": (config.image_attention, "causal"),
+        "visual_position_step": (config.visual_position_step, 1.0),
+        "visual_position_steps": (list(config.visual_position_steps), []),
+        "sliding_window": (text.sliding_window, None),
+        "sliding_layers": (sum(slides(text, layer) for layer in layers), 0),
+        "layers_without_rope": (list(text.no_rope_layers or ()).count(0), 0),
+    }
+    tower = {
+        "vision_layers": vision.num_hidden_layers,
+        "vision_width": vision.hidden_size,
+        "vision_heads": vision.num_attention_heads,
+    }
+    return {
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+        "ffn_width": text.intermediate_size,
+        "heads": text.num_attention_heads,
+        "kv_heads": text.num_key_value_heads,
+        "vocabulary": text.vocab_size,
+        "max_tokens": text.max_position_embeddings,
+        "rope": text.rope_parameters,
+        "visual_experts": list(config.visual_experts),
+        **(tower if vision.kind == "vit" else {}),
+        "tile_px": config.force_image_size,
+        "visual_tokens_per_tile": config.num_image_tokens_per_tile,
+        "max_tiles": config.max_dynamic_patch,
+        **{name: value for name, (value, usual) in options.items() if value != usual},
+    }

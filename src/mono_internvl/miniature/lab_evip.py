@@ -1,0 +1,275 @@
+"""`mono-internvl lab evip-plus-plus`: EViP, EViP++ at equal data, EViP++ at 42 %, over seeds.
+
+Each arm is the quickstart's path (world, shipped language model, four stages, an evaluation after
+each) with another recipe and other experts. Arms of one seed share the world, the order of the data
+and the first weights of the patch embedding and the projector.
+
+What it can show: what the two orders of learning do at this scale, and how far seeds lie apart.
+What it cannot: the paper's claim, which is about a 2B model, hundreds of millions of images and
+re-organised data that nobody outside has seen. The rates are those of the miniature, which were
+chosen for EViP; EViP++ has none of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from mono_internvl import miniature
+from mono_internvl.compute import ComputePlan, make_plan
+from mono_internvl.configuration.options import EXPERT_PRESETS
+from mono_internvl.data.sources import read_meta
+from mono_internvl.errors import ConfigError
+from mono_internvl.miniature import WorldFiles
+from mono_internvl.miniature.lab_pages import Figure, MeasuredRun, evip_page
+from mono_internvl.miniature.language_model import give_eyes
+from mono_internvl.miniature.quickstart import (
+    FULL,
+    METRICS,
+    QUICK,
+    SETTINGS,
+    SHIPPED_LANGUAGE_MODEL,
+    START,
+    Plan,
+    collect,
+    train_and_evaluate,
+)
+from mono_internvl.miniature.recipes import seeded
+from mono_internvl.miniature.recipes_plus_plus import plus_plus
+from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
+from mono_internvl.runs.folder import (
+    begin,
+    check_settings,
+    exclusive,
+    resumable,
+    write_whole,
+)
+from mono_internvl.runs.provenance import Origin, command
+from mono_internvl.training.distributed import run_processes, run_side_by_side
+from mono_internvl.training.progress import lines_of
+from mono_internvl.training.recipe import Recipe
+from mono_internvl.training.state import digest_of_data, keep_plan, read_state
+
+RUNS, TABLE = "runs.jsonl", "table.md"
+WEIGHTS = "model.safetensors"
+_BEGUN = "begun.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to pre-train.
+
+    Attributes:
+        name: Of its folder.
+        title: Of its column.
+        recipe: Its four stages.
+        visual_experts: Of the model it starts from.
+    """
+
+    name: str
+    title: str
+    recipe: Recipe
+    visual_experts: tuple[str, ...]
+
+
+def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
+    """The three arms that a recipe of EViP's four stages is compared in."""
+    v1, v1_5 = EXPERT_PRESETS["v1"], EXPERT_PRESETS["v1_5"]
+    percent = round(100 * SHARE_OF_EVIP)
+    return (
+        Arm("evip", "EViP", recipe, v1),
+        Arm("evip-plus-plus", "EViP++, equal data", plus_plus(recipe), v1_5),
+        Arm(
+            f"evip-plus-plus-{percent}",
+            f"EViP++, {percent} % of the pre-training data",
+            plus_plus(recipe, SHARE_OF_EVIP),
+            v1_5,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One run: an arm with a seed."""
+
+    arm: Arm
+    seed: int
+    plan: Plan
+    quick: bool
+    world: WorldFiles
+    folder: Path
+    compute: ComputePlan
+
+
+def compare_pretraining(
+    run: Path = Path("runs/evip-plus-plus"),
+    *,
+    seeds: int = 3,
+    quick: bool = False,
+    against: Path | None = None,
+    processes: int = 1,
+    device: str = "cpu",
+    precision: str = "auto",
+) -> Path:
+    """Train and evaluate every arm with every seed; write all figures and a table.
+
+    A second call goes on where the first stopped, and may add seeds.
+
+    Args:
+        run: Output folder: `ARM/seed<n>/`, `runs.jsonl`, `table.md`.
+        seeds: How many, from 0.
+        quick: The same path with small numbers; its scores mean nothing.
+        against: Folder of a finished quickstart of seed 0 and the same sizes; it is the EViP arm of
+            seed 0, which then is not run again.
+        processes: Runs that are trained side by side, each in one process.
+        device: Of training and evaluation.
+        precision: "auto", "bf16" or "fp32"; a comparison that goes on keeps what it began with,
+            and one with a quickstart takes the quickstart's.
+
+    Returns:
+        The table.
+
+    Raises:
+        ConfigError: No seed; `run` was begun with other sizes; or `against` is no finished
+            quickstart of what that arm would train.
+    """
+    if seeds < 1:
+        raise ConfigError(f"seeds={seeds}; expected at least 1")
+    plan = dataclasses.replace(QUICK if quick else FULL, bounds={})
+    arms = arms_of(plan.recipe)
+    if against is not None:
+        _check_quickstart(against, quick)
+    with exclusive(run), resumable(run):
+        begin(run / "lab.json", {"quick": quick})
+        compute = make_plan(device, precision, processes=1, threads=1 if processes > 1 else None)
+        if against is not None and precision == "auto":
+            first = read_state(against / plan.recipe.stages[0].name / "checkpoint")
+            precision = str(first.stage["precision"])
+            compute = compute.with_precision(precision, reason="as in the quickstart")
+        compute = keep_plan(run, compute, precision)
+        places = [(run / "data" / f"seed{seed}", plan.size, seed) for seed in range(seeds)]
+        run_side_by_side(miniature.write_world, places, processes)
+        worlds = [miniature.write_world(*place) for place in places]
+        tasks = [
+            _Task(arm, seed, plan, quick, world, run / arm.name / f"seed{seed}", compute)
+            for seed, world in enumerate(worlds)
+            for arm in arms
+        ]
+        for task in tasks:
+            _make_start(task, run / arms[0].name / f"seed{task.seed}" / START / "checkpoint")
+        folders = [task.folder for task in tasks]
+        if against is not None:
+            _check_same_run(against, tasks[0])
+            folders[0] = against
+        left = [
+            (task,)
+            for task, folder in zip(tasks, folders, strict=True)
+            if not (folder / METRICS).exists()
+        ]
+        console = Console(stderr=True, highlight=False)
+        console.print(f"{len(tasks)} runs, {len(tasks) - len(left)} of them done", soft_wrap=True)
+        run_side_by_side(_run, left, processes)
+        runs = [_measured(t.arm, t.seed, f) for t, f in zip(tasks, folders, strict=True)]
+        write_whole(run / RUNS, "\n".join(json.dumps(dataclasses.asdict(one)) for one in runs))
+        write_whole(run / TABLE, evip_page(runs))
+        return run / TABLE
+
+
+def _check_quickstart(folder: Path, quick: bool) -> None:
+    """Refuse what is no finished quickstart, or not one of the EViP arm's settings for seed 0."""
+    for file, wanted in (
+        (folder / SETTINGS, {"quick": quick, "llm": "shipped", "seed": 0}),
+        (folder / METRICS, {}),
+    ):
+        check_settings(
+            file, wanted, "let a quickstart of these settings finish or leave --against out"
+        )
+
+
+def _check_same_run(folder: Path, task: _Task) -> None:
+    """Hold a quickstart against the arm that it stands for: first weights, stages and data."""
+
+    def refuse(what: str) -> NoReturn:
+        raise ConfigError(
+            f"{folder}: {what}; it cannot stand for the run {task.arm.name}, seed {task.seed}: run "
+            "the quickstart again or leave --against out"
+        )
+
+    ours, theirs = (
+        load_file(place / START / "checkpoint" / WEIGHTS) for place in (task.folder, folder)
+    )
+    if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k]) for k in ours):
+        refuse("started from other weights")
+    for stage in task.arm.recipe.stages:
+        state = read_state(folder / stage.name / "checkpoint")
+        own = json.loads(json.dumps(dataclasses.asdict(stage)))
+        if own["precision"] == "auto":
+            own["precision"] = task.compute.precision
+        for name in sorted(set(own) & set(state.stage)):
+            if own[name] != state.stage[name]:
+                refuse(f"stage {stage.name} has {name}={state.stage[name]!r}, not {own[name]!r}")
+        meta = task.world.root / stage.data
+        files = [source.path for source in read_meta(meta)]
+        if state.inputs.get("data content") != digest_of_data(meta, files):
+            refuse(f"stage {stage.name} was trained on other data")
+
+
+def _make_start(task: _Task, eyes: Path) -> None:
+    """The model that an arm starts from, with the eyes of the seed's first arm."""
+    start = task.folder / START / "checkpoint"
+    if not start.exists():
+        experts, own = task.arm.visual_experts, start == eyes
+        give_eyes(
+            SHIPPED_LANGUAGE_MODEL, start, experts, seed=task.seed, eyes=None if own else eyes
+        )
+
+
+def _run(task: _Task) -> None:
+    """Train and evaluate one arm with one seed."""
+    began, folder = time.perf_counter(), task.folder
+    # What a killed process had used up of its stage is not in the files that count CPU time.
+    was_interrupted = (folder / _BEGUN).exists()
+    write_whole(folder / _BEGUN, json.dumps({"command": command()}))
+    plan = dataclasses.replace(task.plan, recipe=seeded(task.arm.recipe, task.seed))
+    with lines_of(f"{task.arm.name} seed {task.seed}"):
+        arguments = (plan, task.world, folder, task.compute)
+        run_processes(train_and_evaluate, 1, *arguments, threads=task.compute.threads)
+    metrics = collect(folder, plan, task.quick, task.compute, time.perf_counter() - began)
+    metrics["was_interrupted"] = was_interrupted
+    write_whole(folder / METRICS, json.dumps(metrics, indent=2))
+
+
+def _measured(arm: Arm, seed: int, folder: Path) -> MeasuredRun:
+    """What a finished run says, whether this pipeline or the quickstart made it."""
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    stages = {}
+    for stage in metrics["stages"]:
+        figures = {
+            kind: Figure(score["score"], score["items"]) for kind, score in stage["scores"].items()
+        }
+        figures |= {f"text: {name}": Figure(value) for name, value in stage["text"].items()}
+        figures["text-only logits as before"] = Figure(float(stage["text_logits_identical"]))
+        figures["samples"] = Figure(stage["samples"])
+        if not metrics.get("was_interrupted", False):
+            minutes = _training_minutes(folder / stage["name"])
+            figures["training, CPU minutes"] = Figure(minutes)
+        stages[stage["name"]] = figures
+    names = [field.name for field in dataclasses.fields(Origin) if field.name in metrics]
+    origin = {name: metrics[name] for name in names}
+    quick = metrics["quick"]
+    return MeasuredRun(
+        arm=arm.name, title=arm.title, seed=seed, quick=quick, stages=stages, **origin
+    )
+
+
+def _training_minutes(folder: Path) -> float:
+    costs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("cost*.json")]
+    return float(sum(cost.get("trained", 0.0) for cost in costs)) / 60

@@ -1,0 +1,315 @@
+"""What the labs' runs say, as Markdown; from the files that they write, and from nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mono_internvl.errors import ConfigError
+from mono_internvl.reports.markdown import NOTHING, in_words
+from mono_internvl.reports.markdown import head as table_head
+from mono_internvl.reports.markdown import line as table_line
+from mono_internvl.runs.json_lines import read_lines
+from mono_internvl.runs.provenance import Origin, place_of
+
+RUNS_FILE, TWIN_FILE = "evip-plus-plus.jsonl", "modular.json"
+"""Names under `results/` of what the two labs leave behind."""
+
+QUICK_NOTE = "A quick run: it shows that everything runs, its scores mean nothing.\n"
+_IDENTICAL, _SAMPLES, _MINUTES = "text-only logits as before", "samples", "training, CPU minutes"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure.
+
+    Attributes:
+        value: Of a kind of question, the mean score.
+        items: Records behind it; None where it is not a mean over records that is counted here.
+    """
+
+    value: float
+    items: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredRun(Origin):
+    """One arm of `lab evip-plus-plus` with one seed.
+
+    Attributes:
+        arm: Name of the arm.
+        title: Of its column.
+        seed: Of world, data order and first weights.
+        quick: Whether it is a check that everything runs.
+        stages: Name of a stage -> name of a measure -> what was measured after it. CPU minutes are
+            left out where a kill has lost some.
+    """
+
+    arm: str
+    title: str
+    seed: int
+    quick: bool
+    stages: Mapping[str, Mapping[str, Figure]]
+
+
+def stage_label(stage: str) -> str:
+    """A stage as the paper writes it: "s12" is S1.2."""
+    return "S" + ".".join(stage[1:]) if re.fullmatch(r"s\d+", stage) else stage
+
+
+def origin_of(made: Mapping[str, Any]) -> str:
+    """What made a figure, in a line.
+
+    Args:
+        made: With `command`, `processes`, `device`, `versions` and `date`.
+    """
+    many = "es" if made["processes"] != 1 else ""
+    count = f"{made['processes']} process{many} a model"
+    of = in_words(made["versions"])
+    return f"`{made['command']}`, {count}, {place_of(made)}, {of}, {made['date']}"
+
+
+def read_runs(file: Path) -> list[MeasuredRun]:
+    """The runs of a `runs.jsonl`.
+
+    Raises:
+        ConfigError: A line is no run.
+    """
+    runs = []
+    for number, line in enumerate(read_lines(file), start=1):
+        try:
+            row = json.loads(line)
+            stages = {
+                stage: {name: Figure(**figure) for name, figure in figures.items()}
+                for stage, figures in row.pop("stages").items()
+            }
+            runs.append(MeasuredRun(**row, stages=stages))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{file}:{number}: {type(error).__name__}: {error}; expected a line of the "
+                "runs.jsonl that `mono-internvl lab evip-plus-plus` writes"
+            ) from error
+    return runs
+
+
+# ----------------------------------------------------------------------------- EViP and EViP++
+
+
+class _Arms:
+    """Runs by arm and seed; the first arm is what the others are held against."""
+
+    def __init__(self, runs: Sequence[MeasuredRun]):
+        self.titles = {run.arm: run.title for run in runs}
+        self.seeds = sorted({run.seed for run in runs})
+        self.runs = {(run.arm, run.seed): run for run in runs}
+        self.first = runs[0]
+        *self.pretraining, self.last = (name for name in self.first.stages if name != "start")
+        self.kinds = [
+            name
+            for name in self.first.stages[self.last]
+            if name not in (_IDENTICAL, _SAMPLES, _MINUTES)
+        ]
+
+    def values(self, arm: str, measure: str, stages: Sequence[str]) -> list[float | None]:
+        """Of each seed, the sum over stages; None where a figure is missing."""
+        found: list[float | None] = []
+        for seed in self.seeds:
+            run = self.runs.get((arm, seed))
+            parts = [run.stages[stage].get(measure) for stage in stages] if run else [None]
+            values = [part.value for part in parts if part is not None]
+            found.append(sum(values) if len(values) == len(parts) else None)
+        return found
+
+    def label(self, kind: str) -> str:
+        items = self.first.stages[self.last][kind].items
+        return kind.replace("_", " ") + (f" ({items})" if items else "")
+
+
+def evip_page(runs: Sequence[MeasuredRun]) -> str:
+    """Markdown: what each arm reached, the differences seed by seed, what it cost, its origin.
+
+    Args:
+        runs: Of all arms and seeds, the arm that the others are held against first.
+    """
+    arms = _Arms(runs)
+    said = {1: "one seed", 2: "two seeds", 3: "three seeds"}
+    count = said.get(len(arms.seeds), f"{len(arms.seeds)} seeds")
+    listed = ", ".join(map(str, arms.seeds))
+    lines = [QUICK_NOTE] if arms.first.quick else []
+    lines += [
+        f"Held-out scores after the last stage: mean over {count} (then each: {listed}); behind a "
+        "kind, its records. Perplexity is better when lower.",
+        "",
+        *_scores(arms),
+        "",
+        f"{arms.titles[arms.first.arm]} against the others, seed by seed: the arms of a seed share "
+        "world, order of the data and first weights, so only a difference of one sign in all seeds "
+        "says something, and few seeds say little.",
+        "",
+        *_differences(arms),
+        "",
+        "What the language model keeps, and what pre-training costs:",
+        "",
+        *_costs(arms),
+        "",
+        *_origins(arms),
+        "",
+        "What this shows: what two orders of learning do at this scale, with rates that were "
+        "chosen for EViP. What it cannot show: the paper's claim, which is about a model hundreds "
+        "of times larger and about re-organised data that were not published.",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(arms: _Arms) -> list[str]:
+    lines = table_head(["", *arms.titles.values()])
+    for kind in arms.kinds:
+        cells = [_cell(arms.values(arm, kind, [arms.last])) for arm in arms.titles]
+        lines.append(table_line([arms.label(kind), *cells]))
+    return lines
+
+
+def _differences(arms: _Arms) -> list[str]:
+    first, *others = arms.titles
+    titles = [f"{arms.titles[arm]}, minus {arms.titles[first]}" for arm in others]
+    lines = table_head(["", *titles])
+    for kind in arms.kinds:
+        own = arms.values(first, kind, [arms.last])
+        cells = []
+        for arm in others:
+            pairs = zip(arms.values(arm, kind, [arms.last]), own, strict=True)
+            cells.append(_cell([None if None in p else p[0] - p[1] for p in pairs], "+"))  # type: ignore[operator]
+        lines.append(table_line([kind.replace("_", " "), *cells]))
+    return lines
+
+
+def _costs(arms: _Arms) -> list[str]:
+    lines = table_head(["", *arms.titles.values()])
+    for stage in (*arms.pretraining, arms.last):
+        cells = []
+        for arm in arms.titles:
+            same = arms.values(arm, _IDENTICAL, [stage])
+            cells.append(", ".join("-" if x is None else "yes" if x else "no" for x in same))
+        label = f"text-only logits bit for bit as at the start, after {stage_label(stage)}"
+        lines.append(table_line([label, *cells]))
+    rows = [(f"pre-training {_SAMPLES}", _SAMPLES), (f"pre-{_MINUTES}", _MINUTES)]
+    for label, measure in rows:
+        cells = [_cell(arms.values(arm, measure, arms.pretraining)) for arm in arms.titles]
+        lines.append(table_line([label, *cells]))
+    return lines
+
+
+def _origins(arms: _Arms) -> list[str]:
+    """One line for all runs of one origin."""
+    origins: dict[str, list[str]] = {}
+    for (arm, seed), run in arms.runs.items():
+        origin = origin_of(vars(run))
+        origins.setdefault(origin, []).append(f"{arms.titles[arm]} (seed {seed})")
+    if len(origins) == 1:
+        return [f"All runs: {next(iter(origins))}."]
+    return [f"- {'; '.join(names)}: {origin}" for origin, names in origins.items()]
+
+
+# ------------------------------------------------------------------------------ the modular twin
+
+
+def twin_page(comparison: Mapping[str, Any]) -> str:
+    """Markdown: the scores of both models, their sizes, and what that can show.
+
+    Args:
+        comparison: What `comparison.json` holds.
+    """
+    has_other = comparison["monolithic"] is not None
+    names = ["modular", "monolithic"] if has_other else ["modular"]
+    lines = [QUICK_NOTE] if comparison["quick"] else []
+    head = ["held-out, one seed", "records", *names, "modular, image hidden"]
+    lines += table_head(head)
+    for row in comparison["kinds"]:
+        cells = [_share(row[name]) for name in (*names, "blind")]
+        lines.append(table_line([row["kind"].replace("_", " "), str(row["items"]), *cells]))
+    lines += ["", *table_head(["", *names])]
+    for label, field in (
+        ("parameters", "parameters"),
+        ("of them: patch embedding, tower, projector, visual experts", "eyes"),
+        ("operations (MFLOP) to read one image and a short question", "prefill_flops"),
+    ):
+        scale = 1e6 if field == "prefill_flops" else 1
+        cells = [f"{comparison[name][field] / scale:,.0f}" for name in names]
+        lines.append(table_line([label, *cells]))
+    origin = f"{origin_of(comparison)}."
+    if has_other:
+        origin += f" The monolithic model: {comparison['against']}."
+    lines += [
+        "",
+        origin,
+        "",
+        "What this shows: what either design learns from this little data when neither has seen an "
+        "image before, in one draw; both models see the same samples in the same order. What it "
+        "cannot show: the paper's comparison, in which the tower comes pre-trained on hundreds of "
+        "millions of images; nor that one design is better, as the tower's rates were not tuned.",
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- blocks of the pages
+
+
+def evip_block(results: Path) -> str:
+    """The committed runs of `lab evip-plus-plus`."""
+    file = results / RUNS_FILE
+    if not file.is_file():
+        return NOTHING
+    runs = read_runs(file)
+    if not runs or any(run.quick for run in runs):
+        raise ConfigError(f"{file}: no run, or a quick one; commit the runs.jsonl of a full lab")
+    return evip_page(runs) + "\n"
+
+
+def twin_block(results: Path) -> str:
+    """The committed comparison of `lab modular`."""
+    file = results / TWIN_FILE
+    if not file.is_file():
+        return NOTHING
+    try:
+        comparison = json.loads(file.read_text("utf-8"))
+        page = twin_page(comparison)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: {type(error).__name__}: {error}; expected the comparison.json of "
+            "`mono-internvl lab modular`"
+        ) from error
+    if comparison["quick"]:
+        raise ConfigError(f"{file}: a quick run; commit the comparison.json of a full lab")
+    return page + "\n"
+
+
+LAB_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "evip-plus-plus": evip_block,
+    "modular": twin_block,
+}
+"""Name of a block -> what writes it from the folder of measured files."""
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _cell(values: Sequence[float | None], sign: str = "") -> str:
+    """Mean, then each, in as many digits; a dash for what was not measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    largest = max(map(abs, known))
+    digits = ",.0f" if largest >= 1000 else ".1f" if largest >= 10 else ".3f"
+
+    def said(value: float | None) -> str:
+        return "-" if value is None else f"{value:{sign}{digits}}"
+
+    if len(values) == 1:
+        return said(values[0])
+    return f"{said(fmean(known))} ({', '.join(map(said, values))})"

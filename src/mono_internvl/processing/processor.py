@@ -1,0 +1,422 @@
+"""Messages and images -> ids and pixels; the only place where `<IMG_CONTEXT>` is counted.
+
+Shapes: B batch, T tokens, N tiles of all images of all samples, S side of a tile in px.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BatchFeature
+
+from mono_internvl.configuration.model import MonoInternVLConfig
+from mono_internvl.errors import CheckpointError, ConfigError, PromptError
+from mono_internvl.processing.encoding import (
+    Encoded,
+    TileLimits,
+    decode_answer,
+    encode_pieces,
+    pad_left,
+)
+from mono_internvl.processing.host_processor import HostProcessor
+from mono_internvl.processing.images import MonoInternVLImageProcessor, share_tiles
+from mono_internvl.processing.prompts import (
+    DEFAULT_SYSTEM_PROMPT,
+    IMAGE_CONTEXT,
+    IMAGE_END,
+    IMAGE_START,
+    SUPPORTED_TEMPLATES,
+    OnControl,
+    Piece,
+    Turn,
+    check_no_control,
+    to_turns,
+)
+from mono_internvl.processing.prompts import chat_template as make_chat_template
+from mono_internvl.processing.templates import JINJA_FORM, RELEASED_FORM
+from mono_internvl.processing.templates import prompt_form as make_prompt_form
+from mono_internvl.processing.tokenizer import (
+    HUB_OPTIONS,
+    MonoInternVLTokenizer,
+    find_file,
+    load_tokenizer,
+)
+from mono_internvl.runs.files import MAX_TEMPLATE_BYTES, read_bytes, read_json, reading
+
+VISUAL_TOKEN_SIZE = 28
+"""Side of the square that one visual token sees, px: 2x2 patches of 14 px."""
+
+PROCESSOR_CONFIG = "processor_config.json"
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
+CONFIG = "config.json"
+_IMAGE_OVERRIDES = ("min_tiles", "max_tiles", "use_thumbnail")
+_IMAGE_SETTINGS = (*_IMAGE_OVERRIDES, "image_size", "image_mean", "image_std", "pad2square")
+
+
+class MonoInternVLProcessor(HostProcessor):
+    """Image processor, tokenizer and chat template as one.
+
+    Args:
+        image_processor: Cuts images into tiles.
+        tokenizer: Has the control tokens of chat and vision.
+        chat_template: Jinja template of `apply_chat_template`; made from `default_system_prompt`
+            unless given.
+        default_system_prompt: System message of conversations without one; empty: no block.
+        visual_token_size: Side of the square that one visual token sees, px.
+        prompt_form: How the `encode_*` functions render: "internlm2-chat", or "chat_template.jinja"
+            for a language model's own template.
+
+    Raises:
+        ConfigError: If tiles cannot be cut into visual tokens, or the template is of no use.
+        CheckpointError: If the tokenizer lacks a control token.
+    """
+
+    def __init__(
+        self,
+        image_processor: MonoInternVLImageProcessor | None = None,
+        tokenizer: MonoInternVLTokenizer | None = None,
+        chat_template: str | None = None,
+        default_system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+        visual_token_size: int = VISUAL_TOKEN_SIZE,
+        prompt_form: str = RELEASED_FORM,
+    ) -> None:
+        if image_processor is None or tokenizer is None:
+            raise ConfigError("a processor needs an image_processor and a tokenizer; give both")
+        if image_processor.image_size % visual_token_size:
+            raise ConfigError(
+                f"image_size={image_processor.image_size} is not a multiple of the visual token's "
+                f"side of {visual_token_size} px"
+            )
+        if not isinstance(default_system_prompt, str):
+            raise ConfigError(f"default_system_prompt={default_system_prompt!r:.60}; expected text")
+        self.default_system_prompt = default_system_prompt
+        self.visual_token_size = visual_token_size
+        self.image_token = IMAGE_CONTEXT
+        self.image_token_id = tokenizer.control_id(IMAGE_CONTEXT)
+        for token in (IMAGE_START, IMAGE_END):
+            tokenizer.control_id(token)
+        self.prompt_form = prompt_form
+        self._form = make_prompt_form(prompt_form, chat_template, tokenizer)
+        super().__init__(
+            image_processor,
+            tokenizer,
+            chat_template=chat_template or make_chat_template(default_system_prompt),
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: MonoInternVLConfig,
+        tokenizer: MonoInternVLTokenizer,
+        *,
+        default_system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+        chat_template: str | None = None,
+    ) -> "MonoInternVLProcessor":
+        """A processor whose image settings are those of a model.
+
+        Args:
+            config: Of the model.
+            tokenizer: Of the model.
+            default_system_prompt: System message of conversations without one.
+            chat_template: Of a language model whose prompts are not in the released form.
+
+        Raises:
+            ConfigError: If the config names a chat template of another form.
+        """
+        if config.template not in (*SUPPORTED_TEMPLATES, JINJA_FORM):
+            raise ConfigError(
+                f"template={config.template!r} is not supported; expected one of "
+                f"{', '.join(str(name) for name in SUPPORTED_TEMPLATES)}"
+            )
+        tiled = config.dynamic_image_size
+        vision: Any = config.vision_config
+        image_processor = MonoInternVLImageProcessor(
+            image_size=config.force_image_size or vision.image_size,
+            min_tiles=config.min_dynamic_patch if tiled else 1,
+            max_tiles=config.max_dynamic_patch if tiled else 1,
+            use_thumbnail=config.use_thumbnail and tiled,
+            pad2square=config.pad2square,
+        )
+        return cls(
+            image_processor,
+            tokenizer,
+            chat_template=chat_template,
+            default_system_prompt=default_system_prompt,
+            visual_token_size=round(vision.patch_size / config.downsample_ratio),
+            prompt_form=JINJA_FORM if config.template == JINJA_FORM else RELEASED_FORM,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "MonoInternVLProcessor":
+        """Loads the processor of a folder or hub id.
+
+        A folder written by `save_pretrained` is read as it is. A released one has no processor
+        files of ours: its image settings are in config.json and its tokenizer is converted.
+
+        Args:
+            pretrained_model_name_or_path: Folder or hub id.
+            **kwargs: `revision`, `cache_dir`, `token`, `local_files_only`, `force_download`,
+                `subfolder`; `max_tiles`, `min_tiles`, `use_thumbnail`, `default_system_prompt`
+                replace what is stored. Other options of generic hosts are ignored.
+
+        Raises:
+            CheckpointError: If files are missing or contradict one another.
+            ConfigError: If an override is out of range.
+        """
+        hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
+        overrides = {key: value for key, value in kwargs.items() if key in _IMAGE_OVERRIDES}
+        path = pretrained_model_name_or_path
+        with reading(f"{path}: processor files"):
+            return cls._read(path, hub, overrides, kwargs.get("default_system_prompt"))
+
+    @classmethod
+    def _read(
+        cls,
+        path: str | Path,
+        hub: dict[str, Any],
+        overrides: dict[str, Any],
+        system: str | None,
+    ) -> "MonoInternVLProcessor":
+        tokenizer = load_tokenizer(path, **hub)
+        template_file = None
+        stored = read_json(find_file(path, PROCESSOR_CONFIG, hub))
+        settings = stored.get("image_processor") or read_json(
+            find_file(path, PREPROCESSOR_CONFIG, hub)
+        )
+        if settings.get("image_processor_type") == MonoInternVLImageProcessor.__name__:
+            fields = {key: settings[key] for key in _IMAGE_SETTINGS if key in settings}
+            token_size = stored.get("visual_token_size", VISUAL_TOKEN_SIZE)
+        else:
+            released = read_json(find_file(path, CONFIG, hub))
+            if not released:
+                raise CheckpointError(
+                    f"{path}: neither {PROCESSOR_CONFIG} of ours nor {CONFIG}; "
+                    "expected a checkpoint"
+                )
+            like = cls.from_config(MonoInternVLConfig.from_dict(released), tokenizer)
+            fields = {key: getattr(like.image_processor, key) for key in _IMAGE_SETTINGS}
+            token_size = like.visual_token_size
+        form = stored.get("prompt_form", RELEASED_FORM)
+        if stored and (system is None or form == JINJA_FORM):
+            template_file = find_file(path, JINJA_FORM, hub)
+        if system is None:
+            system = stored.get("default_system_prompt", DEFAULT_SYSTEM_PROMPT)
+        template = read_bytes(template_file, MAX_TEMPLATE_BYTES) if template_file else None
+        return cls(
+            MonoInternVLImageProcessor(**{**fields, **overrides}),
+            tokenizer,
+            chat_template=None if template is None else template.decode(),
+            default_system_prompt=system,
+            visual_token_size=token_size,
+            prompt_form=form,
+        )
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end an answer: `</s>`, `<|im_end|>`, `<|im_start|>`; EOS and the turn's end.
+
+        Source: stop ids of the released template. Differs: the released chat stops on
+            `<|im_end|>` only.
+        """
+        named = [self.tokenizer.control_id(token) for token in self._form.stop_tokens]
+        return sorted({*named, self.tokenizer.eos_token_id} - {None})
+
+    @property
+    def turn_end_id(self) -> int:
+        """Id of the control token that closes an answer."""
+        return self.tokenizer.control_id(self._form.turn_end)
+
+    def encode_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tiles: int | Sequence[int] | None = None,
+        share_budget: bool = False,
+        on_control: OnControl = "escape",
+    ) -> BatchFeature:
+        """A prompt that is open for an answer.
+
+        Args:
+            messages: The conversation; see `prompts.to_turns`.
+            max_tiles: Most tiles of an image, or one number for each; None: the processor's own.
+            share_budget: Whether the images share `max_tiles` instead of having it each.
+            on_control: Whether control tokens in the text become plain text or an error.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 (1, T); with images `pixel_values` (N, 3, S, S).
+
+        Raises:
+            PromptError: If messages are malformed, or images and placeholders differ in number.
+            ImageError: If an image cannot be decoded.
+        """
+        return self.encode_prompts(
+            [messages], max_tiles=max_tiles, share_budget=share_budget, on_control=on_control
+        )
+
+    def encode_prompts(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        *,
+        max_tiles: int | Sequence[int] | None = None,
+        share_budget: bool = False,
+        on_control: OnControl = "escape",
+    ) -> BatchFeature:
+        """A batch of prompts, padded on the left; see `encode_prompt`.
+
+        Args:
+            max_tiles: One number, or one for each image of all conversations in order.
+        """
+        if not conversations:
+            raise PromptError("conversations: empty; expected at least one")
+        limits = TileLimits(max_tiles, self.image_processor.max_tiles)
+        rendered, images, image_limits = [], [], []
+        for messages in conversations:
+            turns = self._checked(to_turns(messages), on_control)
+            shown = [source for turn in turns for source in turn.images]
+            own = limits.take(len(shown))
+            images += shown
+            image_limits += [share_tiles(most, len(shown)) for most in own] if share_budget else own
+            pieces = self._form.render(
+                turns, default_system_prompt=self.default_system_prompt, add_generation_prompt=True
+            )
+            rendered.append((pieces, len(shown)))
+        limits.check_used_up()
+        pixel_values, num_tiles = self._cut(images, image_limits)
+        rows, position = [], 0
+        for pieces, count in rendered:
+            rows.append(self._ids(pieces, num_tiles[position : position + count])[0])
+            position += count
+        return self._batch(rows, pixel_values)
+
+    def encode_turn(
+        self,
+        message: Mapping[str, Any],
+        *,
+        close_previous: bool = True,
+        max_tiles: int | Sequence[int] | None = None,
+        on_control: OnControl = "escape",
+    ) -> BatchFeature:
+        """Only what a new user message adds to a conversation whose keys and values are cached.
+
+        The ids of prompt, answer and this suffix together are those of the whole conversation.
+
+        Args:
+            message: The user's message.
+            close_previous: Whether the cached answer still lacks its end.
+            max_tiles: As in `encode_prompt`.
+            on_control: As in `encode_prompt`.
+
+        Returns:
+            As `encode_prompt`, without BOS; `attention_mask` covers the new tokens only.
+        """
+        if message.get("role") != "user":
+            raise PromptError(f"message.role={message.get('role')!r}; a new turn is the user's")
+        turns = to_turns([message])
+        checked = self._checked(turns, on_control)
+        pieces = self._form.render_next(checked[0], close_previous=close_previous)
+        images = list(turns[0].images)
+        limits = TileLimits(max_tiles, self.image_processor.max_tiles)
+        own = limits.take(len(images))
+        limits.check_used_up()
+        pixel_values, num_tiles = self._cut(images, own)
+        return self._batch([self._ids(pieces, num_tiles, continues=True)[0]], pixel_values)
+
+    def encode_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        images: Sequence[Any] | None = None,
+        max_tiles: int | None = None,
+        share_budget: bool = True,
+        max_tokens: int | None = None,
+        on_control: OnControl = "escape",
+    ) -> Encoded:
+        """A training sample: every answer and its `<|im_end|>` are learned, nothing else.
+
+        Outer whitespace of each message is dropped, and answers before the first question.
+
+        Args:
+            messages: The conversation; see `prompts.to_turns`.
+            images: Images of the record, for the `<image>` of its text; None: they are parts of
+                messages.
+            max_tiles: Most tiles of the sample, or of each image if the budget is not shared.
+            share_budget: Whether the images of the sample share `max_tiles`.
+            max_tokens: Longer samples are cut there; None keeps all.
+            on_control: As in `encode_prompt`.
+
+        Raises:
+            PromptError: As in `encode_prompt`; also if the cut goes through an image.
+
+        Source: `preprocess_internlm` of the released code. Differs: labels follow character
+            offsets, where the released code masks a sample whose pieces tokenize differently alone.
+        """
+        messages = list(messages)
+        has_system = bool(messages) and messages[0].get("role") == "system"
+        first = 1 if has_system else 0
+        while len(messages) > first and messages[first].get("role") == "assistant":
+            del messages[first]
+        turns = to_turns(messages, images=images, strip=True)
+        pieces = self._form.render(
+            self._checked(turns, on_control),
+            default_system_prompt=self.default_system_prompt,
+            add_generation_prompt=False,
+        )
+        sources = [source for turn in turns for source in turn.images]
+        most = self.image_processor.max_tiles if max_tiles is None else max_tiles
+        limit = share_tiles(most, len(sources)) if share_budget else most
+        pixel_values, num_tiles = self._cut(sources, [limit] * len(sources))
+        ids, labels = self._ids(pieces, num_tiles)
+        if max_tokens is not None and len(ids) > max_tokens:
+            ids, labels = ids[:max_tokens], labels[:max_tokens]
+            if ids.count(self.tokenizer.control_id(IMAGE_END)) < len(num_tiles):
+                raise PromptError(
+                    f"max_tokens={max_tokens} cuts an image of {num_tiles} tiles of "
+                    f"{self.tokens_per_tile} tokens; raise max_tokens or lower max_tiles"
+                )
+        return Encoded(torch.tensor(ids), torch.tensor(labels), pixel_values, tuple(num_tiles))
+
+    def _checked(self, turns: list[Turn], on_control: OnControl) -> list[Turn]:
+        if on_control not in ("escape", "raise"):
+            raise PromptError(f"on_control={on_control!r}; expected 'escape' or 'raise'")
+        if on_control == "raise":
+            check_no_control(turns, self.tokenizer.control_tokens)
+        return turns
+
+    def _ids(
+        self, pieces: Sequence[Piece], num_tiles: Sequence[int], *, continues: bool = False
+    ) -> tuple[list[int], list[int]]:
+        counts = [count * self.tokens_per_tile for count in num_tiles]
+        bos = self._form.adds_bos and not continues
+        return encode_pieces(self.tokenizer, pieces, counts, add_bos=bos, continues=continues)
+
+    def _cut(
+        self, images: Sequence[Any], limits: Sequence[int]
+    ) -> tuple[torch.Tensor | None, list[int]]:
+        if not images:
+            return None, []
+        features = self.image_processor(list(images), max_tiles=list(limits))
+        return features["pixel_values"], features["num_tiles"]
+
+    def _batch(self, rows: list[list[int]], pixel_values: torch.Tensor | None) -> BatchFeature:
+        batch = pad_left(rows, self.tokenizer.pad_token_id)
+        if pixel_values is not None:
+            batch["pixel_values"] = pixel_values
+        self.check_image_tokens(
+            batch["input_ids"], 0 if pixel_values is None else len(pixel_values)
+        )
+        return BatchFeature(batch)
+
+    def decode_answer(self, ids: Any, *, keep_grounding: bool = False) -> str:
+        """The text of a generated answer.
+
+        Args:
+            ids: New ids of one row, int64 (T,) or a list.
+            keep_grounding: Whether `<ref>`, `<box>` and their like stay in the text.
+
+        Returns:
+            The text up to the first turn's end, without control tokens and outer whitespace.
+        """
+        return decode_answer(self.tokenizer, ids, self.turn_end_id, keep_grounding)
