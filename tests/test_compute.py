@@ -64,13 +64,13 @@ def test_plan_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plan_obeys_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch, bf16_cost=40.0, cores=8)
     plan = make_plan(
-        "cpu", "bf16", attention="eager", experts="grouped", threads=3, processes=5, batch_size=8
+        "cpu", "bf16", attention="eager", experts="triton", threads=3, processes=5, batch_size=8
     )
     assert plan == ComputePlan(
         device="cpu",
         precision="bf16",
         attention="eager",
-        experts="grouped",
+        experts="triton",
         threads=3,
         processes=5,
     )

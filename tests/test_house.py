@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "transformers_import": set(),
     "door": set(),
-    "compute": {"experts.crossovers"},
+    "compute": {"experts.registry"},
     "runs": set(),
     "experts": set(),
     "configuration": set(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -105,38 +104,6 @@ def _against_llama(rows: list[BenchRow]) -> tuple[float | None, ...]:
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def experts_summary_block(results: Path) -> str:
-    """Every cell of the expert layers in four lines: median and range of the ratios to eager."""
-    cells: dict[tuple[Any, ...], dict[str, BenchRow]] = {}
-    for row in read_rows(results / BENCH_ROWS):
-        if row.what in (FFN, PROJECTION) and row.clock == "cpu":
-            run = (row.device, row.command, row.commit, row.dtype, row.date)
-            key = (row.what, row.notes["pass"], *run, *row.shapes.values())
-            cells.setdefault(key, {})[row.subject] = row
-    groups: dict[tuple[str, str], list[dict[str, BenchRow]]] = {}
-    for (what, of_pass, *_), cell in cells.items():
-        name = "feed-forward" if what == FFN else "projection"
-        groups.setdefault((name, of_pass), []).append(cell)
-    if not groups:
-        return NOTHING
-    return _table(
-        ("layer", "pass", "cells", "grouped / eager", "dense / eager"),
-        (
-            (what, of_pass, str(len(found)), _spread(found, "grouped"), _spread(found, "dense"))
-            for (what, of_pass), found in groups.items()
-        ),
-    )
-
-
-def _spread(cells: list[dict[str, BenchRow]], subject: str) -> str:
-    ratios = [
-        (cell[subject].ratio or 0) / (cell["eager"].ratio or 1) for cell in cells if subject in cell
-    ]
-    if not ratios:
-        return ""
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def experts_block(results: Path) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.experts.crossovers import CROSSOVERS
+from mono_internvl.experts.registry import AUTO, EAGER, default_implementation
 
 Precision = Literal["auto", "bf16", "fp32"]
 """What can be asked of training; inference also knows "int8"."""
@@ -53,7 +53,7 @@ class ComputePlan:
         precision: "bf16" (autocast over fp32 weights in training, bf16 weights in inference),
             "fp32", or in inference "int8" (int8 weights, fp32 activations).
         attention: Attention implementation, as `attn_implementation` takes it.
-        experts: Implementation of the experts, as `set_expert_path` takes it.
+        experts: Implementation of the experts, as `set_experts_implementation` takes it.
         threads: Of each process.
         processes: That share the work.
         bf16_cost: Time of a bf16 product over that of fp32 on this device; None if not measured.
@@ -112,7 +112,7 @@ def make_plan(
             "xpu" or "mps".
         precision: "auto", "bf16", "fp32", or where `fp32_bytes` is given "int8".
         attention: Attention implementation; by device and precision unless given.
-        experts: Implementation of the experts; "auto" goes by measured crossovers.
+        experts: Implementation of the experts; "auto" takes what was measured to be the fastest.
         threads: Of each process; the cores that the processes leave each of them unless given.
         processes: That share the work; on a CPU, unless given, the largest divisor of `batch_size`
             that has a core for each.
@@ -284,10 +284,9 @@ def _wait(device: torch.device) -> None:
 
 
 def _experts(asked: str, place: torch.device) -> str:
-    """ "auto" where a measurement has something to choose between on this device, else eager."""
-    if asked == "auto" and not any(row.device == place.type for row in CROSSOVERS):
-        return "eager"
-    return asked
+    """ "auto" where another implementation than eager is the default of this device, else eager."""
+    is_settled = asked == AUTO and default_implementation(place.type) == EAGER
+    return EAGER if is_settled else asked
 
 
 def _threads(processes: int) -> int:

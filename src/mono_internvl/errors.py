@@ -46,8 +46,8 @@ class TrainingStateError(MonoInternVLError, RuntimeError):
     """A run directory cannot be resumed: it is damaged, in use, or belongs to another run."""
 
 
-class ExpertPathUnavailable(MonoInternVLError, RuntimeError):
-    """An expert path was asked for by name and cannot run here."""
+class ExpertsUnavailable(MonoInternVLError, RuntimeError):
+    """An implementation of the experts was asked for by name and cannot run here."""
 
 
 class MissingDependency(MonoInternVLError, ImportError):

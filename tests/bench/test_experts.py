@@ -5,13 +5,15 @@ import functools
 
 import pytest
 import torch
-from torch import Tensor
+import toy_experts
 
+from mono_internvl.bench import dense
 from mono_internvl.bench import experts as bench
+from mono_internvl.bench.dense import DENSE
 from mono_internvl.bench.experts import Cell
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.timing import Subject, interleaved
-from mono_internvl.experts import grouped
+from mono_internvl.experts import registry
 
 CPU = torch.device("cpu")
 CELL = Cell(40, 24, 16, 24)
@@ -28,11 +30,11 @@ def _setting(rounds: int) -> Setting:
 @pytest.mark.parametrize("passes", [bench.FORWARD, bench.BOTH])
 def test_cell_has_every_subject_and_counts_its_products(passes: str) -> None:
     rows = {row.subject: row for row in _rows(passes)}
-    assert list(rows) == [bench.LIMIT, bench.ONE, bench.TWO, "eager", "grouped", "dense"]
+    assert list(rows) == [bench.LIMIT, bench.ONE, bench.TWO, "eager", DENSE]
     one_pass = 6 * 40 * 16 * 24 / 1e9
     owed = one_pass * (1 if passes == bench.FORWARD else 3)
     for name, row in rows.items():
-        expected = 2 * owed if name == "dense" else owed
+        expected = 2 * owed if name == DENSE else owed
         assert row.gflop == pytest.approx(expected), name
         assert row.n == 2 and row.baseline == bench.ONE and row.notes["pass"] == passes
     assert rows["eager"].shapes == CELL.shapes
@@ -45,7 +47,7 @@ def test_projections_are_a_comparison_of_their_own(passes: str) -> None:
     assert list(rows)[:3] == [bench.LIMIT, bench.ONE_PROJECTION, bench.TWO_PROJECTIONS]
     owed = 2 * 40 * 16 * 16 / 1e9 * (1 if passes == bench.FORWARD else 3)
     for name, row in rows.items():
-        assert row.gflop == pytest.approx(2 * owed if name == "dense" else owed), name
+        assert row.gflop == pytest.approx(2 * owed if name == DENSE else owed), name
         assert row.what == bench.PROJECTION and row.baseline == bench.ONE_PROJECTION
     assert rows["eager"].shapes == {"tokens": 40, "visual_tokens": 24, "width": 16}
 
@@ -54,8 +56,9 @@ def test_projections_are_a_comparison_of_their_own(passes: str) -> None:
 def test_fused_kernels_count_the_products_of_eager(
     passes: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    triton_path = pytest.importorskip("mono_internvl.experts.triton_path")
-    monkeypatch.setattr(triton_path, "unavailable", lambda x: None)
+    pytest.importorskip("triton")
+    entry = dataclasses.replace(registry._ENTRIES["triton"], devices=("meta",))
+    monkeypatch.setitem(registry._ENTRIES, "triton", entry)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # "meta" is unknown to it
     experts = bench.Experts.random(CELL, passes, torch.float32, torch.device("meta"))
     ways = {path: functools.partial(experts.by, path) for path in ("eager", "triton")}
@@ -85,25 +88,19 @@ def test_routing_of_a_cell_has_its_visual_rows() -> None:
 
 
 def test_check_rejects_swapped_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(check.met for check in bench.check_paths(torch.float32, CPU))
-    right = grouped._products
-
-    def wrong(
-        x: Tensor, n: int, text: Tensor, visual: Tensor, *rest: Tensor, **on: Tensor
-    ) -> Tensor:
-        return right(x, n, visual, text, *rest, **on)
-
-    monkeypatch.setattr(grouped, "_products", wrong)
-    met = {check.name.split()[0]: check.met for check in bench.check_paths(torch.float32, CPU)}
-    assert met == {"grouped": False, "dense": True}
+    assert all(check.met for check in bench.check_implementations(torch.float32, CPU))
+    blend = dense._blend
+    monkeypatch.setattr(dense, "_blend", lambda text, visual, routing: blend(visual, text, routing))
+    (check,) = bench.check_implementations(torch.float32, CPU)
+    assert check.name.startswith(DENSE) and not check.met
 
 
 @pytest.mark.parametrize("cell", [CELL, Cell(40, 24, 16)], ids=["ffn", "projection"])
 def test_rows_kept_sorted_give_the_same_rows(cell: Cell) -> None:
     experts = bench.Experts.random(cell, bench.FORWARD, torch.float32, CPU)
-    order = experts.routing.sorted_rows
+    order, toy = experts.routing.sorted_rows, toy_experts.register()
     assert order is not None
     by_rows = dataclasses.replace(experts, x=experts.x[order])
     with torch.no_grad():
-        assert torch.allclose(by_rows.by_sorted("grouped"), experts.by("eager")[order], atol=1e-5)
-        assert not torch.allclose(experts.by_sorted("grouped"), experts.by("eager"), atol=1e-2)
+        assert torch.allclose(by_rows.by_sorted(toy), experts.by("eager")[order], atol=1e-5)
+        assert not torch.allclose(experts.by_sorted(toy), experts.by("eager"), atol=1e-2)

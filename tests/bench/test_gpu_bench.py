@@ -43,7 +43,7 @@ def test_rehearsal_on_a_cpu_runs_everything_and_judges_nothing(
     targets = [row for row in found if isinstance(row, Target)]
     (check, *equal), claims = targets[:-CLAIMS], targets[-CLAIMS:]
     assert check.value is None and "not on the PATH" in check.note
-    assert len(equal) == 4 and all(t.met for t in equal)
+    assert len(equal) == 2 and all(t.met for t in equal)
     assert all(t.value is None and t.met is None for t in claims)
 
 
@@ -55,7 +55,7 @@ def test_comparisons_begin_one_after_the_other(monkeypatch: pytest.MonkeyPatch) 
             gpu, name, lambda *args, name=name, **kwargs: begun.append(name) or [row]
         )
     monkeypatch.setattr(gpu, "memory_check", lambda device: row)
-    monkeypatch.setattr(gpu, "check_paths", lambda dtype, device: [])
+    monkeypatch.setattr(gpu, "check_implementations", lambda dtype, device: [])
     setting = Setting(size_of("tiny"), torch.float32, CPU, 1, "none")
     counts = [len(begun) for found in gpu.bench_gpu(setting, EVIP.stages[0]) if found is row]
     assert counts == [0, 1, 2, 3, 4]
@@ -73,7 +73,7 @@ def test_one_command_takes_the_gpu_and_the_shapes_of_2b(monkeypatch: pytest.Monk
 
 
 def test_expert_targets_take_the_best_path_of_each_cell() -> None:
-    times = {experts.LIMIT: 0.8, experts.TWO: 1.0, "eager": 1.2, "grouped": 1.1, "triton": 1.0}
+    times = {experts.LIMIT: 0.8, experts.TWO: 1.0, "eager": 1.2, "triton": 1.0}
     cells = {256: {experts.TWO: 0.5}, 8192: {"dense": 1.9}, 32768: {experts.LIMIT: 0.1}}
     rows = [
         dataclasses.replace(

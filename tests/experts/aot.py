@@ -1,4 +1,4 @@
-"""Compile every kernel for a device that need not be here, as the path would launch it."""
+"""Compile every kernel for a device that need not be here, as it would be launched."""
 
 import inspect
 from typing import Any
@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mono_internvl.experts import triton_kernels, triton_path
+from mono_internvl.experts import triton_experts, triton_kernels
 
 WIDTH, FFN_WIDTH, ROWS = 2048, 8192, 4096
 SIZES = {"num_in": WIDTH, "num_out": FFN_WIDTH, "width": WIDTH, "ffn_width": FFN_WIDTH}
@@ -43,8 +43,8 @@ def compile_kernel(
         strides: Of the weights of `linear`.
     """
     function = getattr(triton_kernels, f"{kernel}_kernel")
-    tiles = triton_path.tiles_for(kernel, dtype, rows)
-    settings = triton_path._launch_settings(tiles, WIDTH, FFN_WIDTH, dtype)
+    tiles = triton_experts.tiles_for(kernel, dtype, rows)
+    settings = triton_experts._launch_settings(tiles, WIDTH, FFN_WIDTH, dtype)
     names = list(inspect.signature(function.fn).parameters)
     settings = {k: v for k, v in settings.items() if k in names} | FLAGS[kernel]
     element = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}[dtype]

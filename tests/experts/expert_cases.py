@@ -1,4 +1,4 @@
-"""Experts, rows and routings to compare paths on; eager, the definition, gives the reference."""
+"""Experts, rows and routings to compare implementations on, with eager as the reference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mono_internvl.model.layers import FeedForward, route
 
 # Largest difference, relative to the largest entry of the reference, over all cases below.
 # Measured on a CPU: 8e-7 in fp32, 8e-3 in bf16 (one rounding, in another place); the planted faults
-# of `test_paths.py` make more than 0.03.
+# of `test_implementations.py` make more than 0.03.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -83,12 +83,12 @@ def projections(case: Case, bias: bool, dtype: torch.dtype = torch.float32) -> n
 
 
 def run(
-    path: str, case: Case, experts: nn.ModuleList, device: str = "cpu"
+    name: str, case: Case, experts: nn.ModuleList, device: str = "cpu"
 ) -> dict[str, Tensor | None]:
     """Output and every gradient of one pass: rows in, a fixed gradient back.
 
     Args:
-        path: Name of the path.
+        name: Of the implementation.
         case: Rows and kinds.
         experts: Text and visual expert; frozen parameters stay without gradient.
         device: Where.
@@ -99,7 +99,7 @@ def run(
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(case.is_visual.numel(), case.width, generator=generator)
     x = x.to(device, dtype).requires_grad_()
-    routing = Routing.from_mask(case.is_visual).to(torch.device(device)).by(path)
+    routing = Routing.from_mask(case.is_visual).to(torch.device(device)).by(name)
     y = route_all(x, routing, *experts)
     dy = torch.randn(y.shape, generator=generator).to(device, dtype)
     y.backward(dy)
@@ -108,17 +108,17 @@ def run(
 
 
 def route_all(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module) -> Tensor:
-    """`route`, but a path gets the rows also where all are of one kind."""
-    from mono_internvl.experts import run_fast_path
+    """`route`, but an implementation gets the rows also where all are of one kind."""
+    from mono_internvl.experts import run_implementation
 
-    y = run_fast_path(x, routing, text, visual)
+    y = run_implementation(x, routing, text, visual)
     return route(x, routing, text, visual) if y is None else y
 
 
 def difference(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> float:
     """Largest difference of any tensor, relative to the largest entry of the reference.
 
-    An expert without rows has no gradient by eager and zeros or none by a path.
+    An expert without rows has no gradient by eager and zeros or none by others.
     """
     worst = 0.0
     for name, reference in expected.items():

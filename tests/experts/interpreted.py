@@ -3,6 +3,7 @@
 What a kernel leaves unwritten is NaN here, so that no leftover of an earlier run can look right.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from expert_cases import SMALL_CASES, Case, difference, feed_forwards, projections, run
 from torch import Tensor
 
-from mono_internvl.experts import Routing, triton_path
+from mono_internvl.experts import Routing, registry, triton_experts
 from mono_internvl.experts.pairs import SwiGLUPair, expert_pair
 
 CASES = {case.name: case for case in SMALL_CASES}
@@ -25,44 +26,44 @@ def gap(case: Case, experts: Any) -> float:
 
 def swap_experts(patch: pytest.MonkeyPatch) -> None:
     """The text rows meet the visual weights."""
-    right = triton_path._hidden
-    patch.setattr(triton_path, "_hidden", lambda x, w, *rest: right(x, w[2:] + w[:2], *rest))
+    right = triton_experts._hidden
+    patch.setattr(triton_experts, "_hidden", lambda x, w, *rest: right(x, w[2:] + w[:2], *rest))
 
 
 def drop_tail_tile(patch: pytest.MonkeyPatch) -> None:
     """One program too few."""
-    right = triton_path._grid
-    patch.setattr(triton_path, "_grid", lambda *args: (right(*args)[0] - 1,))
+    right = triton_experts._grid
+    patch.setattr(triton_experts, "_grid", lambda *args: (right(*args)[0] - 1,))
 
 
 def give_stale_output(patch: pytest.MonkeyPatch) -> None:
     """The rows of the first product, whatever comes later."""
-    right, kept = triton_path._linear, {}
+    right, kept = triton_experts._linear, {}
 
     def wrong(*args: Any) -> Tensor:
         y = right(*args)
         return kept.setdefault(y.shape, y)
 
-    patch.setattr(triton_path, "_linear", wrong)
+    patch.setattr(triton_experts, "_linear", wrong)
 
 
 def forget_order_in_weight_gradient(patch: pytest.MonkeyPatch) -> None:
     """Sorted rows taken for rows of the stream."""
-    right = triton_path._weight_gradient
+    right = triton_experts._weight_gradient
     patch.setattr(
-        triton_path, "_weight_gradient", lambda dy, x, order, *rest: right(dy, x, None, *rest)
+        triton_experts, "_weight_gradient", lambda dy, x, order, *rest: right(dy, x, None, *rest)
     )
 
 
 def swap_gate_and_up_gradients(patch: pytest.MonkeyPatch) -> None:
     """In the backward sweep."""
-    right = triton_path._hidden_backward
+    right = triton_experts._hidden_backward
 
     def wrong(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         hidden, d_gate, d_up = right(*args)
         return hidden, d_up, d_gate
 
-    patch.setattr(triton_path, "_hidden_backward", wrong)
+    patch.setattr(triton_experts, "_hidden_backward", wrong)
 
 
 def fault_gaps(case: Case) -> dict[str, float]:
@@ -85,7 +86,7 @@ def fault_gaps(case: Case) -> dict[str, float]:
 def frozen_gradients(case: Case) -> list[list[int]]:
     """Row ranges of the weight gradients that were made, the text expert being frozen."""
     made: list[list[int]] = []
-    right = triton_path._weight_gradient
+    right = triton_experts._weight_gradient
 
     def counting(dy: Tensor, x: Tensor, order: Tensor, *rest: Any) -> Tensor:
         made.append(list(rest[:2]))
@@ -94,7 +95,7 @@ def frozen_gradients(case: Case) -> list[list[int]]:
     experts = feed_forwards(case)
     experts[0].requires_grad_(False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_path, "_weight_gradient", counting)
+        patch.setattr(triton_experts, "_weight_gradient", counting)
         run("triton", case, experts)
     return made
 
@@ -106,8 +107,8 @@ def compiled_gap(case: Case) -> float:
     assert isinstance(pair, SwiGLUPair)
     routing = Routing.from_mask(case.is_visual)
     x = torch.randn(case.is_visual.numel(), case.width, requires_grad=True)
-    compiled = torch.compile(triton_path.swiglu, backend="aot_eager", fullgraph=True)
-    y, expected = compiled(x, routing, pair), triton_path.swiglu(x, routing, pair)
+    compiled = torch.compile(triton_experts.swiglu, backend="aot_eager", fullgraph=True)
+    y, expected = compiled(x, routing, pair), triton_experts.swiglu(x, routing, pair)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     (dx_expected,) = torch.autograd.grad(expected.square().sum(), x)
     return float((y - expected).abs().max() + (dx - dx_expected).abs().max())
@@ -115,6 +116,8 @@ def compiled_gap(case: Case) -> float:
 
 def main() -> None:
     """Print one JSON object."""
+    on_cpu = dataclasses.replace(registry._ENTRIES["triton"], devices=("cpu",))
+    registry._ENTRIES["triton"] = on_cpu
     torch.use_deterministic_algorithms(True)  # fills what is uninitialised with NaN
     runs = CASES["runs"]
     found: dict[str, Any] = {"float32": {}}
@@ -135,5 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert triton_path.IS_INTERPRETED
+    assert triton_experts.IS_INTERPRETED
     main()

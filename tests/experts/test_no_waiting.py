@@ -5,17 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+import toy_experts
 from test_setting import IMAGE_TOKEN, logits_inputs, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
+from mono_internvl.bench.dense import DENSE, register_dense
 from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
 EXPERTS = ("ffn", "qkv", "o")
+TOY = toy_experts.register()
+register_dense()
 
 
 class WaitingOperators(TorchDispatchMode):
@@ -41,21 +45,21 @@ def _routed() -> tuple[Tensor, Tensor, Routing]:
     return ids, pixels, Routing.from_mask(ids == IMAGE_TOKEN)
 
 
-def _model(path: str, rope: str = "default") -> MonoInternVLForConditionalGeneration:
+def _model(name: str, rope: str = "default") -> MonoInternVLForConditionalGeneration:
     model = small_model(EXPERTS)
     model.config.text_config.rope_parameters = {
         "rope_type": rope,
         "rope_theta": 10_000.0,
         "factor": 2.0,
     }
-    model.set_expert_path(path)
+    model.set_experts_implementation(name)
     return model
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("path", ["eager", "grouped", "dense"])
-def test_forward_with_routing_never_waits(path: str) -> None:
-    model = _model(path)
+@pytest.mark.parametrize("name", ["eager", TOY, DENSE])
+def test_forward_with_routing_never_waits(name: str) -> None:
+    model = _model(name)
     ids, pixels, routing = _routed()
     expected = model(ids, pixels).logits
     with WaitingOperators() as waiting:
@@ -66,7 +70,7 @@ def test_forward_with_routing_never_waits(path: str) -> None:
 
 @torch.no_grad()
 def test_forward_without_routing_waits_before_the_first_layer_only() -> None:
-    model = _model("grouped")
+    model = _model(TOY)
     ids, pixels, _ = _routed()
     seen: list[int] = []
     waiting = WaitingOperators()
@@ -110,9 +114,9 @@ def _graph_breaks(model: torch.nn.Module, *inputs: Tensor, **options: Any) -> in
         return int(torch._dynamo.explain(model)(*inputs, **options).graph_break_count)
 
 
-@pytest.mark.parametrize("path", ["eager", "grouped"])
-def test_compiled_forward_has_no_graph_break(path: str) -> None:
-    model = _model(path)
+@pytest.mark.parametrize("name", ["eager", TOY])
+def test_compiled_forward_has_no_graph_break(name: str) -> None:
+    model = _model(name)
     ids, pixels, routing = _routed()
     assert _graph_breaks(model, ids, pixels, routing=routing, use_cache=False) == 0
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -129,7 +133,7 @@ def test_graph_breaks_are_counted() -> None:
 
 def test_compiled_training_step_gives_the_gradients() -> None:
     torch._dynamo.reset()
-    model = _model("grouped")
+    model = _model(TOY)
     ids, pixels, routing = _routed()
     gradients = []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
@@ -143,12 +147,12 @@ def test_compiled_training_step_gives_the_gradients() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("path", ["eager", "grouped", "triton", "auto"])
+@pytest.mark.parametrize("name", ["eager", TOY, "triton", "auto"])
 @torch.no_grad()
-def test_decoding_step_is_captured_as_a_cuda_graph(path: str) -> None:
-    if path == "triton" and importlib.util.find_spec("triton") is None:
+def test_decoding_step_is_captured_as_a_cuda_graph(name: str) -> None:
+    if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed (extra `gpu`)")
-    model = _model(path, "dynamic").cuda()
+    model = _model(name, "dynamic").cuda()
     ids, pixels, routing = _routed()
     ids, routing = ids.cuda(), routing.to(torch.device("cuda"))
 

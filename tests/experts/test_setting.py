@@ -1,22 +1,25 @@
-"""The choice of an expert path: a setting of the model in memory, never of the checkpoint."""
+"""The choice of an implementation is a setting of the model in memory, never of the checkpoint."""
 
 from pathlib import Path
 
 import pytest
 import tiny_runs
 import torch
+import toy_experts
 from torch import Tensor
 
+from mono_internvl.bench.dense import DENSE, register_dense
 from mono_internvl.configuration.model import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
     MonoInternVLVisionConfig,
 )
-from mono_internvl.errors import ExpertPathUnavailable
-from mono_internvl.experts import grouped
+from mono_internvl.errors import ExpertsUnavailable
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 IMAGE_TOKEN = 121
+TOY = toy_experts.register()
+register_dense()
 
 
 def small_model(visual_experts: tuple[str, ...]) -> MonoInternVLForConditionalGeneration:
@@ -48,43 +51,43 @@ def _logits(model: MonoInternVLForConditionalGeneration) -> Tensor:
         return model(*logits_inputs()).logits
 
 
-@pytest.mark.parametrize("path", ["grouped", "dense", "auto"])
+@pytest.mark.parametrize("name", [TOY, DENSE, "auto"])
 @pytest.mark.parametrize(
     "visual_experts", [("ffn",), ("ffn", "qkv", "o"), ("ffn", "qkv", "o", "norms")]
 )
-def test_set_expert_path_changes_the_way_not_the_numbers(
-    path: str, visual_experts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+def test_implementation_changes_the_way_not_the_numbers(
+    name: str, visual_experts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model(visual_experts)
-    model.set_expert_path("eager")
+    model.set_experts_implementation("eager")
     expected = _logits(model)
     calls = []
-    for name in ("swiglu", "linear"):
-        right = getattr(grouped, name)
+    for function in ("swiglu", "linear"):
+        right = getattr(toy_experts, function)
         monkeypatch.setattr(
-            grouped, name, lambda *args, right=right: calls.append(1) or right(*args)
+            toy_experts, function, lambda *args, right=right: calls.append(1) or right(*args)
         )
-    model.set_expert_path(path)
+    model.set_experts_implementation(name)
     torch.testing.assert_close(_logits(model), expected, atol=1e-6, rtol=1e-5)
-    if path == "grouped":
+    if name == TOY:
         per_layer = 1 + ("qkv" in visual_experts) * 3 + ("o" in visual_experts)
         assert len(calls) == 2 * per_layer
 
 
-def test_expert_path_is_never_saved(tmp_path: Path) -> None:
+def test_implementation_is_never_saved(tmp_path: Path) -> None:
     start = tiny_runs.write_checkpoint(tmp_path / "start")
-    model = MonoInternVLForConditionalGeneration.from_pretrained(start, expert_path="grouped")
-    assert model.model.language_model.expert_path == "grouped"
+    model = MonoInternVLForConditionalGeneration.from_pretrained(start, experts_implementation=TOY)
+    assert model.model.language_model.experts_implementation == TOY
     model.save_pretrained(tmp_path / "saved")
-    assert "grouped" not in (tmp_path / "saved" / "config.json").read_text()
+    assert TOY not in (tmp_path / "saved" / "config.json").read_text()
     loaded = MonoInternVLForConditionalGeneration.from_pretrained(tmp_path / "saved")
-    assert loaded.model.language_model.expert_path == "auto"
+    assert loaded.model.language_model.experts_implementation == "auto"
 
 
-def test_unknown_path_is_refused_before_any_weight_is_read(tmp_path: Path) -> None:
+def test_unknown_implementation_is_refused_before_any_weight_is_read(tmp_path: Path) -> None:
     start = tiny_runs.write_checkpoint(tmp_path / "start")
     (start / "model.safetensors").unlink()
-    with pytest.raises(ExpertPathUnavailable, match="'fast'"):
-        MonoInternVLForConditionalGeneration.from_pretrained(start, expert_path="fast")
-    with pytest.raises(ExpertPathUnavailable, match="'fast'"):
-        small_model(("ffn",)).set_expert_path("fast")
+    with pytest.raises(ExpertsUnavailable, match="'fast'"):
+        MonoInternVLForConditionalGeneration.from_pretrained(start, experts_implementation="fast")
+    with pytest.raises(ExpertsUnavailable, match="'fast'"):
+        small_model(("ffn",)).set_experts_implementation("fast")

@@ -1,5 +1,6 @@
 """The fused kernels: interpreted on a CPU, compiled for devices that are not here, run on a GPU."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -28,8 +29,8 @@ from expert_cases import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mono_internvl.errors import ExpertPathUnavailable
-from mono_internvl.experts import Routing, check_expert_path
+from mono_internvl.errors import ExpertsUnavailable
+from mono_internvl.experts import Routing, check_implementation, registry
 from mono_internvl.model.layers import route
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -120,9 +121,8 @@ def test_kernels_compile_ahead_of_time(tmp_path: Path, monkeypatch: pytest.Monke
 def test_operators_count_the_flops_of_eager(
     case: Case, frozen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mono_internvl.experts import triton_path
-
-    monkeypatch.setattr(triton_path, "unavailable", lambda x: None)
+    entry = dataclasses.replace(registry._ENTRIES["triton"], devices=("meta",))
+    monkeypatch.setitem(registry._ENTRIES, "triton", entry)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # "meta" is unknown to it
     for experts in (feed_forwards(case), projections(case, True), projections(case, False)):
         for name, parameter in experts.named_parameters():
@@ -132,10 +132,10 @@ def test_operators_count_the_flops_of_eager(
         assert found == expected and min(found) > 0
 
 
-def _flops(path: str, case: Case, experts: nn.ModuleList) -> tuple[int, int]:
+def _flops(name: str, case: Case, experts: nn.ModuleList) -> tuple[int, int]:
     """Of the forward and of the backward pass, on tensors without data."""
     x = torch.empty(case.is_visual.numel(), case.width, device="meta", requires_grad=True)
-    routing = Routing.from_mask(case.is_visual).to(x.device).by(path)
+    routing = Routing.from_mask(case.is_visual).to(x.device).by(name)
     with FlopCounterMode(display=False) as forward:
         y = route_all(x, routing, *experts)
     with FlopCounterMode(display=False) as backward:
@@ -145,16 +145,16 @@ def _flops(path: str, case: Case, experts: nn.ModuleList) -> tuple[int, int]:
 
 @pytest.mark.skipif(HAS_TRITON, reason="triton is installed")
 def test_triton_by_name_without_the_package_says_what_to_install() -> None:
-    with pytest.raises(ExpertPathUnavailable, match=r"mono-internvl\[gpu\]"):
-        check_expert_path("triton")
+    with pytest.raises(ExpertsUnavailable, match=r"mono-internvl\[gpu\]"):
+        check_implementation("triton")
 
 
 @needs_triton
 def test_triton_by_name_on_a_cpu_is_refused() -> None:
-    check_expert_path("triton")
+    check_implementation("triton")
     case = SMALL_CASES[8]
     routing = Routing.from_mask(case.is_visual).by("triton")
-    with pytest.raises(ExpertPathUnavailable, match="need a CUDA device"):
+    with pytest.raises(ExpertsUnavailable, match="rows are on cpu; it needs cuda"):
         route(torch.randn(case.is_visual.numel(), case.width), routing, *feed_forwards(case))
 
 
@@ -162,8 +162,7 @@ def test_triton_by_name_on_a_cpu_is_refused() -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("path", ["triton", "grouped"])
-def test_path_equals_eager_on_a_gpu(path: str, case: Case, dtype: torch.dtype) -> None:
+def test_kernels_equal_eager_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
     for experts in (feed_forwards(case, dtype), projections(case, True, dtype)):
-        found, expected = run(path, case, experts, "cuda"), run("eager", case, experts, "cuda")
+        found, expected = run("triton", case, experts, "cuda"), run("eager", case, experts, "cuda")
         assert difference(found, expected) <= TOLERANCE[dtype]

@@ -11,7 +11,6 @@ from bench_pages import (
     NOTHING,
     comparison_block,
     experts_block,
-    experts_summary_block,
     llama_block,
     profile_block,
     targets_block,
@@ -104,19 +103,6 @@ def test_llama_of_older_rows_is_compared_where_attention_is_the_same(tmp_path: P
     list(keep(tmp_path, rows))
     text = llama_block(tmp_path)
     assert "both blocked" not in text and "| 1.02 | 0.78 | made up |" in text
-
-
-def test_expert_layers_are_summed_up(tmp_path: Path) -> None:
-    assert experts_summary_block(tmp_path) == NOTHING
-    row = dataclasses.replace(made_up.ROW, clock="cpu", notes={"pass": FORWARD})
-    rows = [
-        dataclasses.replace(row, subject=subject, shapes={"tokens": tokens}, ratio=ratio)
-        for tokens, ratios in enumerate(((1.0, 1.5, 2.0), (2.0, 2.0, 4.4), (1.0, 1.1, 1.9)))
-        for subject, ratio in zip(("eager", "grouped", "dense"), ratios, strict=True)
-    ]
-    list(keep(tmp_path, rows))
-    line = f"| feed-forward | {FORWARD} | 3 | 1.10 (1.00 to 1.50) | 2.00 (1.90 to 2.20) |"
-    assert line in experts_summary_block(tmp_path)
 
 
 def test_profiles_stand_side_by_side(tmp_path: Path) -> None:

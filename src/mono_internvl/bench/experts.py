@@ -1,4 +1,4 @@
-"""`bench experts`: one expert layer by every path, against the price of a single expert.
+"""`bench experts`: one expert layer by every implementation, against the price of a single expert.
 
 Legend: N rows, D width, I feed-forward width.
 """
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mono_internvl.bench.dense import DENSE, register_dense
 from mono_internvl.bench.models import Setting, Size
 from mono_internvl.bench.rows import BenchRow, Target
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.configuration.model import MonoInternVLTextConfig
-from mono_internvl.errors import ExpertPathUnavailable
+from mono_internvl.errors import ExpertsUnavailable
 from mono_internvl.experts import Routing
-from mono_internvl.experts.pairs import LinearPair, SwiGLUPair, expert_pair
-from mono_internvl.experts.registry import expert_path
+from mono_internvl.experts.pairs import SwiGLUPair, expert_pair
+from mono_internvl.experts.registry import EAGER, implementation_for
 from mono_internvl.model.layers import FeedForward, route
 
 ONE, ONE_PROJECTION = "one FFN, all rows", "one projection, all rows"
@@ -28,9 +29,9 @@ TWO, TWO_PROJECTIONS = "two FFNs, rows split before", "two projections, rows spl
 FFN, PROJECTION = "experts", "experts: projection"
 """Names of the comparisons."""
 LIMIT = "one matrix product of as many FLOPs"
-PATHS = ("eager", "grouped", "triton", "dense")
-KEPT_SORTED = {"grouped": "grouped, rows kept sorted", "triton": "triton, rows kept sorted"}
-"""Path -> the subject that finds its rows sorted already and leaves them so."""
+IMPLEMENTATIONS = (EAGER, "triton", DENSE)
+KEPT_SORTED = {"triton": "triton, rows kept sorted"}
+"""Implementation -> the subject that finds its rows sorted already and leaves them so."""
 FORWARD, BOTH = "forward", "forward and backward"
 # Rows and visual shares of the grid, by device type.
 TOKENS = {"cpu": (256, 1024), "cuda": (256, 1024, 8192, 32768)}
@@ -120,18 +121,18 @@ class Experts:
         dy, routing = torch.randn_like(x), cell.routing(device)
         return cls(text, visual, x, (first, second), dy, routing, passes)
 
-    def by(self, path: str) -> Tensor:
-        """(N, D) by the path of this name."""
-        return route(self.x, self.routing.by(path), self.text, self.visual)
+    def by(self, name: str) -> Tensor:
+        """(N, D) by the implementation of this name."""
+        return route(self.x, self.routing.by(name), self.text, self.visual)
 
-    def by_sorted(self, path: str) -> Tensor:
-        """(N, D) by a path of `KEPT_SORTED`, the rows taken as sorted: nothing is put in order."""
+    def by_sorted(self, name: str) -> Tensor:
+        """(N, D) by one of `KEPT_SORTED`, the rows taken as sorted: nothing is put in order."""
+        implementation = implementation_for(name, self.x)
         pair = expert_pair(self.text, self.visual)
         routing = Routing(self.routing.num_text, self.routing.num_visual)
         if isinstance(pair, SwiGLUPair):
-            return expert_path(path).swiglu(self.x, routing, pair)
-        assert isinstance(pair, LinearPair)
-        return expert_path(path).linear(self.x, routing, pair)
+            return implementation.swiglu(self.x, routing, pair)
+        return implementation.linear(self.x, routing, pair)
 
     def of_one(self) -> Tensor:
         """(N, D), every row through the text expert."""
@@ -162,16 +163,16 @@ def _parts_of(y: Outputs) -> tuple[Tensor, ...]:
     return y if isinstance(y, tuple) else (y,)
 
 
-def runnable_paths(x: Tensor) -> list[str]:
-    """The paths that can take such rows here, eager first."""
-    found = ["eager"]
-    for name in PATHS[1:]:
+def runnable(x: Tensor) -> list[str]:
+    """The implementations that can take such rows here, eager first."""
+    register_dense()
+    found = [EAGER]
+    for name in IMPLEMENTATIONS[1:]:
         try:
-            reason = expert_path(name).unavailable(x)
-        except ExpertPathUnavailable:
+            implementation_for(name, x)
+        except ExpertsUnavailable:
             continue
-        if reason is None:
-            found.append(name)
+        found.append(name)
     return found
 
 
@@ -186,11 +187,11 @@ def grid(size: Size, device: torch.device) -> list[Cell]:
 
 
 def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
-    """Every runnable path, two experts on split rows, one alone (the baseline) and the limit.
+    """Every implementation that runs, two experts on split rows, one alone (baseline), the limit.
 
     The limit is a single product of as many FLOPs as one expert owes: what the machine reaches with
     such sizes in the same run. With the backward pass it runs three times, as the FLOPs do; every
-    weight of both experts gets a gradient there. On an accelerator two paths also run as they
+    weight of both experts gets a gradient there. On an accelerator `triton` also runs as it
     would if the stream were kept sorted from layer to layer, and forward passes are replayed as
     graphs, so that the device's time is compared and not the host's.
 
@@ -211,16 +212,16 @@ def bench_cell(cell: Cell, passes: str, setting: Setting) -> list[BenchRow]:
         for _ in range(1 if passes == FORWARD else 3):
             rows @ weight
 
-    paths = runnable_paths(rows)
+    names = runnable(rows)
     ways: dict[str, Callable[[], Outputs]] = {one: experts.of_one, two: experts.of_two}
-    for path in paths:  # as in a model, where the routing is made once for all layers
-        routing = experts.routing.by(path)
-        ways[path] = functools.partial(route, experts.x, routing, experts.text, experts.visual)
+    for name in names:  # as in a model, where the routing is made once for all layers
+        routing = experts.routing.by(name)
+        ways[name] = functools.partial(route, experts.x, routing, experts.text, experts.visual)
     if device.type != "cpu":
         ways |= {
-            name: functools.partial(experts.by_sorted, path)
-            for path, name in KEPT_SORTED.items()
-            if path in paths
+            subject: functools.partial(experts.by_sorted, name)
+            for name, subject in KEPT_SORTED.items()
+            if name in names
         }
     notes = {"pass": passes}
     is_captured = passes == FORWARD
@@ -238,18 +239,18 @@ def bench_experts(setting: Setting) -> Iterator[BenchRow]:
             yield from bench_cell(cell, passes, setting)
 
 
-def largest_gap(path: str, cell: Cell, dtype: torch.dtype, device: torch.device) -> float:
+def largest_gap(name: str, cell: Cell, dtype: torch.dtype, device: torch.device) -> float:
     """Of output and gradients to eager's, each relative to the largest entry there.
 
     Args:
-        path: Name.
+        name: Of the implementation.
         cell: Rows and widths.
         dtype: Of weights and rows.
         device: Where.
     """
     experts = Experts.random(cell, BOTH, dtype, device)
-    found = experts.run(functools.partial(experts.by, path))
-    expected = experts.run(functools.partial(experts.by, "eager"))
+    found = experts.run(functools.partial(experts.by, name))
+    expected = experts.run(functools.partial(experts.by, EAGER))
     gaps = []
     for ours, reference in zip(found, expected, strict=True):
         if ours is None or reference is None:
@@ -260,21 +261,21 @@ def largest_gap(path: str, cell: Cell, dtype: torch.dtype, device: torch.device)
     return max(gaps)
 
 
-def check_paths(dtype: torch.dtype, device: torch.device) -> list[Target]:
-    """Whether every runnable path gives eager's values and gradients on ragged cells."""
+def check_implementations(dtype: torch.dtype, device: torch.device) -> list[Target]:
+    """Whether every runnable implementation gives eager's values and gradients on ragged cells."""
     widths = ((513, 1, 136, 200), (513, 512, 136, 200), (1025, 768, 256, 520))
     cells = [Cell(*sizes) for sizes in widths] + [Cell(*sizes[:3]) for sizes in widths]
     probe = torch.empty(1, 1, dtype=dtype, device=device)
-    name = str(dtype).removeprefix("torch.")
+    precision = str(dtype).removeprefix("torch.")
     where = "" if device.type == "cpu" else "GPU: "
     return [
         Target.judge(
-            f"{where}{path} equals eager, values and gradients, {name}",
+            f"{where}{name} equals eager, values and gradients, {precision}",
             "<=",
             GAPS[dtype],
-            max(largest_gap(path, cell, dtype, device) for cell in cells),
+            max(largest_gap(name, cell, dtype, device) for cell in cells),
             "largest difference / largest entry",
         )
-        for path in runnable_paths(probe)
-        if path != "eager"
+        for name in runnable(probe)
+        if name != EAGER
     ]

@@ -18,17 +18,18 @@ from functools import partial
 import torch
 
 from mono_internvl.bench.decode import bench_graph
+from mono_internvl.bench.dense import DENSE
 from mono_internvl.bench.experts import (
     FFN,
     FORWARD,
+    IMPLEMENTATIONS,
     LIMIT,
-    PATHS,
     TWO,
     Cell,
     bench_experts,
-    check_paths,
+    check_implementations,
     largest_gap,
-    runnable_paths,
+    runnable,
 )
 from mono_internvl.bench.models import SIZES, Setting
 from mono_internvl.bench.rows import BenchRow, Target
@@ -55,7 +56,7 @@ def bench_gpu(setting: Setting, stage: Stage) -> Iterator[BenchRow | Target]:
         return
     yield memory_check(setting.device)
     for dtype in (torch.float32, setting.dtype):
-        yield from check_paths(dtype, setting.device)
+        yield from check_implementations(dtype, setting.device)
     rows = []
     for comparison in (  # each begins when the rows of the last one are passed on
         partial(bench_experts, setting),
@@ -79,7 +80,7 @@ def gpu_targets(rows: Sequence[BenchRow]) -> list[Target]:
 
 
 def memory_check(device: torch.device) -> Target:
-    """Small cells of every path under compute-sanitizer, which counts what leaves its tensors."""
+    """Small cells of all implementations under compute-sanitizer: what leaves its tensors."""
 
     def result(errors: int | None, note: str) -> Target:
         return Target.judge("GPU: errors of compute-sanitizer memcheck", "<=", 0, errors, note)
@@ -106,16 +107,16 @@ def memory_check(device: torch.device) -> Target:
     summary = _SUMMARY.search(said)
     if summary is None or (found.returncode != 0 and int(summary[1]) == 0):
         return result(None, f"failed, status {found.returncode}: {said.strip()[-200:]}")
-    return result(int(summary[1]), "small cells, forward and backward, all paths")
+    return result(int(summary[1]), "small cells, forward and backward, all implementations")
 
 
 def run_small_cells(device: str) -> None:
-    """Every runnable path once, forward and backward, on rows and widths that divide by no tile."""
+    """Every implementation once, both passes, on rows and widths that divide by no tile."""
     place = torch.device(device)
     for dtype in (torch.float32, torch.bfloat16):
-        for path in runnable_paths(torch.empty(1, 1, dtype=dtype, device=place)):
-            largest_gap(path, Cell(37, 20, 40, 72), dtype, place)
-            largest_gap(path, Cell(37, 20, 40), dtype, place)
+        for name in runnable(torch.empty(1, 1, dtype=dtype, device=place)):
+            largest_gap(name, Cell(37, 20, 40, 72), dtype, place)
+            largest_gap(name, Cell(37, 20, 40), dtype, place)
 
 
 def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
@@ -128,21 +129,25 @@ def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
             key = (*row.shapes.values(), row.notes["pass"])
             cells.setdefault(key, {})[row.subject] = row.p50
     for key, times in cells.items():
-        best = min(times[path] for path in PATHS if path in times and path != "dense")
-        dense.append(times["dense"] / best)
+        best = min(times[name] for name in IMPLEMENTATIONS if name in times and name != DENSE)
+        dense.append(times[DENSE] / best)
         split.append(times[TWO] / best)
         if key[0] == 8192 and key[-1] == FORWARD:
             limits.append(times[LIMIT] / best)
     note = "; ".join(sorted(widths)) or NO_GPU
     mean = math.exp(sum(map(math.log, split)) / len(split)) if split else None
     return [
-        Target.judge("GPU: dense / best path", ">=", 1.75, min(dense, default=None), note),
+        Target.judge("GPU: dense / the best", ">=", 1.75, min(dense, default=None), note),
         Target.judge(
-            "GPU: two FFNs on split rows / best path", ">=", 0.97, min(split, default=None), note
+            "GPU: two FFNs on split rows / the best",
+            ">=",
+            0.97,
+            min(split, default=None),
+            note,
         ),
         Target.judge("GPU: the same, geometric mean", ">=", 1.0, mean, note),
         Target.judge(
-            "GPU: best path's share of one product's rate, 8,192 rows, forward",
+            "GPU: the best's ratio to one product's rate, 8,192 rows, forward",
             ">=",
             0.75,
             min(limits, default=None),

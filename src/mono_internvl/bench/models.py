@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from mono_internvl.attention.blocked import BLOCKED
+from mono_internvl.bench.dense import DENSE, register_dense
 from mono_internvl.configuration.model import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
@@ -220,7 +221,8 @@ def make_dense(
 ) -> MonoInternVLForConditionalGeneration:
     """The same model, its experts computed the official way; weights stay shared."""
     dense = twin(model, attention)
-    dense.set_expert_path("dense")
+    register_dense()
+    dense.set_experts_implementation(DENSE)
     return dense
 
 

@@ -79,7 +79,7 @@ def load_planned(
             folder,
             dtype=torch.bfloat16 if is_half else torch.float32,
             attn_implementation=plan.attention,
-            expert_path=plan.experts,
+            experts_implementation=plan.experts,
         )
     )
     if plan.precision == "int8":

@@ -22,7 +22,7 @@ Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")
 ]
 Experts = Annotated[
-    str, typer.Option(metavar="PATH", help="auto, eager, grouped, triton or dense.")
+    str, typer.Option(metavar="NAME", help="Implementation of the experts: auto, eager or triton.")
 ]
 WorldSeed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the rendered world.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]

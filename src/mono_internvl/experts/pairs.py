@@ -1,4 +1,4 @@
-"""The weights of a text expert and of its visual copy, as the paths read them.
+"""The weights of a text expert and of its visual copy, as implementations read them.
 
 Legend: D width, I feed-forward width, out and in: sides of a projection.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from mono_internvl.errors import ExpertsUnavailable
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class LinearPair:
     def under_autocast(self, x: Tensor) -> tuple[Tensor, LinearPair]:
         """Rows and weights as `F.linear` would see them: cast where autocast is on.
 
-        The paths call products that autocast does not know.
+        Implementations call products that autocast does not know.
         """
         if not torch.is_autocast_enabled(x.device.type):
             return x, self
@@ -50,59 +52,59 @@ class SwiGLUPair:
         return y, SwiGLUPair(gate, self.up.under_autocast(x)[1], self.down.under_autocast(x)[1])
 
     @property
+    def projections(self) -> tuple[LinearPair, LinearPair, LinearPair]:
+        """Gate, up, down."""
+        return self.gate, self.up, self.down
+
+    @property
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gate, up, down of the text expert, then of the visual one."""
         gate, up, down = self.gate, self.up, self.down
         return gate.text, up.text, down.text, gate.visual, up.visual, down.visual
 
 
-def _is_silu(act_fn: object) -> bool:
-    return isinstance(act_fn, nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"
+def expert_pair(text: nn.Module, visual: nn.Module) -> LinearPair | SwiGLUPair:
+    """The weights of two experts, so that their rows may be computed without calling the modules.
+
+    Args:
+        text: The text expert: a feed-forward network or a projection.
+        visual: Its copy.
+
+    Raises:
+        ExpertsUnavailable: A module does more than its weight says: an adapter (LoRA), a quantised
+            layer, a sharded parameter, a hook, another activation than SiLU.
+    """
+    names = ("gate_proj", "up_proj", "down_proj")
+    if not all(hasattr(module, name) for module in (text, visual) for name in names):
+        return _linear_pair(text, visual)
+    for act_fn in (text.act_fn, visual.act_fn):
+        if not (isinstance(act_fn, nn.SiLU) or type(act_fn).__name__ == "SiLUActivation"):
+            raise ExpertsUnavailable(f"the activation is {type(act_fn).__name__}, not SiLU")
+    _check_hooks(text, visual, text.act_fn, visual.act_fn)
+    pair = SwiGLUPair(*(_linear_pair(getattr(text, n), getattr(visual, n)) for n in names))
+    if any(p.text_bias is not None or p.visual_bias is not None for p in pair.projections):
+        raise ExpertsUnavailable("the feed-forward projections have biases")
+    return pair
 
 
-def _objection(linear: nn.Module) -> str | None:
-    """Why the weight of a module does not say all that the module does, or None."""
-    if type(linear) is not nn.Linear:
-        return f"an expert holds a {type(linear).__name__} instead of a plain nn.Linear"
-    if type(linear.weight) is not nn.Parameter:
-        return f"an expert's weight is a {type(linear.weight).__name__}, not a plain parameter"
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks:
-        return "a projection of an expert has hooks"
-    return None
-
-
-def _linear_pair(text: nn.Module, visual: nn.Module) -> LinearPair | str:
-    if reason := _objection(text) or _objection(visual):
-        return reason
+def _linear_pair(text: nn.Module, visual: nn.Module) -> LinearPair:
+    for linear in (text, visual):
+        if type(linear) is not nn.Linear:
+            raise ExpertsUnavailable(
+                f"an expert holds a {type(linear).__name__} instead of a plain nn.Linear"
+            )
+        if type(linear.weight) is not nn.Parameter:
+            raise ExpertsUnavailable(
+                f"an expert's weight is a {type(linear.weight).__name__}, not a plain parameter"
+            )
+    _check_hooks(text, visual)
     assert isinstance(text, nn.Linear) and isinstance(visual, nn.Linear)
     return LinearPair(text.weight, visual.weight, text.bias, visual.bias)
 
 
-def expert_pair(text: nn.Module, visual: nn.Module) -> LinearPair | SwiGLUPair | str | None:
-    """The weights of two experts, so that a path may compute with them instead of calling modules.
-
-    Adapters (LoRA), quantised layers, sharded parameters and hooks make a module do more than its
-    weight says; then the answer is why not, in words.
-
-    Args:
-        text: The text expert.
-        visual: Its copy.
-
-    Returns:
-        The weights; a string why they may not be read; None for modules that no path speeds up.
-    """
-    names = ("gate_proj", "up_proj", "down_proj")
-    if not all(hasattr(text, name) and hasattr(visual, name) for name in names):
-        return None if hasattr(text, "eps") else _linear_pair(text, visual)
-    if not (_is_silu(text.act_fn) and _is_silu(visual.act_fn)):
-        return f"the activation is {type(text.act_fn).__name__}, not SiLU"
-    watched = (m for m in (text, visual, text.act_fn, visual.act_fn) if isinstance(m, nn.Module))
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in watched):
-        return "an expert has hooks"
-    pairs = [_linear_pair(getattr(text, name), getattr(visual, name)) for name in names]
-    found = [pair for pair in pairs if isinstance(pair, LinearPair)]
-    if len(found) < len(pairs):
-        return next(pair for pair in pairs if isinstance(pair, str))
-    if any(pair.text_bias is not None or pair.visual_bias is not None for pair in found):
-        return "the feed-forward projections have biases"
-    return SwiGLUPair(*found)
+def _check_hooks(*modules: object) -> None:
+    for module in modules:
+        if isinstance(module, nn.Module) and (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        ):
+            raise ExpertsUnavailable("an expert has hooks")

@@ -26,8 +26,8 @@ class Routing:
         visual_rows: (num_visual,) int64 indices into the N rows; None where all are of one kind.
         row_order: (N,) int64; row `n` of the stream is row `row_order[n]` of "text rows, then
             visual rows". None where all rows are of one kind.
-        path: Name of the expert path that is to compute (`experts/registry.py`); the definition
-            unless the model says otherwise.
+        implementation: Name of what is to compute the experts (`experts/registry.py`); the
+            definition unless the model says otherwise.
         sorted_rows: (N,) int64, the inverse of `row_order`: text rows, then visual rows. Derived.
 
     Source: section 3.1 of arXiv 2410.08202. Differs: the released code drops its mask whenever a
@@ -39,7 +39,7 @@ class Routing:
     text_rows: Tensor | None = None
     visual_rows: Tensor | None = None
     row_order: Tensor | None = None
-    path: str = "eager"
+    implementation: str = "eager"
     sorted_rows: Tensor | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -53,9 +53,10 @@ class Routing:
             return torch.full((num_rows,), self.num_visual > 0, device=device)
         return self.row_order >= self.num_text
 
-    def by(self, path: str) -> Routing:
-        """The same routing, computed by the expert path of this name."""
-        return self if path == self.path else replace(self, path=path)
+    def by(self, implementation: str) -> Routing:
+        """The same routing, computed by the implementation of this name."""
+        same = implementation == self.implementation
+        return self if same else replace(self, implementation=implementation)
 
     @classmethod
     def all_text(cls, num_rows: int) -> Routing:
@@ -90,7 +91,7 @@ class Routing:
             num_rows = rows.numel()
             return Routing(0, num_rows) if self.num_visual else Routing(num_rows, 0)
         kept = Routing.from_mask(self.row_order.index_select(0, rows) >= self.num_text)
-        return kept.by(self.path)
+        return kept.by(self.implementation)
 
     def to(self, device: torch.device) -> Routing:
         """The same routing with its index tensors on `device`."""
@@ -103,5 +104,5 @@ class Routing:
             self.text_rows.to(device, non_blocking=True),
             self.visual_rows.to(device, non_blocking=True),
             self.row_order.to(device, non_blocking=True),
-            self.path,
+            self.implementation,
         )

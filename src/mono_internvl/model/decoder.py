@@ -24,7 +24,8 @@ from mono_internvl.attention.packing import packed_segments
 from mono_internvl.configuration.model import MonoInternVLConfig, MonoInternVLTextConfig
 from mono_internvl.configuration.text_fields import LAYER_TYPES
 from mono_internvl.errors import PromptError
-from mono_internvl.experts import Routing, check_expert_path
+from mono_internvl.experts import Routing, check_implementation
+from mono_internvl.experts.registry import AUTO
 from mono_internvl.model.layers import DecoderLayer, KeptRows, RMSNorm, rotary_embeddings, slides
 from mono_internvl.model.visual_tokens import PatchEmbedder
 from mono_internvl.released.whole import WholeCheckpointModel
@@ -70,33 +71,35 @@ class MonoInternVLPreTrainedModel(WholeCheckpointModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint, see `WholeCheckpointModel`; `expert_path` as in `set_expert_path`.
+        """Load a checkpoint, see `WholeCheckpointModel`.
+
+        `experts_implementation` is as in `set_experts_implementation`.
 
         Raises:
-            ExpertPathUnavailable: `expert_path` names a path that is not there.
+            ExpertsUnavailable: There is no implementation of that name.
         """
-        expert_path = kwargs.pop("expert_path", "auto")
-        check_expert_path(expert_path)
+        implementation = kwargs.pop("experts_implementation", AUTO)
+        check_implementation(implementation)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).set_expert_path(expert_path)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.set_experts_implementation(implementation)
         return loaded
 
-    def set_expert_path(self, name: str) -> None:
+    def set_experts_implementation(self, experts_implementation: str) -> None:
         """Choose how the experts are computed; a setting of this run, never of the checkpoint.
 
         Args:
-            name: "auto" (the fastest that was measured for the device and the sizes), "eager" (the
-                definition), "grouped", "triton" or "dense" (the released code's blend of both
-                experts, a yardstick).
+            experts_implementation: "auto" (the fastest that was measured for the device), "eager"
+                (the definition) or another registered name (`experts/registry.py`).
 
         Raises:
-            ExpertPathUnavailable: No such path, or its package is missing. A path that cannot run
-                on the device, the dtype or the modules (adapters) raises when rows come.
+            ExpertsUnavailable: There is none of this name, or its package is missing. One that
+                cannot run on the device, the dtype or the modules (adapters) raises when rows come.
         """
-        check_expert_path(name)
+        check_implementation(experts_implementation)
         for module in self.modules():
             if isinstance(module, MonoInternVLTextModel):
-                module.expert_path = name
+                module.experts_implementation = experts_implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -136,7 +139,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self.expert_path = "auto"
+        self.experts_implementation = AUTO
         self.post_init()
 
     def forward(
@@ -209,7 +212,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             positions, length = layout.positions, layout.length(length)
         angles = rotary_embeddings(self.config, positions, length, x.dtype)
         routing = routing if routing is not None else Routing.all_text(batch * tokens)
-        routing = routing.by(self.expert_path)
+        routing = routing.by(self.experts_implementation)
 
         # Kept only if asked for: a long prefill would otherwise hold every layer's activations.
         hidden_states: list[Tensor] = [x] if output_hidden_states else []

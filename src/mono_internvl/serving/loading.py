@@ -41,7 +41,7 @@ def load(
         system: As in `ChatSession`.
         max_tiles: As in `ChatSession`.
         sampling: As in `ChatSession`.
-        experts: Expert path, see `MonoInternVLPreTrainedModel.set_expert_path`.
+        experts: Implementation, see `set_experts_implementation` of the model.
         attention: Attention implementation; the plan's unless given.
         threads: Of PyTorch; as it is set unless given.
 
@@ -52,7 +52,7 @@ def load(
         CheckpointError: The checkpoint cannot be had, or is incomplete.
         ConfigError: Device or precision is unknown or not there.
         MissingDependency: int8 was chosen and torchao is not installed.
-        ExpertPathUnavailable: There is no such expert path.
+        ExpertsUnavailable: There is no such implementation of the experts.
     """
     folder = resolve_checkpoint(
         model, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only

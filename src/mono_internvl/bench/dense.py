@@ -1,4 +1,4 @@
-"""The masked blend of the released code: both experts on all rows. Kept as a yardstick only.
+"""The masked blend of the released code, both experts on all rows: a subject, nobody's choice.
 
 Source: the released modelling file computes `text(x) * (1 - mask) + visual(x) * mask`; twice the
 feed-forward work, and an inf in one expert reaches rows of the other (inf * 0).
@@ -6,25 +6,29 @@ feed-forward work, and an inf in one expert reaches rows of the other (inf * 0).
 Legend: N rows, D width.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mono_internvl.experts.pairs import LinearPair, SwiGLUPair
+from mono_internvl.experts.registry import Entry, register_implementation
 from mono_internvl.experts.routing import Routing
 
+DENSE = "dense"
+"""Name of the implementation, once it is registered."""
 
-def unavailable(x: Tensor) -> str | None:
-    """Runs everywhere."""
-    return None
+
+def register_dense() -> None:
+    """Make the blend known by its name."""
+    devices = ("cpu", "cuda", "mps", "xpu")
+    register_implementation(DENSE, Entry("mono_internvl.bench.dense", devices))
+
+
+def check(x: Tensor) -> None:
+    """Takes all rows."""
 
 
 def _blend(y_text: Tensor, y_visual: Tensor, routing: Routing) -> Tensor:
-    if routing.row_order is None:
-        is_visual = torch.full((y_text.shape[0],), routing.num_visual > 0, device=y_text.device)
-    else:
-        is_visual = routing.row_order >= routing.num_text
-    mask = is_visual[:, None].to(y_text.dtype)  # (N, 1)
+    mask = routing.is_visual(y_text.device)[:, None].to(y_text.dtype)  # (N, 1)
     return y_text * (1 - mask) + y_visual * mask
 
 

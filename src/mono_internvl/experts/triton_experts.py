@@ -1,4 +1,4 @@
-"""The fused path: feed-forward experts in two launches, projections in one, and their gradients.
+"""Fused kernels: feed-forward experts in two launches, projections in one, and their gradients.
 
 Between the two launches lies one (N, I) tensor; rows are not copied, gate and up are not written.
 The backward pass keeps the rows alone and makes gate and up again; it writes their two gradients
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from mono_internvl.errors import ExpertsUnavailable
 from mono_internvl.experts import triton_kernels as kernels
 from mono_internvl.experts.pairs import LinearPair, SwiGLUPair
 from mono_internvl.experts.routing import Routing
@@ -28,17 +29,19 @@ IS_INTERPRETED = not isinstance(kernels.linear_kernel, triton.JITFunction)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def unavailable(x: Tensor) -> str | None:
-    """A CUDA device of capability 8.0 or more, bf16, fp16 or fp32; or Triton's interpreter."""
+def check(x: Tensor) -> None:
+    """Refuse other rows than bf16, fp16 and fp32, and devices of a capability below 8.0.
+
+    Raises:
+        ExpertsUnavailable: With the reason.
+    """
     if x.dtype not in _DTYPES:
-        return f"rows are {x.dtype}; the kernels take bfloat16, float16 and float32"
-    if IS_INTERPRETED:
-        return None
-    if not x.is_cuda:
-        return f"rows are on {x.device}; the kernels need a CUDA device"
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the device's compute capability is below 8.0"
-    return None
+        raise ExpertsUnavailable(
+            f"rows are {x.dtype}; the kernels take bfloat16, float16 and float32"
+        )
+    is_nvidia = x.is_cuda and torch.version.hip is None
+    if is_nvidia and torch.cuda.get_device_capability(x.device) < (8, 0):
+        raise ExpertsUnavailable("the device's compute capability is below 8.0")
 
 
 @dataclass(frozen=True)
@@ -292,8 +295,8 @@ def _hidden_backward_flop(
 ) -> int:
     """Of shapes: the gradient of the hidden rows, which a backward pass owes.
 
-    Gate and up, which the kernel makes again, are not counted, so that every path counts the same.
-    It counts for every row also where neither rows nor gate nor up want a gradient: it is made.
+    Gate and up, which the kernel makes again, are not counted, so that all count the same. It
+    counts for every row also where neither rows nor gate nor up want a gradient: it is made.
     """
     return 2 * x[0] * weights[0].numel()
 
