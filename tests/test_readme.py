@@ -77,6 +77,12 @@ NOT_EXECUTED = {
     "mono-internvl quickstart --quick --out runs/quick": MINUTES,
     "mono-internvl quickstart --llm scratch --out runs/scratch": MINUTES,
     "mono-internvl quickstart --quick --llm DIR --out runs/other": MINUTES_LLM,
+    "mono-internvl init --llm Qwen/Qwen3-0.6B --out runs/start "
+    "--image-attention bidirectional": NETWORK,
+    "mono-internvl init --llm Qwen/Qwen3-0.6B --out runs/start --position-step 0.25 "
+    "--position-steps 1,0.5,0.25,0.125": NETWORK,
+    "mono-internvl lab images --against runs/quickstart": "trains two more models; "
+    "tests/miniature/test_lab_images.py walks the path",
     "mono-internvl lab modular --against runs/quickstart": MINUTES,
     "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,
     "mono-internvl lab evip-plus-plus --processes 2": MINUTES_EVIP,

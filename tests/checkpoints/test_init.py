@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -391,6 +392,48 @@ def test_init_leaves_nothing_behind_where_it_fails(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="not a readable safetensors file"):
             init(str(tmp_path / "llm"), tmp_path / "made", dtype=dtype, **TINY)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "llm"]
+
+
+def test_init_takes_options_of_images_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_llm(tmp_path / "llm", "qwen3")
+    tiny = ["--tile-px", "56", "--patch-width", "16", "--max-tiles", "2"]
+    options = ["--image-attention", "bidirectional", "--position-step", "0.25"]
+    line = [
+        "init",
+        "--llm",
+        str(tmp_path / "llm"),
+        "--out",
+        str(tmp_path / "made"),
+        *tiny,
+        *options,
+    ]
+    monkeypatch.setattr(sys, "argv", ["mono-internvl", *line, "--position-steps", "1,0.5,0.25"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    config = json.loads((tmp_path / "made" / "config.json").read_text())
+    assert config["image_attention"] == "bidirectional"
+    assert config["visual_position_step"] == 0.25
+    assert config["visual_position_steps"] == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("image_attention", "both", "image_attention='both'"),
+        ("visual_position_step", 0.3, "visual_position_step=0.3"),
+        ("visual_position_steps", (1.0, 2.0), "visual_position_steps=2.0"),
+    ],
+)
+def test_init_refuses_wrong_options_of_images(
+    field: str, value: object, said: str, tmp_path: Path
+) -> None:
+    _write_llm(tmp_path / "llm", "qwen3")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        init(str(tmp_path / "llm"), tmp_path / "made", **{**TINY, field: value})
+    assert not (tmp_path / "made").exists()
 
 
 def test_init_takes_no_empty_list_of_experts_for_the_preset(

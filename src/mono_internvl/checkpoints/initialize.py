@@ -47,6 +47,9 @@ def init(
     tile_px: int = 448,
     patch_width: int = 1024,
     max_tiles: int = 12,
+    image_attention: str = "causal",
+    visual_position_step: float = 1.0,
+    visual_position_steps: tuple[float, ...] = (),
     dtype: str = "auto",
     seed: int = 0,
     revision: str | None = None,
@@ -67,6 +70,10 @@ def init(
         tile_px: Side of a tile, a multiple of 28.
         patch_width: Of the patch embedding.
         max_tiles: Most tiles of an image, thumbnail not counted.
+        image_attention: How the tokens of an image see each other, of `IMAGE_ATTENTION`.
+        visual_position_step: Distance between visual tokens in answers, in positions; a word is 1.
+        visual_position_steps: Distances that training draws from, one an image (V2PE); none: the
+            same as in answers.
         dtype: "auto" (as the language model is stored), or a name of `DTYPES`.
         seed: Of patch embedding and projector.
         revision: Branch, tag or commit of a hub id.
@@ -102,6 +109,9 @@ def init(
             dtype=DTYPES[_stored_dtype(folder) if dtype == "auto" else dtype],
             more_tokens=() if template else (TURN_START, TURN_END),
             max_dynamic_patch=max_tiles,
+            image_attention=image_attention,
+            visual_position_step=visual_position_step,
+            visual_position_steps=visual_position_steps,
             template=JINJA_FORM if template else RELEASED_FORM,
         )
         processor = _processor(made, folder, template)

@@ -201,6 +201,15 @@ def init(
     tile_px: Annotated[int, typer.Option(help="Side of a tile.")] = 448,
     patch_width: Annotated[int, typer.Option(min=1, help="Of the patch embedding.")] = 1024,
     max_tiles: Annotated[int, typer.Option(min=1, help="Most tiles of an image.")] = 12,
+    image_attention: Annotated[
+        str, typer.Option(help="Within an image: causal or bidirectional.")
+    ] = "causal",
+    position_step: Annotated[
+        float, typer.Option(help="Between visual tokens in answers; a word is 1.")
+    ] = 1.0,
+    position_steps: Annotated[
+        str, typer.Option(metavar="LIST", help="That training draws from, as 1,0.5,0.25 (V2PE).")
+    ] = "",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of patch embedding and projector.")] = 0,
     revision: Revision = None,
@@ -210,7 +219,11 @@ def init(
     from mono_internvl.checkpoints.initialize import init as make_model
     from mono_internvl.checkpoints.initialize import summary
     from mono_internvl.cli.printing import in_words
-    from mono_internvl.configuration.options import EXPERT_PRESETS, parse_visual_experts
+    from mono_internvl.configuration.options import (
+        EXPERT_PRESETS,
+        parse_position_steps,
+        parse_visual_experts,
+    )
 
     if preset not in EXPERT_PRESETS:
         raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
@@ -225,6 +238,9 @@ def init(
         tile_px=tile_px,
         patch_width=patch_width,
         max_tiles=max_tiles,
+        image_attention=image_attention,
+        visual_position_step=position_step,
+        visual_position_steps=parse_position_steps(position_steps),
         dtype=dtype,
         seed=seed,
         revision=revision,

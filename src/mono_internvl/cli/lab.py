@@ -76,6 +76,36 @@ def lab_modular(
     typer.echo(f"comparison: {out / 'comparison.json'}")
 
 
+@lab.command("images")
+def lab_images(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/images"),
+    seeds: Annotated[int, typer.Option(min=1, help="How many; more may follow later.")] = 1,
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A finished quickstart: it is the causal run of seed 0."),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+    device: Device = "cpu",
+    precision: Precision = "auto",
+) -> None:
+    """Compare attention within images and V2PE with the quickstart's model."""
+    from mono_internvl.miniature.lab_images import compare_images
+
+    quieten()
+    table = compare_images(
+        out,
+        seeds=seeds,
+        quick=quick,
+        against=against,
+        processes=processes,
+        device=device,
+        precision=precision,
+    )
+    typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"table: {table}")
+
+
 @lab.command("evip-plus-plus")
 def lab_evip_plus_plus(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/evip-plus-plus"),

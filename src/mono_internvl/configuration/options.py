@@ -69,6 +69,20 @@ def parse_visual_experts(text: str) -> tuple[str, ...]:
     return visual_expert_set(names)
 
 
+def parse_position_steps(text: str) -> tuple[float, ...]:
+    """Position steps as typed at a command line: `1,0.5,0.25`.
+
+    Raises:
+        ConfigError: A part is no number; `check_position_step` looks at the numbers.
+    """
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigError(
+            f"visual_position_steps={text!r}: {error}; expected numbers, for example 1,0.5,0.25"
+        ) from error
+
+
 def check_image_attention(value: Any) -> None:
     """Refuses what is not a way for the tokens of one image to attend to each other.
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -65,19 +66,21 @@ _BEGUN = "begun.json"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to pre-train.
+    """One way to pre-train, or one model to pre-train.
 
     Attributes:
         name: Of its folder.
         title: Of its column.
         recipe: Its four stages.
         visual_experts: Of the model it starts from.
+        config: More fields of that model's configuration.
     """
 
     name: str
     title: str
     recipe: Recipe
     visual_experts: tuple[str, ...]
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
@@ -118,6 +121,8 @@ def compare_pretraining(
     processes: int = 1,
     device: str = "cpu",
     precision: str = "auto",
+    variants: Callable[[Recipe], tuple[Arm, ...]] = arms_of,
+    page: Callable[[Sequence[MeasuredRun]], str] = evip_page,
 ) -> Path:
     """Train and evaluate every arm with every seed; write all figures and a table.
 
@@ -133,6 +138,8 @@ def compare_pretraining(
         device: Of training and evaluation.
         precision: "auto", "bf16" or "fp32"; a comparison that goes on keeps what it began with,
             and one with a quickstart takes the quickstart's.
+        variants: Recipe of EViP's four stages -> what is compared, what a quickstart trains first.
+        page: All runs -> the table.
 
     Returns:
         The table.
@@ -144,7 +151,7 @@ def compare_pretraining(
     if seeds < 1:
         raise ConfigError(f"seeds={seeds}; expected at least 1")
     plan = dataclasses.replace(QUICK if quick else FULL, bounds={})
-    arms = arms_of(plan.recipe)
+    arms = variants(plan.recipe)
     if against is not None:
         _check_quickstart(against, quick)
     with exclusive(run), resumable(run):
@@ -179,7 +186,7 @@ def compare_pretraining(
         run_side_by_side(_run, left, processes)
         runs = [_measured(t.arm, t.seed, f) for t, f in zip(tasks, folders, strict=True)]
         write_whole(run / RUNS, "\n".join(json.dumps(dataclasses.asdict(one)) for one in runs))
-        write_whole(run / TABLE, evip_page(runs))
+        write_whole(run / TABLE, page(runs))
         return run / TABLE
 
 
@@ -228,7 +235,12 @@ def _make_start(task: _Task, eyes: Path) -> None:
     if not start.exists():
         experts, own = task.arm.visual_experts, start == eyes
         give_eyes(
-            SHIPPED_LANGUAGE_MODEL, start, experts, seed=task.seed, eyes=None if own else eyes
+            SHIPPED_LANGUAGE_MODEL,
+            start,
+            experts,
+            seed=task.seed,
+            eyes=None if own else eyes,
+            **task.arm.config,
         )
 
 

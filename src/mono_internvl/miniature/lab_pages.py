@@ -18,7 +18,8 @@ from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import Origin, place_of
 
 RUNS_FILE, TWIN_FILE = "evip-plus-plus.jsonl", "modular.json"
-"""Names under `results/` of what the two labs leave behind."""
+IMAGES_FILE = "images.jsonl"
+"""Names under `results/` of what the labs leave behind."""
 
 QUICK_NOTE = "A quick run: it shows that everything runs, its scores mean nothing.\n"
 _IDENTICAL, _SAMPLES, _MINUTES = "text-only logits as before", "samples", "training, CPU minutes"
@@ -130,11 +131,36 @@ class _Arms:
         return kind.replace("_", " ") + (f" ({items})" if items else "")
 
 
+EVIP_SHOWS = (
+    "What this shows: what two orders of learning do at this scale, with rates that were chosen "
+    "for EViP. What it cannot show: the paper's claim, which is about a model hundreds of times "
+    "larger and about re-organised data that were not published."
+)
+
+
 def evip_page(runs: Sequence[MeasuredRun]) -> str:
+    """Markdown of the runs of `lab evip-plus-plus`, as `comparison_page` writes it."""
+    return comparison_page(runs, EVIP_SHOWS)
+
+
+IMAGES_SHOWS = (
+    "What this shows: what the two options do at this size, where an image has 36 visual tokens. "
+    "What it cannot show: what V2PE is for, contexts of many images that are longer than the "
+    "model's positions."
+)
+
+
+def images_page(runs: Sequence[MeasuredRun]) -> str:
+    """Markdown of the runs of `lab images`, as `comparison_page` writes it."""
+    return comparison_page(runs, IMAGES_SHOWS)
+
+
+def comparison_page(runs: Sequence[MeasuredRun], shows: str) -> str:
     """Markdown: what each arm reached, the differences seed by seed, what it cost, its origin.
 
     Args:
         runs: Of all arms and seeds, the arm that the others are held against first.
+        shows: What the comparison shows and what it cannot, for the end of the page.
     """
     arms = _Arms(runs)
     said = {1: "one seed", 2: "two seeds", 3: "three seeds"}
@@ -159,9 +185,7 @@ def evip_page(runs: Sequence[MeasuredRun]) -> str:
         "",
         *_origins(arms),
         "",
-        "What this shows: what two orders of learning do at this scale, with rates that were "
-        "chosen for EViP. What it cannot show: the paper's claim, which is about a model hundreds "
-        "of times larger and about re-organised data that were not published.",
+        shows,
     ]
     return "\n".join(lines)
 
@@ -259,15 +283,26 @@ def twin_page(comparison: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------- blocks of the pages
 
 
-def evip_block(results: Path) -> str:
-    """The committed runs of `lab evip-plus-plus`."""
-    file = results / RUNS_FILE
-    if not file.is_file():
-        return NOTHING
-    runs = read_runs(file)
-    if not runs or any(run.quick for run in runs):
-        raise ConfigError(f"{file}: no run, or a quick one; commit the runs.jsonl of a full lab")
-    return evip_page(runs) + "\n"
+def runs_block(name: str, page: Callable[[Sequence[MeasuredRun]], str]) -> Callable[[Path], str]:
+    """What writes the committed runs of a lab.
+
+    Args:
+        name: File of runs under `results/`.
+        page: All runs -> Markdown.
+    """
+
+    def block(results: Path) -> str:
+        file = results / name
+        if not file.is_file():
+            return NOTHING
+        runs = read_runs(file)
+        if not runs or any(run.quick for run in runs):
+            raise ConfigError(
+                f"{file}: no run, or a quick one; commit the runs.jsonl of a full lab"
+            )
+        return page(runs) + "\n"
+
+    return block
 
 
 def twin_block(results: Path) -> str:
@@ -289,7 +324,8 @@ def twin_block(results: Path) -> str:
 
 
 LAB_BLOCKS: dict[str, Callable[[Path], str]] = {
-    "evip-plus-plus": evip_block,
+    "evip-plus-plus": runs_block(RUNS_FILE, evip_page),
+    "images": runs_block(IMAGES_FILE, images_page),
     "modular": twin_block,
 }
 """Name of a block -> what writes it from the folder of measured files."""

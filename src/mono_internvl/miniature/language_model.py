@@ -117,6 +117,7 @@ def give_eyes(
     vision: Mapping[str, Any] = VISION,
     seed: int = 0,
     eyes: Path | None = None,
+    **config_fields: Any,
 ) -> Path:
     """Make the model that the stages start from, monolithic or modular, and its processor.
 
@@ -127,6 +128,7 @@ def give_eyes(
         vision: Fields of the vision configuration.
         seed: Of the first weights of patch embedding and projector.
         eyes: Checkpoint of the same vision shapes to take those first weights from instead.
+        **config_fields: More fields of `MonoInternVLConfig` (`image_attention`, ...).
     """
     made = monolithic_from_llm(
         llm,
@@ -135,6 +137,7 @@ def give_eyes(
         seed=seed,
         max_dynamic_patch=1,
         use_thumbnail=False,
+        **config_fields,
     )
     if eyes is not None:
         other = MonoInternVLForConditionalGeneration.from_pretrained(eyes).state_dict()
