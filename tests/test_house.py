@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"released", "model", "processing"},
     "generation": {"attention", "experts", "model"},
     "data": {"processing"},
-    "training": {"released", "model", "processing", "data", "recipes"},
+    "training": {"released", "model", "processing", "data"},
     "recipes": {"training.recipe"},
     "evaluation": {
         "released",

@@ -21,7 +21,7 @@ from mono_internvl.training.recipe import Rule, Stage
 
 TILE_PX, TOKENS_PER_TILE = 56, 4
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230)}
-EYES_AND_EXPERTS = (Rule(r"vision_embedder\.|projector\.|_visual\.", 3e-3), Rule(".*", None))
+VISION_AND_EXPERTS = (Rule(r"vision_embedder\.|projector\.|_visual\.", 3e-3), Rule(".*", None))
 ALL = (Rule(".*", 3e-3),)
 
 

@@ -15,7 +15,7 @@ from mono_internvl.configuration.model import MonoInternVLConfig, MonoInternVLVi
 from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration as Model
 from mono_internvl.model.vision_tower import drop_path
-from mono_internvl.recipes.groups import EYES
+from mono_internvl.recipes.groups import VISION_PARAMETERS
 from mono_internvl.released.keys import to_released
 from mono_internvl.training.recipe import Rule, Stage
 from mono_internvl.training.recompute import enable_recompute
@@ -120,7 +120,7 @@ def test_modular_model_compiles_on_text_without_graph_breaks() -> None:
 @pytest.mark.parametrize("select_layer", [-1, 3, -2, 1, 0])
 def test_rules_freeze_what_no_loss_reads_and_nothing_else(select_layer: int) -> None:
     model = _model(select_layer)
-    rules = (Rule(EYES, 1e-3), Rule(".*", 1e-4))
+    rules = (Rule(VISION_PARAMETERS, 1e-3), Rule(".*", 1e-4))
     stage = Stage(name="all", title="", data="x", batch_size=1, steps=1, rules=rules)
     apply_rules(model, model.config, stage)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -18,9 +18,9 @@ from failing_process import fail_in_second, note_process
 from safetensors.torch import load_file
 
 from mono_internvl.errors import RecipeError, TrainingStateError
+from mono_internvl.training.checkpointing import StateFolders
 from mono_internvl.training.distributed import own_device, run_processes, run_side_by_side
 from mono_internvl.training.loop import train_stage
-from mono_internvl.training.state import latest_state
 
 # Gradients are added up in another order than in one process; over 12 steps of AdamW in fp32 that
 # moved the loss, of about 6, by at most 1.5e-6.
@@ -31,7 +31,7 @@ STAGES = {
     "mixed": tiny_runs.tiny_stage(batch_size=2),
     "text": tiny_runs.tiny_stage(batch_size=2, data="text.json", steps=4),
     # Only visual parts learn: a process with text alone has nothing to differentiate.
-    "visual": tiny_runs.tiny_stage(batch_size=2, rules=tiny_runs.EYES_AND_EXPERTS),
+    "visual": tiny_runs.tiny_stage(batch_size=2, rules=tiny_runs.VISION_AND_EXPERTS),
     "accumulated": tiny_runs.tiny_stage(batch_size=8, accumulation=2, loss_weighting="square"),
     "kill": loop_processes.KILLED,
 }
@@ -77,7 +77,7 @@ def test_killed_pair_goes_on_to_the_same_numbers(
 ) -> None:
     stage, run = loop_processes.KILLED, tmp_path / "killed"
     loop_processes.kill_in_the_middle(2, stage, run, start, data, rows=23)
-    found = latest_state(run)
+    found = StateFolders(run).latest()
     assert found is not None and 20 <= found.step < 60
     changed = dataclasses.replace(stage, seed=1)
     with pytest.raises(TrainingStateError, match="run with seed=0"):

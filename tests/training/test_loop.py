@@ -12,6 +12,7 @@ import loop_processes
 import pytest
 import tiny_runs
 import torch
+from interrupted import interrupt
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,18 +23,12 @@ from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.runs import folder as job_folder
 from mono_internvl.runs.folder import exclusive
-from mono_internvl.training import loop, state
+from mono_internvl.training import checkpointing, loop, state
+from mono_internvl.training.checkpointing import OPTIMIZER_FILE, StateFolders, load_optimizer
 from mono_internvl.training.loop import StageResult, train_stage
-from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Rule, Stage
 from mono_internvl.training.rules import apply_rules
-from mono_internvl.training.state import (
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    latest_state,
-    load_optimizer,
-    truncate_metrics,
-)
+from mono_internvl.training.state import STATE_FILE, truncate_metrics
 
 load_model = MonoInternVLForConditionalGeneration.from_pretrained
 
@@ -47,22 +42,6 @@ def _assert_same_run(first: StageResult, second: StageResult) -> None:
     old, new = _weights(first), _weights(second)
     assert old.keys() == new.keys()
     assert [key for key in old if not torch.equal(old[key], new[key])] == []
-
-
-class _Stopped(Exception):
-    """Stands for what ends a run before its time."""
-
-
-def _interrupt(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any, **named: Any) -> None:
-    """Train, but stop right after a step."""
-
-    def update(self: StageProgress, row: dict[str, Any]) -> None:
-        if row["step"] == step:
-            raise _Stopped
-
-    with monkeypatch.context() as patched, pytest.raises(_Stopped):
-        patched.setattr(StageProgress, "update", update)
-        train_stage(*arguments, **named)
 
 
 # --------------------------------------------------------------------- what a step computes
@@ -137,20 +116,21 @@ def test_recompute_changes_nothing(start: Path, data: Path, tmp_path: Path, reco
     _assert_same_run(plain, train_stage(again, start, data, tmp_path / "again"))
 
 
-def test_state_without_a_later_field_is_resumed(start: Path, data: Path, tmp_path: Path) -> None:
+def test_state_of_earlier_names_is_resumed(start: Path, data: Path, tmp_path: Path) -> None:
     stage = tiny_runs.tiny_stage(steps=2)
     done = train_stage(stage, start, data, tmp_path / "run")
-    edited = 0
-    for file in done.checkpoint.rglob("*.json"):
-        text = file.read_text()
-        if '"recompute"' in text:
-            state = json.loads(text)
-            holder = state if "recompute" in state else state["stage"]
-            del holder["recompute"]
-            file.write_text(json.dumps(state))
-            edited += 1
-    assert edited
+    file = done.checkpoint / STATE_FILE
+    state = json.loads(file.read_text())
+    for later in ("recompute", "objective"):
+        del state["stage"][later]
+    for old, new in (("warmup_share", "warmup_ratio"), ("final_rate_share", "final_rate_ratio")):
+        state["stage"][old] = state["stage"].pop(new)
+    file.write_text(json.dumps(state))
     assert train_stage(stage, start, data, tmp_path / "run").resumed_at == 2
+    state["stage"]["warmup_share"] = 0.5
+    file.write_text(json.dumps(state))
+    with pytest.raises(TrainingStateError, match=r"run with warmup_ratio=0\.5"):
+        train_stage(stage, start, data, tmp_path / "run")
 
 
 def _slow_bf16(monkeypatch: pytest.MonkeyPatch, cost: float) -> None:
@@ -188,7 +168,7 @@ def test_resumed_run_keeps_the_precision_it_began_with(
     before = tiny_runs.tiny_stage(precision=begun)
     whole = train_stage(before, start, data, tmp_path / "whole")
     run = tmp_path / "run"
-    _interrupt(monkeypatch, 6, before, start, data, run)
+    interrupt(monkeypatch, 6, before, start, data, run)
     _slow_bf16(monkeypatch, 40.0 if begun == "bf16" else 0.2)  # another machine
     after = dataclasses.replace(before, precision="auto")
     result = train_stage(after, start, data, run)
@@ -248,7 +228,7 @@ def test_interrupted_run_goes_on_to_the_same_numbers(
     stage = tiny_runs.tiny_stage()
     whole = train_stage(stage, start, data, tmp_path / "whole")
     run = tmp_path / "parts"
-    _interrupt(monkeypatch, step, stage, start, data, run)
+    interrupt(monkeypatch, step, stage, start, data, run)
     parts = train_stage(stage, start, data, run)
     # Stopped at once after step 4, before its state was written.
     assert (whole.resumed_at, parts.resumed_at) == (0, {2: 0, 4: 0, 9: 8, 11: 8}[step])
@@ -263,7 +243,7 @@ def test_killed_run_goes_on_to_the_same_numbers(data: Path, tmp_path: Path) -> N
     run = tmp_path / "killed"
     loop_processes.kill_in_the_middle(1, stage, run, start, data, rows=37)
     assert not (run / "checkpoint").exists()
-    found = latest_state(run)
+    found = StateFolders(run).latest()
     assert found is not None and 30 <= found.step < 120
     parts = train_stage(stage, start, data, run)
     assert parts.resumed_at == found.step
@@ -302,7 +282,7 @@ def test_half_written_and_half_deleted_states_are_swept(
     monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
 ) -> None:
     stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
-    _interrupt(monkeypatch, 6, stage, start, data, run)
+    interrupt(monkeypatch, 6, stage, start, data, run)
     for name in (".step_00000008.new.tmp", ".step_00000002.old.tmp"):
         (run / name).mkdir()
         (run / name / STATE_FILE).write_text("{")
@@ -314,13 +294,13 @@ def test_state_that_cannot_be_written_leaves_the_one_before(
     monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
 ) -> None:
     stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
-    _interrupt(monkeypatch, 6, stage, start, data, run)
+    interrupt(monkeypatch, 6, stage, start, data, run)
 
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(state, "save_file", full)
+        patched.setattr(checkpointing, "save_file", full)
         with pytest.raises(TrainingStateError, match=r"step 8 not written .*No space left"):
             train_stage(stage, start, data, run)
     assert [p.name for p in run.glob("*step*")] == ["step_00000004"]
@@ -362,11 +342,11 @@ def test_changed_stage_is_refused_with_its_field(
     if finished:
         train_stage(stage, start, data, run)
     else:
-        _interrupt(monkeypatch, 6, stage, start, data, run)
+        interrupt(monkeypatch, 6, stage, start, data, run)
     changes: list[tuple[str, Any]] = [
         ("batch_size", 2),
         ("seed", 5),
-        ("rules", tiny_runs.EYES_AND_EXPERTS),
+        ("rules", tiny_runs.VISION_AND_EXPERTS),
     ]
     for field, value in changes:
         changed = dataclasses.replace(stage, **{field: value})
@@ -404,7 +384,7 @@ def test_other_start_or_data_is_refused(
     if finished:
         train_stage(stage, start, data, run)
     else:
-        _interrupt(monkeypatch, 6, stage, start, data, run)
+        interrupt(monkeypatch, 6, stage, start, data, run)
     for number, change in enumerate((_change_weight, _change_config)):
         other = shutil.copytree(start, tmp_path / f"start-{number}")
         change(other)
@@ -445,7 +425,7 @@ def test_damaged_state_is_named(
     complaint: str,
 ) -> None:
     stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
-    _interrupt(monkeypatch, 6, stage, start, data, run)
+    interrupt(monkeypatch, 6, stage, start, data, run)
     damage(run / "step_00000004" / name)
     with pytest.raises(error, match=complaint):
         train_stage(stage, start, data, run)
@@ -456,7 +436,7 @@ def test_moments_are_loaded_to_where_the_optimizer_wants_them(
 ) -> None:
     """A fused step on a GPU wants its count there, too; the meta device stands for a GPU."""
     stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
-    _interrupt(monkeypatch, 6, stage, start, data, run)
+    interrupt(monkeypatch, 6, stage, start, data, run)
     model = load_model(start).to("meta")
     groups = apply_rules(model, model.config, stage)
     parameters = dict(model.named_parameters())
@@ -475,9 +455,9 @@ def test_moments_of_other_parameters_are_refused(
     monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
 ) -> None:
     stage, run = tiny_runs.tiny_stage(), tmp_path / "all"
-    fewer = dataclasses.replace(stage, rules=tiny_runs.EYES_AND_EXPERTS)
-    _interrupt(monkeypatch, 6, stage, start, data, run)
-    _interrupt(monkeypatch, 6, fewer, start, data, tmp_path / "fewer")
+    fewer = dataclasses.replace(stage, rules=tiny_runs.VISION_AND_EXPERTS)
+    interrupt(monkeypatch, 6, stage, start, data, run)
+    interrupt(monkeypatch, 6, fewer, start, data, tmp_path / "fewer")
     moments = [folder / "step_00000004" / OPTIMIZER_FILE for folder in (run, tmp_path / "fewer")]
     held = moments[0].read_bytes()
     shutil.copy(moments[1], moments[0])
@@ -492,7 +472,7 @@ def test_loss_that_is_not_finite_ends_the_run(start: Path, data: Path, tmp_path:
     stage = tiny_runs.tiny_stage(rules=(Rule(".*", 1e30),), warmup_steps=0, checkpoint_every=1)
     with pytest.raises(TrainingStateError, match=r"at step \d+ \(records (image|text)-\d+, "):
         train_stage(stage, start, data, tmp_path / "run")
-    saved = latest_state(tmp_path / "run")
+    saved = StateFolders(tmp_path / "run").latest()
     assert saved is None or saved.step == len(
         (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     )
@@ -530,7 +510,7 @@ def test_too_many_skipped_records_stop_the_run_which_may_go_on_with_a_higher_lim
         train_stage(stage, start, folder, tmp_path / "run")
     assert "images                image missing" in caplog.text
     assert "images                image damaged" in caplog.text
-    stopped = latest_state(tmp_path / "run")
+    stopped = StateFolders(tmp_path / "run").latest()
     assert stopped is not None and stopped.skipped["skipped"] > 0
     resumed = dataclasses.replace(stage, max_skipped_ratio=0.5)
     parts = train_stage(resumed, start, folder, tmp_path / "run")

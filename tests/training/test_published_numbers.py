@@ -24,8 +24,9 @@ _ATTENTION = r"self_attn\.(q|k|v|o)_proj\."
 # field: (value, source). AdamW's numbers are P table 8's, and R's.
 _COMMON: dict[str, tuple[Any, str]] = {
     "epochs": (0.0, "P table 8 counts steps"),
-    "warmup_share": (0.0, "P table 8 counts steps"),
-    "final_rate_share": (0.0, "ours: P names a cosine, not its end"),
+    "warmup_ratio": (0.0, "P table 8 counts steps"),
+    "final_rate_ratio": (0.0, "ours: P names a cosine, not its end"),
+    "objective": ("next_token", "P: autoregressive loss of the text"),
     "weight_decay": (0.01, "P table 8"),
     "betas": ((0.9, 0.999), "P table 8"),
     "eps": (1e-8, "P table 8"),
@@ -100,7 +101,7 @@ _SFT: dict[str, tuple[Any, str]] = {
     "batch_size": (128, "R"),
     "schedule": ("cosine", "R"),
     "warmup_steps": (0, "R counts a ratio"),
-    "warmup_share": (0.03, "R"),
+    "warmup_ratio": (0.03, "R"),
     "max_tokens": (2048, "R"),
     "max_tiles": (6, "R"),
     "checkpoint_every": (500, "ours"),
@@ -130,6 +131,7 @@ STAGES = [
 
 def _values(stage: Stage) -> dict[str, Any]:
     values = {field.name: getattr(stage, field.name) for field in dataclasses.fields(stage)}
+    values["objective"] = stage.objective.name
     values["rules"] = tuple((rule.pattern, rule.learning_rate) for rule in stage.rules)
     return values
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import tiny_runs
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from mono_internvl.cli.recipes import RECIPES
 from mono_internvl.errors import RecipeError
+from mono_internvl.training import recipe as recipe_module
 from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Rule, Stage, load_recipe
 from mono_internvl.training.run import override, train
@@ -21,28 +24,28 @@ from mono_internvl.training.run import override, train
 
 def test_constant_schedule_warms_up_and_stays() -> None:
     stage = tiny_runs.tiny_stage(schedule="constant", warmup_steps=4, steps=10)
-    shares = [stage.rate_share(step) for step in range(10)]
+    shares = [stage.rate_ratio(step) for step in range(10)]
     assert shares == [0.25, 0.5, 0.75, 1.0, *[1.0] * 6]
 
 
 def test_cosine_schedule_falls_to_its_final_share() -> None:
-    stage = tiny_runs.tiny_stage(steps=110, warmup_steps=10, final_rate_share=0.1)
-    assert stage.rate_share(0) == 0.1
-    assert stage.rate_share(9) == stage.rate_share(10) == 1.0
-    assert stage.rate_share(60) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert stage.rate_share(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert stage.rate_share(110) == pytest.approx(0.1)
-    shares = [stage.rate_share(step) for step in range(10, 110)]
+    stage = tiny_runs.tiny_stage(steps=110, warmup_steps=10, final_rate_ratio=0.1)
+    assert stage.rate_ratio(0) == 0.1
+    assert stage.rate_ratio(9) == stage.rate_ratio(10) == 1.0
+    assert stage.rate_ratio(60) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert stage.rate_ratio(35) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert stage.rate_ratio(110) == pytest.approx(0.1)
+    shares = [stage.rate_ratio(step) for step in range(10, 110)]
     assert all(a > b for a, b in pairwise(shares))
 
 
 def test_schedule_without_warmup_starts_at_the_peak() -> None:
-    assert tiny_runs.tiny_stage(warmup_steps=0).rate_share(0) == 1.0
+    assert tiny_runs.tiny_stage(warmup_steps=0).rate_ratio(0) == 1.0
 
 
 def test_resolved_turns_epochs_and_shares_into_steps() -> None:
     stage = tiny_runs.tiny_stage(
-        steps=0, epochs=2.5, batch_size=8, warmup_steps=0, warmup_share=0.1
+        steps=0, epochs=2.5, batch_size=8, warmup_steps=0, warmup_ratio=0.1
     )
     assert (stage.resolved(100).steps, stage.resolved(100).warmup_steps) == (32, 3)
     assert stage.resolved(1).steps == 1
@@ -61,11 +64,11 @@ def test_resolved_turns_epochs_and_shares_into_steps() -> None:
         ({"steps": 0}, "steps=0 and epochs=0"),
         ({"epochs": -1.0}, "epochs=-1"),
         ({"warmup_steps": -2}, "warmup_steps=-2"),
-        ({"warmup_share": -0.1}, "warmup_share=-0.1"),
-        ({"warmup_share": 3}, "warmup_share=3; give a number from 0 to 1"),
-        ({"warmup_share": math.nan}, "warmup_share=nan"),
-        ({"final_rate_share": 1.5}, "final_rate_share=1.5; give a number from 0 to 1"),
-        ({"max_skipped_ratio": 10}, "max_skipped_ratio=10; give a number from 0 to 1"),
+        ({"warmup_ratio": -0.1}, "warmup_ratio=-0.1"),
+        ({"warmup_ratio": 3}, "warmup_ratio=3; expected a number from 0 to 1"),
+        ({"warmup_ratio": math.nan}, "warmup_ratio=nan"),
+        ({"final_rate_ratio": 1.5}, "final_rate_ratio=1.5; expected a number from 0 to 1"),
+        ({"max_skipped_ratio": 10}, "max_skipped_ratio=10; expected a number from 0 to 1"),
         ({"max_skipped_ratio": "0.1"}, "max_skipped_ratio='0.1'"),
         ({"eps": -1e-8}, "eps=-1e-08"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\)"),
@@ -75,17 +78,20 @@ def test_resolved_turns_epochs_and_shares_into_steps() -> None:
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"checkpoint_every": -1}, "checkpoint_every=-1"),
         ({"recompute": "some"}, "recompute='some'"),
-        ({"batch_size": 1_000_000_000}, "batch_size=1000000000; give at most 1,048,576"),
+        (
+            {"batch_size": 1_000_000_000},
+            "batch_size=1000000000; expected an integer from 1 to",
+        ),
         ({"loader_workers": -1}, "loader_workers=-1"),
         ({"clip_norm": 0.0}, "clip_norm=0"),
         ({"batch_size": 6, "accumulation": 4}, "not a multiple of accumulation=4"),
-        ({"rules": ()}, "no rules"),
+        ({"rules": ()}, r"rules=\(\); expected a tuple of at least one Rule"),
         ({"schedule": "linear"}, "schedule='linear'"),
         ({"precision": "fp16"}, "precision='fp16'"),
         ({"loss_weighting": "word"}, "loss_weighting='word'"),
         ({"on_bad_sample": "ignore"}, "on_bad_sample='ignore'"),
         *[
-            ({"name": name}, "stage name=")
+            ({"name": name}, "name=")
             for name in ("a/b", "", ".", "..", ".a", "a\\b", "a\n", "a b", "-a", None)
         ],
         ({"epochs": math.inf, "steps": 0}, "epochs=inf"),
@@ -94,7 +100,7 @@ def test_resolved_turns_epochs_and_shares_into_steps() -> None:
         ({"clip_norm": "1"}, "clip_norm='1'"),
         ({"clip_norm": -math.inf}, "clip_norm=-inf"),
         ({"weight_decay": math.nan}, "weight_decay=nan"),
-        ({"final_rate_share": -0.5}, "final_rate_share=-0.5"),
+        ({"final_rate_ratio": -0.5}, "final_rate_ratio=-0.5"),
         ({"batch_size": 2.0}, "batch_size=2.0"),
         ({"steps": True}, "steps=True"),
     ],
@@ -102,6 +108,48 @@ def test_resolved_turns_epochs_and_shares_into_steps() -> None:
 def test_stage_refuses_fields_that_make_no_sense(fields: dict[str, Any], complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint):
         tiny_runs.tiny_stage(**fields)
+
+
+NUMERIC = [f.name for f in dataclasses.fields(Stage) if f.type in ("int", "float")]
+INTEGERS = [f.name for f in dataclasses.fields(Stage) if f.type == "int"]
+UNLIMITED = {"clip_norm"}
+"""May be infinite: no clipping."""
+
+
+def test_every_field_of_a_stage_is_checked() -> None:
+    assert set(recipe_module._STAGE_CHECKS) == {f.name for f in dataclasses.fields(Stage)}
+    assert len(NUMERIC) > 15 and {"seed", "warmup_ratio"} < set(NUMERIC)
+
+
+@given(
+    name=st.sampled_from(NUMERIC),
+    wrong=st.one_of(
+        st.sampled_from([math.nan, -math.inf, math.inf, None, "1", True, [1], 1 + 0j]),
+        st.integers(max_value=-1),
+        st.floats(max_value=0, exclude_max=True),
+        st.text(),
+    ),
+)
+def test_numeric_field_refuses_what_is_no_number_in_its_range(name: str, wrong: Any) -> None:
+    assume(not (wrong == math.inf and name in UNLIMITED))
+    with pytest.raises(RecipeError) as refused:
+        tiny_runs.tiny_stage(**{name: wrong})
+    assert f"stage 'tiny': {name}={wrong!r}; expected " in str(refused.value)
+
+
+@given(name=st.sampled_from(INTEGERS), wrong=st.floats(min_value=0))
+def test_count_refuses_fractions(name: str, wrong: float) -> None:
+    with pytest.raises(RecipeError, match=f"{name}=.*; expected an integer"):
+        tiny_runs.tiny_stage(**{name: wrong})
+
+
+def test_stage_is_made_under_its_earlier_names() -> None:
+    old = tiny_runs.tiny_stage(warmup_share=0.25, final_rate_share=0.1)
+    assert old == tiny_runs.tiny_stage(warmup_ratio=0.25, final_rate_ratio=0.1)
+    recipe = Recipe(name="r", source="s", stages=(old,))
+    assert override(recipe, {"warmup_share": "0.5"}).stages[0].warmup_ratio == 0.5
+    with pytest.raises(TypeError, match="warmup_part"):
+        tiny_runs.tiny_stage(warmup_part=0.25)
 
 
 @pytest.mark.parametrize("rate", [-1e-3, math.nan, math.inf, "1e-3", True])
@@ -113,7 +161,7 @@ def test_rule_refuses_rates_that_make_no_sense(rate: Any) -> None:
 
 
 def test_recipe_refuses_names_that_are_no_folder() -> None:
-    with pytest.raises(RecipeError, match=r"recipe name='\.\./up'"):
+    with pytest.raises(RecipeError, match=r"name='\.\./up'"):
         Recipe(name="../up", source="test", stages=(tiny_runs.tiny_stage(),))
 
 

@@ -24,11 +24,11 @@ from mono_internvl.errors import RecipeError
 from mono_internvl.miniature.recipes import LANGUAGE_MODEL, MINIATURE, VISION
 from mono_internvl.miniature.recipes_plus_plus import plus_plus
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
+from mono_internvl.recipes.evip_plus_plus import RATIO_TO_EVIP
 from mono_internvl.recipes.groups import ATTENTION
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Rule, Stage
-from mono_internvl.training.rules import apply_rules, never_learns
+from mono_internvl.training.rules import always_frozen, apply_rules
 
 ALL_EXPERTS = ("ffn", "qkv", "o", "norms")
 
@@ -127,7 +127,7 @@ def test_evip_plus_plus_has_the_samples_that_are_known() -> None:
     assert samples[0] + samples[1] == pytest.approx(400e6, rel=1e-4)
     assert samples[2] == pytest.approx(150e6, rel=1e-4)
     before = sum(stage.steps * stage.batch_size for stage in evip[:3])
-    assert sum(samples[:3]) / before == pytest.approx(SHARE_OF_EVIP, abs=0.005)
+    assert sum(samples[:3]) / before == pytest.approx(RATIO_TO_EVIP, abs=0.005)
     assert plus[3] == evip[3]
     for ours, theirs in zip(plus[:3], evip[:3], strict=True):
         same = {"title": "", "rules": (Rule(".*", None),), "steps": 1}
@@ -164,10 +164,10 @@ def _stage(*rules: Rule, **fields: Any) -> Stage:
         ((Rule("no_such_part", 1e-3), Rule(".*", None)), "'no_such_part' decides no parameter"),
         ((Rule(".*", 1e-3), Rule("self_attn", None)), "'self_attn' decides no parameter"),
         ((Rule("(", 1e-3),), r"bad pattern '\('"),
-        ((Rule(".*", None),), "nothing would learn"),
+        ((Rule(".*", None),), "nothing is trainable"),
         ((Rule("class_embedding", 1e-3), Rule(".*", 1e-3)), "class_embedding' decides no"),
     ],
-    ids=["uncovered", "misspelt", "hidden", "bad_pattern", "all_frozen", "never_learns"],
+    ids=["uncovered", "misspelt", "hidden", "bad_pattern", "all_frozen", "always_frozen"],
 )
 def test_rules_that_do_not_fit_are_refused(rules: tuple[Rule, ...], complaint: str) -> None:
     model = _tiny()
@@ -203,7 +203,7 @@ def _loss(model: MonoInternVLForConditionalGeneration) -> Tensor:
 @pytest.mark.parametrize(
     "visual_experts", [("ffn",), ("ffn", "qkv"), ("ffn", "o"), ("ffn", "norms"), ALL_EXPERTS]
 )
-def test_never_learns_is_exactly_what_gets_no_gradient(visual_experts: tuple[str, ...]) -> None:
+def test_always_frozen_is_exactly_what_gets_no_gradient(visual_experts: tuple[str, ...]) -> None:
     model = _tiny(visual_experts)
     _loss(model).backward()
     silent = {
@@ -211,7 +211,7 @@ def test_never_learns_is_exactly_what_gets_no_gradient(visual_experts: tuple[str
         for name, p in model.named_parameters()
         if p.grad is None or not bool(p.grad.count_nonzero())
     }
-    patterns = [rule.pattern for rule in never_learns(model.config)]
+    patterns = [rule.pattern for rule in always_frozen(model.config)]
     named = {n for n, _ in model.named_parameters() if any(re.search(p, n) for p in patterns)}
     assert named == silent
     assert all(any(re.search(p, name) for name in named) for p in patterns)

@@ -45,7 +45,7 @@ from mono_internvl.miniature.quickstart import (
 )
 from mono_internvl.miniature.recipes import seeded
 from mono_internvl.miniature.recipes_plus_plus import plus_plus
-from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
+from mono_internvl.recipes.evip_plus_plus import RATIO_TO_EVIP
 from mono_internvl.runs.folder import (
     begin,
     check_settings,
@@ -86,14 +86,14 @@ class Arm:
 def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
     """The three arms that a recipe of EViP's four stages is compared in."""
     v1, v1_5 = EXPERT_PRESETS["v1"], EXPERT_PRESETS["v1_5"]
-    percent = round(100 * SHARE_OF_EVIP)
+    percent = round(100 * RATIO_TO_EVIP)
     return (
         Arm("evip", "EViP", recipe, v1),
         Arm("evip-plus-plus", "EViP++, equal data", plus_plus(recipe), v1_5),
         Arm(
             f"evip-plus-plus-{percent}",
             f"EViP++, {percent} % of the pre-training data",
-            plus_plus(recipe, SHARE_OF_EVIP),
+            plus_plus(recipe, RATIO_TO_EVIP),
             v1_5,
         ),
     )

@@ -6,7 +6,7 @@ split. The 2B recipe (`recipes/evip.py`) differs in data and numbers only.
 
 import dataclasses
 
-from mono_internvl.recipes.groups import ATTENTION, EXPERTS, EYES, THE_REST_FROZEN
+from mono_internvl.recipes.groups import ATTENTION, EXPERTS, THE_REST_FROZEN, VISION_PARAMETERS
 from mono_internvl.training.recipe import Recipe, Rule, Stage
 
 LANGUAGE_MODEL = {
@@ -37,7 +37,7 @@ def _stage(name: str, title: str, **fields: object) -> Stage:
         "loss_weighting": "square",
         "schedule": "cosine",
         "warmup_steps": 50,
-        "final_rate_share": 0.05,
+        "final_rate_ratio": 0.05,
         "weight_decay": 0.05,
         "betas": (0.9, 0.95),
         "max_tokens": 320,
@@ -59,7 +59,7 @@ LANGUAGE = Recipe(
             loss_weighting="token",
             steps=400,
             schedule="constant",
-            rules=(Rule(EYES, None), Rule(".*", 2e-3)),
+            rules=(Rule(VISION_PARAMETERS, None), Rule(".*", 2e-3)),
         ),
         _stage(
             "finding",
@@ -68,7 +68,7 @@ LANGUAGE = Recipe(
             loss_weighting="token",
             steps=800,
             schedule="constant",
-            rules=(Rule(EYES, None), Rule(".*", 2e-3)),
+            rules=(Rule(VISION_PARAMETERS, None), Rule(".*", 2e-3)),
         ),
         _stage(
             "language",
@@ -77,7 +77,7 @@ LANGUAGE = Recipe(
             steps=2600,
             warmup_steps=100,
             loss_weighting="sample",  # English answers are twenty times as long as the others
-            rules=(Rule(EYES, None), Rule(".*", 2e-3)),
+            rules=(Rule(VISION_PARAMETERS, None), Rule(".*", 2e-3)),
         ),
         _stage(
             "practice",
@@ -86,14 +86,14 @@ LANGUAGE = Recipe(
             steps=1200,
             warmup_steps=100,
             loss_weighting="square",
-            rules=(Rule(EYES, None), Rule(".*", 1.5e-3)),
+            rules=(Rule(VISION_PARAMETERS, None), Rule(".*", 1.5e-3)),
         ),
     ),
 )
 
 _FROZEN_LANGUAGE = (
     Rule(PATCHES, 3e-4),
-    Rule(EYES, 2e-3),
+    Rule(VISION_PARAMETERS, 2e-3),
     Rule(EXPERTS, 1e-3),
     THE_REST_FROZEN,
 )
@@ -120,7 +120,7 @@ MINIATURE = Recipe(
             steps=1500,
             rules=(
                 Rule(PATCHES, 2e-4),
-                Rule(EYES, 7e-4),
+                Rule(VISION_PARAMETERS, 7e-4),
                 Rule(EXPERTS, 7e-4),
                 Rule(ATTENTION, 3e-4),
                 THE_REST_FROZEN,
@@ -132,7 +132,7 @@ MINIATURE = Recipe(
             steps=2500,
             rules=(
                 Rule(PATCHES, 2e-4),
-                Rule(EYES, 7e-4),
+                Rule(VISION_PARAMETERS, 7e-4),
                 Rule(EXPERTS, 7e-4),
                 Rule(ATTENTION, 5e-4),
                 Rule(".*", 2e-4),
@@ -175,11 +175,11 @@ MINIATURE_SFT = Recipe(
             name="sft",
             title="the miniature on your own data",
             data="train.json",
-            rules=(Rule(f"{EYES}|{EXPERTS}", 1e-3), Rule(".*", 2e-4)),
+            rules=(Rule(f"{VISION_PARAMETERS}|{EXPERTS}", 1e-3), Rule(".*", 2e-4)),
             epochs=8.0,
             batch_size=32,
             schedule="cosine",
-            warmup_share=0.05,
+            warmup_ratio=0.05,
             weight_decay=0.05,
             betas=(0.9, 0.95),
             max_tokens=512,

@@ -10,7 +10,7 @@ Source: arXiv 2404.16821, section 3.3 (what trains in pre-training and in fine-t
 import dataclasses
 
 from mono_internvl.miniature.recipes import MINIATURE, QUICK_MINIATURE, VISION
-from mono_internvl.recipes.groups import EYES, THE_REST_FROZEN
+from mono_internvl.recipes.groups import THE_REST_FROZEN, VISION_PARAMETERS
 from mono_internvl.training.recipe import Recipe, Rule
 
 VISION_TOWER = {
@@ -30,10 +30,10 @@ def _modular(recipe: Recipe) -> Recipe:
     """The same stages on the same data, with a modular model's rules."""
     last = recipe.stages[-1]
     stages = [
-        dataclasses.replace(stage, rules=(Rule(EYES, _TOWER_RATE), THE_REST_FROZEN))
+        dataclasses.replace(stage, rules=(Rule(VISION_PARAMETERS, _TOWER_RATE), THE_REST_FROZEN))
         for stage in recipe.stages[:-1]
     ]
-    everything = (Rule(EYES, _TOWER_RATE), Rule(".*", _LANGUAGE_RATE))
+    everything = (Rule(VISION_PARAMETERS, _TOWER_RATE), Rule(".*", _LANGUAGE_RATE))
     return dataclasses.replace(
         recipe,
         name=recipe.name.replace("miniature", "miniature-modular"),

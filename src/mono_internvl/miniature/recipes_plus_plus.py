@@ -11,7 +11,7 @@ Source: see `recipes/evip_plus_plus.py`. Ours: at 42 % of the data all three pre
 import dataclasses
 
 from mono_internvl.miniature.recipes import MINIATURE, QUICK_MINIATURE
-from mono_internvl.recipes.evip_plus_plus import SHARE_OF_EVIP
+from mono_internvl.recipes.evip_plus_plus import RATIO_TO_EVIP
 from mono_internvl.recipes.groups import ATTENTION
 from mono_internvl.training.recipe import Recipe
 
@@ -44,6 +44,6 @@ def plus_plus(recipe: Recipe, share: float = 1.0) -> Recipe:
 
 
 MINIATURE_PLUS_PLUS = plus_plus(MINIATURE)
-MINIATURE_PLUS_PLUS_42 = plus_plus(MINIATURE, SHARE_OF_EVIP)
+MINIATURE_PLUS_PLUS_42 = plus_plus(MINIATURE, RATIO_TO_EVIP)
 QUICK_MINIATURE_PLUS_PLUS = plus_plus(QUICK_MINIATURE)
-QUICK_MINIATURE_PLUS_PLUS_42 = plus_plus(QUICK_MINIATURE, SHARE_OF_EVIP)
+QUICK_MINIATURE_PLUS_PLUS_42 = plus_plus(QUICK_MINIATURE, RATIO_TO_EVIP)

@@ -9,7 +9,7 @@ Source: arXiv 2410.08202, table 1 (stages and data) and table 8 (hyper-parameter
 """
 
 from mono_internvl.recipes.evip_data import EVIP_DATA
-from mono_internvl.recipes.groups import ATTENTION, EXPERTS, EYES, THE_REST_FROZEN
+from mono_internvl.recipes.groups import ATTENTION, EXPERTS, THE_REST_FROZEN, VISION_PARAMETERS
 from mono_internvl.training.recipe import Recipe, Rule, Stage
 
 EVIP = Recipe(
@@ -33,7 +33,7 @@ EVIP = Recipe(
             name="s11",
             title="concept learning: 922M noisy pairs",
             data="s11.json",
-            rules=(Rule(f"{EYES}|{EXPERTS}", 1e-4), THE_REST_FROZEN),
+            rules=(Rule(f"{VISION_PARAMETERS}|{EXPERTS}", 1e-4), THE_REST_FROZEN),
             steps=450_000,
             batch_size=2048,
             schedule="constant",
@@ -47,7 +47,7 @@ EVIP = Recipe(
             name="s12",
             title="semantic learning: 258M synthetic captions",
             data="s12.json",
-            rules=(Rule(f"{EYES}|{EXPERTS}", 1e-4), THE_REST_FROZEN),
+            rules=(Rule(f"{VISION_PARAMETERS}|{EXPERTS}", 1e-4), THE_REST_FROZEN),
             steps=126_000,
             batch_size=2048,
             schedule="constant",
@@ -61,7 +61,7 @@ EVIP = Recipe(
             name="s13",
             title="alignment learning: 143M captions, boxes and texts",
             data="s13.json",
-            rules=(Rule(f"{EYES}|{EXPERTS}|{ATTENTION}", 5e-5), THE_REST_FROZEN),
+            rules=(Rule(f"{VISION_PARAMETERS}|{EXPERTS}|{ATTENTION}", 5e-5), THE_REST_FROZEN),
             steps=70_000,
             batch_size=2048,
             schedule="cosine",

@@ -19,13 +19,13 @@ Source: abstract of arXiv 2507.12566; the table named above. Differs: unknown; n
 import dataclasses
 
 from mono_internvl.recipes.evip import EVIP
-from mono_internvl.recipes.groups import EXPERTS, EYES, THE_REST_FROZEN
+from mono_internvl.recipes.groups import EXPERTS, THE_REST_FROZEN, VISION_PARAMETERS
 from mono_internvl.training.recipe import Recipe, Rule, Stage
 
 SAMPLES = {"s11": 250_000_000, "s12": 150_000_000, "s13": 150_000_000}
 """Samples of the pre-training stages; only the sum of the first two, and the third, are known."""
 
-SHARE_OF_EVIP = 0.42
+RATIO_TO_EVIP = 0.42
 """Pre-training samples of EViP++ over those of EViP, as third parties report both."""
 
 _TITLES = {
@@ -41,7 +41,7 @@ def _stage(stage: Stage) -> Stage:
     return dataclasses.replace(
         stage,
         title=_TITLES[stage.name],
-        rules=(Rule(f"{EYES}|{EXPERTS}", rate), THE_REST_FROZEN),
+        rules=(Rule(f"{VISION_PARAMETERS}|{EXPERTS}", rate), THE_REST_FROZEN),
         steps=round(SAMPLES[stage.name] / stage.batch_size),
     )
 

@@ -2,7 +2,7 @@
 
 from mono_internvl.training.recipe import Rule
 
-EYES = r"vision_embedder\.|vision_tower\.|projector\."
+VISION_PARAMETERS = r"vision_embedder\.|vision_tower\.|projector\."
 """Patch embedding, the modular baseline's vision tower, and projector."""
 
 EXPERTS = r"_visual\."

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ _ENVIRONMENT = {
 
 
 def rank() -> int:
-    """Number of this process, 0 if it is alone."""
+    """Index of this process, 0 if it is alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -127,7 +130,15 @@ def run_processes(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    _spawn(_process, processes, threads or 1, function, processes, port, args)
+    _share_environment()
+    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    arguments = (function, processes, port, threads or 1, args, errors)
+    try:
+        torch.multiprocessing.spawn(_process, arguments, nprocs=processes)
+    except (ProcessRaisedException, ProcessExitedException) as failure:
+        if not errors.empty():
+            raise errors.get() from failure
+        raise
 
 
 def run_side_by_side(
@@ -137,66 +148,73 @@ def run_side_by_side(
 
     Tasks that need nothing of each other cost less CPU this way than several processes that share
     one of them, and wait for each other at every step. Tasks begin in order. With one process, or
-    one task, all run here. The function and the tasks must be picklable; an exception in any
-    process ends all and is raised here.
-
-    Raises:
-        MonoInternVLError, OSError: As `function` raised it in one of the processes.
+    one task, all run here. The function and the tasks must be picklable. Where one fails, those
+    under way are waited for, no other begins, and the error is raised here.
     """
     count = min(processes, len(tasks))
     if count <= 1:
         for task in tasks:
             function(*task)
         return
-    waiting = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    for turn in (*range(len(tasks)), *[None] * count):
-        waiting.put(turn)
-    _spawn(_worker, count, 1, function, tasks, waiting)
+    _share_environment()
+    spawn = multiprocessing.get_context("spawn")
+    ranks = spawn.SimpleQueue()
+    for local_rank in range(count):
+        ranks.put(local_rank)
+    with ProcessPoolExecutor(count, spawn, _begin_worker, (ranks,)) as pool:
+        running = [pool.submit(function, *task) for task in tasks]
+        try:
+            for task_done in as_completed(running):
+                task_done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _spawn(target: Callable[..., None], processes: int, threads: int, *args: Any) -> None:
-    """Start processes, wait for them, and raise here what one of them raised."""
+def _share_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    try:
-        started = (target, threads, args, errors)
-        torch.multiprocessing.spawn(_started, started, nprocs=processes)
-    except (ProcessRaisedException, ProcessExitedException) as failure:
-        if not errors.empty():
-            raise errors.get() from failure
-        raise
 
 
-def _started(
-    number: int, target: Callable[..., None], threads: int, args: tuple[Any, ...], errors: Any
-) -> None:
-    os.environ["LOCAL_RANK"] = str(number)
+def _begin(local_rank: int, threads: int) -> None:
+    """In a new process: whose GPU it takes, how many threads, and how it ends."""
+    os.environ["LOCAL_RANK"] = str(local_rank)
     torch.set_num_threads(threads)
     # The death of the parent arrives as SIGINT, which jobs in the background of a shell ignore.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        target(number, *args)
-    except (MonoInternVLError, OSError) as error:
-        errors.put(error)
-        raise
+
+
+def _begin_worker(ranks: Any) -> None:
+    _begin(ranks.get(), threads=1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's process would wait for tasks of a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _process(
-    number: int, function: Callable[..., Any], processes: int, port: int, args: tuple[Any, ...]
+    index: int,
+    function: Callable[..., Any],
+    processes: int,
+    port: int,
+    threads: int,
+    args: tuple[Any, ...],
+    errors: Any,
 ) -> None:
+    _begin(index, threads)
     os.environ |= {
-        "RANK": str(number),
+        "RANK": str(index),
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    with process_group():
-        function(*args)
-
-
-def _worker(
-    number: int, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], waiting: Any
-) -> None:
-    while (turn := waiting.get()) is not None:
-        function(*tasks[turn])
+    try:
+        with process_group():
+            function(*args)
+    except (MonoInternVLError, OSError) as error:
+        errors.put(error)
+        raise

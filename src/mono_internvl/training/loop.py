@@ -1,28 +1,28 @@
 """The training loop: one stage, one process or several, from a checkpoint to a checkpoint.
 
-Rules set what learns; micro-batches are read by number; the loss is a sum over label weights over
-the global weight of the step, so that accumulation and data parallelism change nothing; states
-are saved atomically, and a killed run goes on to the same numbers.
+Rules set what is trainable; micro-batches are read by index; the loss is a sum over label weights
+over the global weight of the step, so that accumulation and data parallelism change nothing; states
+are saved atomically, and a killed run goes on to the same numbers. What is minimised, how processes
+share a model and where states are kept are behind protocols: `Objective`, `Parallelism`,
+`Checkpointing`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from mono_internvl.compute import ComputePlan, default_attention, make_plan
 from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
@@ -30,41 +30,33 @@ from mono_internvl.data.order import mix
 from mono_internvl.data.samples import Sample
 from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import TrainingStateError
-from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.runs.folder import exclusive
-from mono_internvl.training.distributed import (
-    all_sum,
-    barrier,
-    from_first,
-    own_device,
-    rank,
-    world_size,
+from mono_internvl.training.checkpointing import (
+    Checkpointing,
+    RunState,
+    StateFolders,
+    load_checkpoint,
+    save_state,
+    sweep,
 )
+from mono_internvl.training.distributed import barrier, from_first, own_device, rank, world_size
+from mono_internvl.training.objectives.objective import LossOf
+from mono_internvl.training.parallel import DataParallel, Parallelism
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute
-from mono_internvl.training.rules import LearnedGroup, apply_rules
+from mono_internvl.training.rules import TrainableGroup, apply_rules
 from mono_internvl.training.skipped import SkipCounts
 from mono_internvl.training.state import (
     SavedState,
     digest_of_data,
     digest_of_start,
-    latest_state,
-    load_optimizer,
     read_state,
-    remove_state,
-    save_state,
-    state_folder,
-    state_folders,
-    sweep,
     truncate_metrics,
 )
 
-logger = logging.getLogger(__name__)
-
-_DEFAULTS = {"recompute": "none"}
-"""Fields of a stage that were added later, with what held before."""
+LOSS = "loss"
+"""Of the scalars of a step, the one that is minimised."""
 _LIMITS = ("max_skipped_ratio",)
 """Fields that say when a run stops and not what it computes: it may go on with others."""
 
@@ -95,6 +87,8 @@ def train_stage(
     device: str = "cpu",
     attention: str | None = None,
     plan: ComputePlan | None = None,
+    parallelism: Parallelism | None = None,
+    checkpointing: Callable[[Path], Checkpointing] = StateFolders,
 ) -> StageResult:
     """Train one stage; go on where a killed run of the same stage stopped.
 
@@ -107,6 +101,8 @@ def train_stage(
         attention: Attention implementation; the plan's unless given.
         plan: What to compute with where the stage says "auto"; made here unless given. A run that
             goes on keeps the precision it began with.
+        parallelism: How processes share the model; `DataParallel` unless given.
+        checkpointing: Where states are kept, made of `run`.
 
     Raises:
         RecipeError: The rules do not fit the model.
@@ -119,7 +115,18 @@ def train_stage(
             stack.enter_context(exclusive(run))
             sweep(run)
         barrier()
-        return _Loop(stage, start, data, run, own_device(device), attention, plan).train()
+        loop = _Loop(
+            stage,
+            start,
+            data,
+            run,
+            own_device(device),
+            attention,
+            plan,
+            parallelism or DataParallel(),
+            checkpointing(run),
+        )
+        return loop.train()
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,9 @@ def time_steps(
         SampleError: A bad record.
     """
     with tempfile.TemporaryDirectory() as run:
-        loop = _Loop(stage, start, data, Path(run), own_device(plan.device), None, plan)
+        folder, device = Path(run), own_device(plan.device)
+        keeping = StateFolders(folder)
+        loop = _Loop(stage, start, data, folder, device, None, plan, DataParallel(), keeping)
         return loop.time(steps)
 
 
@@ -168,12 +177,15 @@ class _Loop:
         device: str,
         attention: str | None,
         plan: ComputePlan | None,
+        parallelism: Parallelism,
+        checkpointing: Checkpointing,
     ):
+        self.parallelism, self.checkpointing = parallelism, checkpointing
         self.sources = read_meta(data / stage.data)
         num_records = sum(round(len(source) * source.repeat) for source in self.sources)
         self.run, self.device = run, device
         self.final, self.metrics = run / "checkpoint", run / "metrics.jsonl"
-        found = read_state(self.final) if self.final.exists() else latest_state(self.run)
+        found = read_state(self.final) if self.final.exists() else checkpointing.latest()
         precision = _precision(stage, found, plan, device)
         self.stage = stage = dataclasses.replace(stage.resolved(num_records), precision=precision)
         self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
@@ -192,23 +204,24 @@ class _Loop:
         if attention is None and plan is not None:
             attention = plan.with_precision(precision).attention
         attention = attention or default_attention(device, precision)
-        folder = self.resumed.folder if self.resumed else start
-        self.model: MonoInternVLForConditionalGeneration = (
-            MonoInternVLForConditionalGeneration.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation=attention
-            )
-        ).to(device)
-        if self.resumed:
-            _own_memory(self.model)
+        if self.resumed and self.resumed.folder != self.final:
+            model, self.processor = checkpointing.load_model(self.resumed, attention)
+        else:
+            folder = self.final if self.resumed else start
+            model, self.processor = load_checkpoint(folder, attention)
+        self.model = model.to(device)
+        self.reference = None
+        if stage.objective.needs_reference:
+            self.reference = load_checkpoint(start, attention)[0].to(device).eval()
+            self.reference.requires_grad_(False)
         if stage.recompute != "none":
             enable_recompute(self.model, stage.recompute)
-        self.processor: MonoInternVLProcessor = MonoInternVLProcessor.from_pretrained(folder)
+        self.carried = stage.objective.initial_state()
         skipped = self.resumed.skipped if self.resumed else {}
         self.skipped = SkipCounts.from_dict(skipped, stage.max_skipped_ratio)
 
     def _resumable(self, state: SavedState | None) -> SavedState | None:
-        # A field that is younger than the state had its default.
-        begun = {**_DEFAULTS, **state.stage} if state is not None else self.fields
+        begun = state.stage if state is not None else self.fields
         names = (set(begun) | set(self.fields)) - set(_LIMITS)
         changed = [name for name in sorted(names) if begun.get(name) != self.fields.get(name)]
         if changed:
@@ -236,23 +249,25 @@ class _Loop:
         first = self.resumed.step if self.resumed else 0
         result = StageResult(self.final, self.metrics, stage.steps, first)
         if first == stage.steps:
-            self._remove_states_but(self.final)
+            self.checkpointing.clear()
             return result
         groups = apply_rules(self.model, self.model.config, stage)
         optimizer = optimizer_of(self.model, groups, self.stage)
         if self.resumed:
-            load_optimizer(self.resumed.folder, self.model, optimizer)
+            self.carried = self.checkpointing.restore(
+                self.resumed, self.model, optimizer, self.carried
+            )
         if rank() == 0:
             truncate_metrics(self.metrics, first)
         self.model.train()
-        learner = self._data_parallel()
+        loss_of = self.parallelism.wrap(self._loss_of())
         with (
             StageProgress(stage, first, quiet=rank() != 0) as progress,
             self.metrics.open("a") if rank() == 0 else nullcontext() as log,
         ):
             batches = self._batches(first)
             for step in range(first, stage.steps):
-                row = self._step(step, learner, optimizer, batches)
+                row = self._step(step, loss_of, optimizer, batches)
                 if log is not None:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
@@ -262,8 +277,12 @@ class _Loop:
                 if is_due and done < stage.steps:
                     if log is not None:
                         os.fsync(log.fileno())
-                    self._save(state_folder(self.run, done), optimizer, done)
-        self._save(self.final, None, stage.steps)
+                    self.checkpointing.save(self._state(done, optimizer))
+                    barrier()
+        if rank() == 0:
+            save_state(self.final, self._state(stage.steps, None))
+        self.checkpointing.clear()
+        barrier()
         return result
 
     def time(self, steps: int) -> StepTime:
@@ -271,22 +290,16 @@ class _Loop:
         groups = apply_rules(self.model, self.model.config, self.stage)
         optimizer = optimizer_of(self.model, groups, self.stage)
         self.model.train()
-        learner, batches = _LossOf(self.model), self._batches(0)
+        loss_of, batches = self._loss_of(), self._batches(0)
         cpu, wall = [], []
         for step in range(min(steps, self.stage.steps)):
             began = time.process_time()
-            wall.append(self._step(step, learner, optimizer, batches)["seconds"])
+            wall.append(self._step(step, loss_of, optimizer, batches)["seconds"])
             cpu.append(time.process_time() - began)
         return StepTime(*(statistics.median(found[1:] or found) for found in (cpu, wall)))
 
-    def _data_parallel(self) -> nn.Module:
-        learner = _LossOf(self.model)
-        if world_size() == 1:
-            return learner
-        # A batch without images leaves the visual experts of this process unused.
-        return DistributedDataParallel(
-            learner, find_unused_parameters=True, gradient_as_bucket_view=True
-        )
+    def _loss_of(self) -> LossOf:
+        return LossOf(self.model, self.stage.objective, self.reference)
 
     def _batches(self, first_step: int) -> Iterator[Batch]:
         stage = self.stage
@@ -312,7 +325,7 @@ class _Loop:
     def _step(
         self,
         step: int,
-        learner: nn.Module,
+        loss_of: nn.Module,
         optimizer: torch.optim.Optimizer,
         batches: Iterator[Batch],
     ) -> dict[str, Any]:
@@ -320,23 +333,25 @@ class _Loop:
         stage, began = self.stage, time.perf_counter()
         micro = [next(batches) for _ in range(stage.accumulation)]
         torch.manual_seed(mix(stage.seed, step, rank()))  # dropout, too, is a function of the step
+        all_sum = self.parallelism.all_sum
         weight = all_sum(torch.stack([batch.loss_weight.sum() for batch in micro]).sum())
-        losses = []
-        for number, batch in enumerate(micro):
-            waits: AbstractContextManager[None] = nullcontext()
-            if isinstance(learner, DistributedDataParallel) and number < stage.accumulation - 1:
-                waits = learner.no_sync()
-            with waits:
-                losses.append(self._backward(learner, batch, weight / world_size()))
-        loss = all_sum(torch.stack(losses).sum()) / world_size()
-        share = stage.rate_share(step)
+        found: dict[str, list[Tensor]] = {}
+        for index, batch in enumerate(micro):
+            is_last = index == stage.accumulation - 1
+            with nullcontext() if is_last else self.parallelism.no_sync(loss_of):
+                scalars = self._backward(loss_of, batch, weight / world_size())
+            for name in sorted(scalars):  # in the same order in every process
+                found.setdefault(name, []).append(scalars[name])
+        means = {n: all_sum(torch.stack(of).sum()) / world_size() for n, of in found.items()}
+        loss = means.pop(LOSS)
+        rate_ratio = stage.rate_ratio(step)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_rate"] * share
-        learned = [p for group in optimizer.param_groups for p in group["params"]]
-        for parameter in learned:
+            group["lr"] = group["peak_rate"] * rate_ratio
+        trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        for parameter in trainable:
             if parameter.grad is None:  # a step without images counts as a zero gradient
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(learned, stage.clip_norm)
+        norm = nn.utils.clip_grad_norm_(trainable, stage.clip_norm)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             ids = ", ".join(i for batch in micro for i in batch.record_ids)
             raise TrainingStateError(
@@ -345,11 +360,14 @@ class _Loop:
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        logged = {name: mean.item() for name, mean in means.items()}
+        self.carried = stage.objective.next_state(self.carried, logged)
         counts = self._count(micro)
         return {
+            **logged,
             "step": step + 1,
-            "loss": loss.item(),
-            "learning_rate_share": share,
+            LOSS: loss.item(),
+            "learning_rate_share": rate_ratio,
             "grad_norm": norm.item(),
             **counts,
             "seconds": time.perf_counter() - began,
@@ -359,7 +377,7 @@ class _Loop:
         """What all processes read in a step; stops a run that leaves too much of it out."""
         skipped = [record for batch in micro for record in batch.skipped]
         self.skipped.note(skipped)
-        tokens, images, num_good, num_bad = all_sum(
+        tokens, images, num_good, num_bad = self.parallelism.all_sum(
             torch.tensor(
                 [
                     sum(batch.num_tokens for batch in micro),
@@ -373,47 +391,33 @@ class _Loop:
         self.skipped.check()
         return {"tokens": tokens, "images": images, "skipped": num_bad}
 
-    def _backward(self, learner: nn.Module, batch: Batch, denominator: Tensor) -> Tensor:
+    def _backward(self, loss_of: nn.Module, batch: Batch, denominator: Tensor) -> dict[str, Tensor]:
+        """Add up the gradients of a micro-batch; returns its loss and logged scalars on the CPU."""
         device = torch.device(self.device)
         pixels = batch.pixel_values
+        here = dataclasses.replace(
+            batch,
+            input_ids=batch.input_ids.to(device),
+            pixel_values=None if pixels is None else pixels.to(device),
+            labels=batch.labels.to(device),
+            loss_weight=batch.loss_weight.to(device),
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
-            loss: Tensor = learner(
-                input_ids=batch.input_ids.to(device),
-                pixel_values=None if pixels is None else pixels.to(device),
-                labels=batch.labels.to(device),
-                loss_weight=batch.loss_weight.to(device),
-                num_items_in_batch=denominator.to(device),
-            )
+            loss, scalars = loss_of(here, denominator.to(device), self.carried)
         loss.backward()
-        return loss.detach().cpu()
+        return {name: value.detach().cpu() for name, value in {**scalars, LOSS: loss}.items()}
 
-    def _save(self, folder: Path, optimizer: torch.optim.Optimizer | None, step: int) -> None:
-        if rank() == 0:
-            save_state(
-                folder,
-                self.model,
-                self.processor,
-                optimizer,
-                step,
-                self.fields,
-                self.inputs,
-                self.skipped.to_dict(),
-            )
-        self._remove_states_but(folder)
-        barrier()
-
-    def _remove_states_but(self, kept: Path) -> None:
-        if rank() == 0:
-            for folder in state_folders(self.run):
-                if folder != kept:
-                    remove_state(folder)
-
-
-def _own_memory(model: nn.Module) -> None:
-    """Copy weights that are views of files: a state is deleted while its weights are used."""
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+    def _state(self, step: int, optimizer: torch.optim.Optimizer | None) -> RunState:
+        return RunState(
+            model=self.model,
+            processor=self.processor,
+            optimizer=optimizer,
+            objective=self.carried,
+            step=step,
+            stage=self.fields,
+            inputs=self.inputs,
+            skipped=self.skipped.to_dict(),
+        )
 
 
 def _precision(
@@ -429,9 +433,9 @@ def _precision(
 
 
 def optimizer_of(
-    model: nn.Module, groups: Sequence[LearnedGroup], stage: Stage
+    model: nn.Module, groups: Sequence[TrainableGroup], stage: Stage
 ) -> torch.optim.Optimizer:
-    """AdamW over the groups that learn, at their peak rates.
+    """AdamW over the trainable groups, at their peak rates.
 
     Args:
         model: Its parameters are looked up by name.
@@ -453,20 +457,3 @@ def optimizer_of(
         eps=stage.eps,
         fused=True,
     )
-
-
-class _LossOf(nn.Module):
-    """A model as a function from a batch to its loss.
-
-    The loss is tied, with weight 0, to one parameter that learns: a batch of text in a stage where
-    only visual parameters learn has a backward pass too, in which every process takes part.
-    """
-
-    def __init__(self, model: MonoInternVLForConditionalGeneration):
-        super().__init__()
-        self.model = model
-        self._tie = [next(p for p in model.parameters() if p.requires_grad)]
-
-    def forward(self, **batch: Any) -> Tensor:
-        loss: Tensor = self.model(**batch, logits_to_keep=None).loss
-        return loss + 0.0 * self._tie[0].flatten()[0]

@@ -1,4 +1,4 @@
-"""A stage is data: frozen dataclasses that say what is learnt, from what, and how fast.
+"""A stage is data: frozen dataclasses that say what is trained, on what, and how fast.
 
 A recipe is a Python object, so it is typed, diffed and reviewed like code; it is printed before a
 run and saved beside every checkpoint.
@@ -7,49 +7,52 @@ run and saved beside every checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
-import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 from mono_internvl.compute import Precision
 from mono_internvl.data.batches import LossWeighting, OnBadSample
 from mono_internvl.errors import RecipeError
+from mono_internvl.training.checks import (
+    FOLDER_NAME,
+    TEXT,
+    check_fields,
+    choice,
+    integer,
+    number,
+    one,
+    optional,
+    pair_of,
+    positive_or_infinite,
+    some_of,
+)
+from mono_internvl.training.objectives.next_token import NextToken
+from mono_internvl.training.objectives.objective import Objective
 from mono_internvl.training.recompute import Recompute
 
-_CHOICES = {
-    "schedule": ("constant", "cosine"),
-    "precision": get_args(Precision),
-    "loss_weighting": get_args(LossWeighting),
-    "on_bad_sample": get_args(OnBadSample),
-    "recompute": get_args(Recompute),
-}
-_COUNTS = {
-    "batch_size": 1,
-    "accumulation": 1,
-    "max_tokens": 1,
-    "max_tiles": 1,
-    "steps": 0,
-    "warmup_steps": 0,
-    "checkpoint_every": 0,
-    "loader_workers": 0,
-}
-"""Fields that count something, and the least they may be."""
+Schedule = Literal["constant", "cosine"]
+
+OLD_NAMES = {"warmup_share": "warmup_ratio", "final_rate_share": "final_rate_ratio"}
+"""Fields of a stage as earlier recipes and states call them, and their names now."""
+_NEXT_TOKEN = NextToken()
 _MOST_SAMPLES = 1 << 20
 """Of a step; the positions of a window of steps are held in memory."""
-_AMOUNTS = ("epochs", "weight_decay", "eps")
-"""Fields that are finite and not negative."""
-_RATIOS = ("warmup_share", "final_rate_share", "max_skipped_ratio")
-"""Fields that are a part of something: from 0 to 1."""
-_FOLDER_NAME = re.compile(r"\w[\w.+-]*")
+
+
+def current_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a stage by today's names."""
+    return {OLD_NAMES.get(name, name): value for name, value in fields.items()}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a stage's table: what learns at which rate, or not at all.
+    """One line of a stage's table: what is trainable at which rate, or frozen.
 
     Attributes:
         pattern: Regular expression, searched in a parameter's name. The first rule found counts.
@@ -60,17 +63,30 @@ class Rule:
     learning_rate: float | None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pattern, str):
-            raise RecipeError(
-                f"rule pattern={self.pattern!r}; expected a regular expression, write it as text"
-            )
-        if self.learning_rate is not None and not _is_amount(self.learning_rate):
-            raise RecipeError(
-                f"rule {self.pattern!r}: learning_rate={self.learning_rate!r}; expected a finite "
-                "number >= 0, or None to freeze"
-            )
+        check_fields(f"rule {self.pattern!r}", self, _RULE_CHECKS)
 
 
+_RULE_CHECKS = {
+    "pattern": TEXT,
+    "learning_rate": optional(number(at_least=0), "freeze"),
+}
+
+_Class = TypeVar("_Class")
+
+
+def _accepting_old_names(cls: type[_Class]) -> type[_Class]:
+    """Let a class be made with `OLD_NAMES`, too: recipe files of before go on to work."""
+    with_current_names = cls.__init__  # type: ignore[misc]
+
+    @functools.wraps(with_current_names)
+    def with_any_names(self: Any, **fields: Any) -> None:
+        with_current_names(self, **current_names(fields))
+
+    cls.__init__ = with_any_names  # type: ignore[misc,method-assign]
+    return cls
+
+
+@_accepting_old_names
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage of training.
@@ -79,15 +95,16 @@ class Stage:
         name: Folder name of its run.
         title: What it teaches, in a few words.
         data: Meta file of its sources, relative to the data folder.
-        rules: What learns; must cover every parameter, none of them dead.
+        rules: What is trainable; must cover every parameter, none of them dead.
+        objective: What is minimised.
         steps: Optimizer steps; 0 takes them from `epochs`.
         epochs: Passes over the data, where `steps` is 0.
         batch_size: Samples per step, over all processes and accumulation.
         accumulation: Micro-batches per step.
-        schedule: Of the rate after warm-up; "cosine" falls to `final_rate_share`.
-        warmup_steps: Linear warm-up; 0 takes it from `warmup_share`.
-        warmup_share: Warm-up as a share of all steps, where `warmup_steps` is 0.
-        final_rate_share: Of the peak rate, which a cosine schedule reaches after the last step.
+        schedule: Of the rate after warm-up; "cosine" falls to `final_rate_ratio`.
+        warmup_steps: Linear warm-up; 0 takes it from `warmup_ratio`.
+        warmup_ratio: Of all steps, where `warmup_steps` is 0.
+        final_rate_ratio: Of the peak rate, which a cosine schedule reaches after the last step.
         weight_decay: On weights of two or more dimensions.
         clip_norm: Largest norm of the gradient.
         max_tokens: Longest sample, visual tokens included.
@@ -109,13 +126,14 @@ class Stage:
     data: str
     rules: tuple[Rule, ...]
     batch_size: int
+    objective: Objective = _NEXT_TOKEN
     steps: int = 0
     epochs: float = 0.0
     accumulation: int = 1
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     warmup_steps: int = 0
-    warmup_share: float = 0.0
-    final_rate_share: float = 0.0
+    warmup_ratio: float = 0.0
+    final_rate_ratio: float = 0.0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -132,54 +150,14 @@ class Stage:
     recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
-        _check_folder_name("stage", self.name)
-        for name, least in _COUNTS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise RecipeError(
-                    f"stage {self.name!r}: {name}={value!r}; give an integer >= {least}"
-                )
-        if self.batch_size > _MOST_SAMPLES:
-            raise RecipeError(
-                f"stage {self.name!r}: batch_size={self.batch_size}; give at most "
-                f"{_MOST_SAMPLES:,} samples of a step"
-            )
-        for name in _AMOUNTS:
-            if not _is_amount(getattr(self, name)):
-                raise RecipeError(
-                    f"stage {self.name!r}: {name}={getattr(self, name)!r}; give a finite number >= "
-                    "0"
-                )
-        for name in _RATIOS:
-            if not (_is_amount(value := getattr(self, name)) and value <= 1):
-                raise RecipeError(
-                    f"stage {self.name!r}: {name}={value!r}; give a number from 0 to 1"
-                )
-        is_pair = isinstance(self.betas, tuple) and len(self.betas) == 2
-        if not is_pair or not all(_is_amount(beta) and beta < 1 for beta in self.betas):
-            raise RecipeError(
-                f"stage {self.name!r}: betas={self.betas!r}; give two numbers from 0 to below 1"
-            )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise RecipeError(
-                    f"stage {self.name!r}: {name}={getattr(self, name)!r}; expected one of "
-                    f"{', '.join(choices)}"
-                )
+        check_fields(f"stage {self.name!r}", self, _STAGE_CHECKS)
         if not self.steps and not self.epochs:
             raise RecipeError(f"stage {self.name!r}: steps=0 and epochs=0; give one of them")
-        if not (_is_amount(self.clip_norm) and self.clip_norm) and self.clip_norm != math.inf:
-            raise RecipeError(
-                f"stage {self.name!r}: clip_norm={self.clip_norm!r}; give a number > 0, inf for "
-                "none"
-            )
         if self.batch_size % self.accumulation:
             raise RecipeError(
                 f"stage {self.name!r}: batch_size={self.batch_size} is not a multiple of "
                 f"accumulation={self.accumulation}; change one of them"
             )
-        if not self.rules:
-            raise RecipeError(f"stage {self.name!r} has no rules; say what learns")
 
     def resolved(self, num_records: int) -> Stage:
         """The same stage with its steps and warm-up in numbers.
@@ -188,18 +166,50 @@ class Stage:
             num_records: Records of one pass over its data.
         """
         steps = self.steps or max(1, math.ceil(self.epochs * num_records / self.batch_size))
-        warmup = self.warmup_steps or round(self.warmup_share * steps)
+        warmup = self.warmup_steps or round(self.warmup_ratio * steps)
         return dataclasses.replace(self, steps=steps, warmup_steps=warmup)
 
-    def rate_share(self, step: int) -> float:
-        """Share of the peak rate at a step (0 is the first)."""
+    def rate_ratio(self, step: int) -> float:
+        """Rate over the peak rate at a step (0 is the first)."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return 1.0
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return self.final_rate_share + (1 - self.final_rate_share) * cosine
+        return self.final_rate_ratio + (1 - self.final_rate_ratio) * cosine
+
+
+_STAGE_CHECKS = {
+    "name": FOLDER_NAME,
+    "title": TEXT,
+    "data": TEXT,
+    "rules": some_of(Rule),
+    "objective": one(Objective, "an objective, such as NextToken()"),
+    "batch_size": integer(1, _MOST_SAMPLES),
+    "accumulation": integer(1, _MOST_SAMPLES),
+    "steps": integer(0),
+    "epochs": number(at_least=0),
+    "schedule": choice(Schedule),
+    "warmup_steps": integer(0),
+    "warmup_ratio": number(at_least=0, at_most=1),
+    "final_rate_ratio": number(at_least=0, at_most=1),
+    "weight_decay": number(at_least=0),
+    "betas": pair_of(number(at_least=0, below=1)),
+    "eps": number(at_least=0),
+    "clip_norm": positive_or_infinite(),
+    "max_tokens": integer(1),
+    "max_tiles": integer(1),
+    "loss_weighting": choice(LossWeighting),
+    "precision": choice(Precision),
+    "seed": integer(0),
+    "checkpoint_every": integer(0),
+    "on_bad_sample": choice(OnBadSample),
+    "max_skipped_ratio": number(at_least=0, at_most=1),
+    "loader_workers": integer(0),
+    "recompute": choice(Recompute),
+}
+"""What each field of a stage may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +254,7 @@ class Recipe:
     published_data: tuple[PublishedData, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        _check_folder_name("recipe", self.name)
+        check_fields(f"recipe {self.name!r}", self, {"name": FOLDER_NAME})
         names = [stage.name for stage in self.stages]
         if not names:
             raise RecipeError(f"recipe {self.name!r} has no stage; give it at least one")
@@ -262,20 +272,6 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for printing and for the file beside the checkpoint."""
         return dataclasses.asdict(self)
-
-
-def _is_amount(value: Any) -> bool:
-    """Whether a value is a finite number that is not negative."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 <= value < math.inf
-
-
-def _check_folder_name(kind: str, name: Any) -> None:
-    if not isinstance(name, str) or not _FOLDER_NAME.fullmatch(name):
-        raise RecipeError(
-            f"{kind} name={name!r}; it names a folder, so use letters, digits and _ - + ., "
-            "beginning with a letter or digit"
-        )
 
 
 def load_recipe(name_or_file: str, known: dict[str, Recipe]) -> Recipe:

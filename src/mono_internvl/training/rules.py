@@ -1,4 +1,4 @@
-"""Which parameters learn: a stage's rules applied to a model, with nothing left to chance."""
+"""Which parameters are trainable: a stage's rules on a model, with nothing left to chance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mono_internvl.training.recipe import Rule, Stage
 
 
 @dataclass(frozen=True)
-class LearnedGroup:
+class TrainableGroup:
     """Parameters that share a rate and a weight decay.
 
     Attributes:
@@ -27,7 +27,7 @@ class LearnedGroup:
     weight_decay: float
 
 
-def never_learns(config: MonoInternVLConfig) -> tuple[Rule, ...]:
+def always_frozen(config: MonoInternVLConfig) -> tuple[Rule, ...]:
     """Parameters whose outputs no loss ever reads; they are frozen before any other rule.
 
     The class embedding belongs to a class token that only a vision tower reads; of a tower, layers
@@ -55,17 +55,17 @@ def never_learns(config: MonoInternVLConfig) -> tuple[Rule, ...]:
     return tuple(Rule(pattern, None) for pattern in (*of_vision, *of_decoder))
 
 
-def apply_rules(model: nn.Module, config: MonoInternVLConfig, stage: Stage) -> list[LearnedGroup]:
+def apply_rules(model: nn.Module, config: MonoInternVLConfig, stage: Stage) -> list[TrainableGroup]:
     """Set `requires_grad` of every parameter by the stage's rules.
 
     Returns:
-        The groups that learn.
+        The trainable groups.
 
     Raises:
         RecipeError: A parameter that no rule covers, a rule that decides nothing, a bad pattern, or
-            a stage in which nothing learns.
+            a stage in which nothing is trainable.
     """
-    rules = (*never_learns(config), *stage.rules)
+    rules = (*always_frozen(config), *stage.rules)
     try:
         patterns = [re.compile(rule.pattern) for rule in rules]
     except re.error as error:
@@ -75,14 +75,14 @@ def apply_rules(model: nn.Module, config: MonoInternVLConfig, stage: Stage) -> l
     decided = [0] * len(rules)
     groups: dict[tuple[float, float], list[str]] = {}
     for name, parameter in model.named_parameters():
-        number = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), None)
-        if number is None:
+        index = next((i for i, pattern in enumerate(patterns) if pattern.search(name)), None)
+        if index is None:
             raise RecipeError(
                 f"stage {stage.name!r}: no rule covers parameter {name}; "
                 'end the rules with Rule(".*", None) to freeze the rest'
             )
-        decided[number] += 1
-        rate = rules[number].learning_rate
+        decided[index] += 1
+        rate = rules[index].learning_rate
         parameter.requires_grad_(rate is not None)
         if rate is not None:
             decay = stage.weight_decay if parameter.ndim >= 2 else 0.0
@@ -94,5 +94,5 @@ def apply_rules(model: nn.Module, config: MonoInternVLConfig, stage: Stage) -> l
             "not fit this model, or stands behind a rule that takes all it would"
         )
     if not groups:
-        raise RecipeError(f"stage {stage.name!r}: every rule freezes, nothing would learn")
-    return [LearnedGroup(tuple(names), rate, decay) for (rate, decay), names in groups.items()]
+        raise RecipeError(f"stage {stage.name!r}: every rule freezes, nothing is trainable")
+    return [TrainableGroup(tuple(names), rate, decay) for (rate, decay), names in groups.items()]

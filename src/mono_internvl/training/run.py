@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
 import os
 import typing
@@ -21,10 +20,11 @@ from mono_internvl.runs.folder import exclusive, resumable
 from mono_internvl.training.distributed import rank, run_processes
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.progress import describe_recipe
-from mono_internvl.training.recipe import Recipe, Stage
+from mono_internvl.training.recipe import Recipe, Stage, current_names
 from mono_internvl.training.state import keep_plan
 
-logger = logging.getLogger(__name__)
+_NOT_AS_TEXT = {"name", "rules", "objective", "betas"}
+"""Fields of a stage that no command line sets."""
 
 
 def train(
@@ -131,9 +131,9 @@ def override(recipe: Recipe, fields: Mapping[str, str]) -> Recipe:
     """
     types = typing.get_type_hints(Stage)
     values: dict[str, Any] = {}
-    for name, text in fields.items():
-        if name not in types or name in ("name", "rules", "betas"):
-            known = ", ".join(sorted(set(types) - {"name", "rules", "betas"}))
+    for name, text in current_names(fields).items():
+        if name not in types or name in _NOT_AS_TEXT:
+            known = ", ".join(sorted(set(types) - _NOT_AS_TEXT))
             raise RecipeError(f"--set {name}={text}: no such field; known: {known}")
         kind = types[name] if types[name] in (int, float) else str
         try:

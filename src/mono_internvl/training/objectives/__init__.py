@@ -1,0 +1,1 @@
+"""What a stage minimises: one file per objective, all behind one protocol."""
