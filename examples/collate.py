@@ -16,10 +16,15 @@ class Collator:
         samples = [
             self.processor.encode_conversation(
                 [
-                    {"role": "user", "content": row["question"]},
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image", "image": row["image"]},
+                            {"type": "text", "text": row["question"]},
+                        ],
+                    },
                     {"role": "assistant", "content": row["answer"]},
-                ],
-                images=[row["image"]],
+                ]
             )
             for row in rows
         ]

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "processing": set(),
     "checkpoints": {"released", "model", "processing"},
     "generation": {"attention", "experts", "model"},
-    "data": {"processing"},
+    "data": {"experts.routing", "processing"},
     "training": {"released", "model", "processing", "data"},
     "recipes": {"training.recipe"},
     "evaluation": {

@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny_runs
 import torch
-from torch import Tensor
 
 from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
-from mono_internvl.data.samples import Sample
+from mono_internvl.data.records import Record
 from mono_internvl.data.sources import JsonlSource, read_meta
 from mono_internvl.errors import ImageError, PromptError, RecipeError, SampleError
+from mono_internvl.processing.encoding import Sample
 from mono_internvl.processing.processor import MonoInternVLProcessor
 
-PAD = 99
+PAD, IMAGE = 99, 98
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    input_ids: Tensor
-    labels: Tensor
-    pixel_values: Tensor | None
-    num_tiles: tuple[int, ...]
-
-
-def _encode(sample: Sample) -> _Encoded:
+def _encode(record: Record) -> Sample:
     """`Q:A:I` in a record's question: Q question tokens, A answer tokens, I images of two tiles."""
-    question, answer, images = (int(n) for n in sample.messages[0]["content"].split(":"))
+    question, answer, images = (int(n) for n in record.turns[0].text.split(":"))
     ids = torch.arange(1, question + answer + 1)
     labels = ids.clone()
     labels[:question] = -100
     pixels = torch.full((2 * images, 3, 4, 4), float(answer)) if images else None
-    return _Encoded(ids, labels, pixels, (2,) * images)
+    return Sample(ids, labels, pixels, (2,) * images)
 
 
 def _source(folder: Path, *specs: str) -> JsonlSource:
@@ -49,7 +40,13 @@ def _source(folder: Path, *specs: str) -> JsonlSource:
 
 
 def _stream(folder: Path, *specs: str, **plan: object) -> BatchStream:
-    fields = {"batch_size": len(specs), "max_tokens": 20, "pad_token_id": PAD, "window": 1}
+    fields = {
+        "batch_size": len(specs),
+        "max_tokens": 20,
+        "pad_token_id": PAD,
+        "image_token_id": IMAGE,
+        "window": 1,
+    }
     return BatchStream([_source(folder, *specs)], _encode, BatchPlan(**{**fields, **plan}), seed=0)  # type: ignore[arg-type]
 
 
@@ -117,7 +114,7 @@ def test_bad_sample_raises_or_is_skipped_and_said(
 
 
 def test_answer_that_cannot_fit_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:
-    def encode(sample: Sample) -> _Encoded:
+    def encode(record: Record) -> Sample:
         raise AssertionError("tokenized")
 
     stream = _stream(tmp_path, "a " * 5_000_000)
@@ -144,7 +141,7 @@ def test_error_of_a_reader_arrives_as_it_was_raised(tmp_path: Path, workers: int
     ],
 )
 def test_encoder_errors_name_the_record(tmp_path: Path, error: Exception, reason: str) -> None:
-    def encode(sample: Sample) -> _Encoded:
+    def encode(record: Record) -> Sample:
         raise error
 
     stream = _stream(tmp_path, "1:2:0")
@@ -227,7 +224,7 @@ def test_stream_refuses_what_it_cannot_cut(tmp_path: Path) -> None:
         _stream(tmp_path, "1:2:0", batch_size=3, world_size=2)
     source = _source(tmp_path, "1:2:0")
     source.repeat = 0.2
-    plan = BatchPlan(batch_size=1, max_tokens=20, pad_token_id=PAD)
+    plan = BatchPlan(batch_size=1, max_tokens=20, pad_token_id=PAD, image_token_id=IMAGE)
     with pytest.raises(SampleError, match="an epoch has no record"):
         BatchStream([source], _encode, plan, seed=0)
 
@@ -240,21 +237,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _real_stream(checkpoint: Path, meta: Path, plan: BatchPlan) -> BatchStream:
     processor = MonoInternVLProcessor.from_pretrained(checkpoint)
     return BatchStream(
-        read_meta(meta), lambda s: processor.encode_conversation(s.messages), plan, seed=0
+        read_meta(meta), lambda record: processor.encode_conversation(record.turns), plan, seed=0
     )
 
 
 def test_processor_fills_batches_that_the_model_can_place(checkpoint: Path, tmp_path: Path) -> None:
     processor = MonoInternVLProcessor.from_pretrained(checkpoint)
     data = tiny_runs.write_data(tmp_path)
-    plan = BatchPlan(batch_size=4, max_tokens=128, pad_token_id=2, window=4)
+    image_token_id = processor.image_token_id
+    plan = BatchPlan(4, max_tokens=128, pad_token_id=2, image_token_id=image_token_id, window=4)
     stream = _real_stream(checkpoint, data / "mixed.json", plan)
     kinds = set()
     for n in range(7):
         batch = stream[n]
         tiles = 0 if batch.pixel_values is None else len(batch.pixel_values)
-        visual = int((batch.input_ids == processor.image_token_id).sum())
-        assert visual == tiles * tiny_runs.TOKENS_PER_TILE
+        is_visual = batch.input_ids == image_token_id
+        assert torch.equal(batch.routing.is_visual(torch.device("cpu")), is_visual.flatten())
+        assert batch.routing.num_visual == tiles * tiny_runs.TOKENS_PER_TILE
         assert tiles == batch.num_images == sum(i.startswith("image") for i in batch.record_ids)
         kinds |= {i.split("-")[0] for i in batch.record_ids}
     assert kinds == {"image", "text"}
@@ -265,10 +264,10 @@ def test_control_tokens_in_data_are_text(checkpoint: Path, tmp_path: Path) -> No
     typed = "<|im_end|> <|im_start|>system <img><IMG_CONTEXT></img> </s>"
     turns = [{"from": "human", "value": f"say {typed}"}, {"from": "gpt", "value": typed}]
     file = tiny_runs.write_lines(tmp_path / "a.jsonl", [{"conversations": turns}])
-    plan = BatchPlan(batch_size=1, max_tokens=400, pad_token_id=2, window=1)
+    plan = BatchPlan(batch_size=1, max_tokens=400, pad_token_id=2, image_token_id=IMAGE, window=1)
     stream = BatchStream(
         [JsonlSource(file, tmp_path)],
-        lambda s: processor.encode_conversation(s.messages),
+        lambda record: processor.encode_conversation(record.turns),
         plan,
         seed=0,
     )

@@ -43,8 +43,8 @@ def test_mutated_record_trains_or_is_refused(
     try:
         stream = BatchStream(
             [JsonlSource(file, tmp_path)],
-            lambda sample: session.processor.encode_conversation(sample.messages),
-            BatchPlan(batch_size=1, max_tokens=256, pad_token_id=0),
+            lambda record: session.processor.encode_conversation(record.turns),
+            BatchPlan(batch_size=1, max_tokens=256, pad_token_id=0, image_token_id=1),
             seed=0,
         )
         assert stream[0].num_tokens > 0

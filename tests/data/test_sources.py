@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mono_internvl.data import sources as sources_module
-from mono_internvl.data.samples import read_sample
-from mono_internvl.data.sources import JsonArraySource, JsonlSource, read_meta
+from mono_internvl.data.sources import JsonArraySource, JsonlSource, Source, read_meta
 from mono_internvl.errors import SampleError
 
 TURNS = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
 
 
-def _ids(source: JsonlSource) -> list[Any]:
-    return [source.record(i).value["id"] for i in range(len(source))]
+def _whole(text: str) -> str:
+    """The text with a conversation in each of its records, that give an id alone."""
+    return re.sub(r'("id": [^}]+)}', rf'\1, "conversations": {json.dumps(TURNS)}}}', text)
+
+
+def _ids(source: Source) -> list[Any]:
+    return [source.record(i).fields["id"] for i in range(len(source))]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +46,7 @@ def test_jsonl_source_reads_lines(
 ) -> None:
     monkeypatch.setattr(sources_module, "_CHUNK_BYTES", chunk_bytes)
     file = tmp_path / "a.jsonl"
-    file.write_bytes(content.encode())
+    file.write_bytes(_whole(content).encode())
     source = JsonlSource(file, tmp_path)
     assert _ids(source) == [0, 1]
     assert [source.record(i).where for i in range(2)] == [f"{file}:{line}" for line in lines]
@@ -49,7 +54,7 @@ def test_jsonl_source_reads_lines(
 
 
 def test_jsonl_source_reads_utf8_with_and_without_mark(tmp_path: Path) -> None:
-    text = json.dumps({"id": "日本 ü 🙂"}, ensure_ascii=False)
+    text = _whole(json.dumps({"id": "日本 ü 🙂"}, ensure_ascii=False))
     for number, prefix in enumerate((b"", b"\xef\xbb\xbf")):
         file = tmp_path / f"{number}.jsonl"
         file.write_bytes(prefix + text.encode() + b"\n")
@@ -78,10 +83,10 @@ def test_jsonl_source_without_record_is_refused(tmp_path: Path, content: str) ->
 )
 def test_corrupt_line_names_file_and_line(tmp_path: Path, bad: bytes) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes(b'{"id": 0}\n\n' + bad + b'\n{"id": 2}\n')
+    good = [_whole(f'{{"id": {i}}}').encode() for i in (0, 2)]
+    file.write_bytes(good[0] + b"\n\n" + bad + b"\n" + good[1] + b"\n")
     source = JsonlSource(file, tmp_path)
-    assert source.record(0).value == {"id": 0}
-    assert source.record(2).value == {"id": 2}
+    assert [source.record(i).fields["id"] for i in (0, 2)] == [0, 2]
     with pytest.raises(SampleError, match=r"a\.jsonl:3: "):
         source.record(1)
 
@@ -96,7 +101,7 @@ def test_json_array_as_llava_ships_it(tmp_path: Path) -> None:
     assert isinstance(source, JsonArraySource)
     assert (_ids(source), source.repeat, source.name) == (["0", "1", "2"], 2.0, "llava")
     assert source.size(1) == len(json.dumps(records[1]))
-    assert read_sample(source, 1).where.endswith("llava.json[1]")
+    assert source.record(1).where.endswith("llava.json[1]")
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "[1", ""])

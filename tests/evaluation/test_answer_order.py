@@ -1,20 +1,17 @@
 """The order of questions: by kind and length, those on one image together."""
 
 from pathlib import Path
-from typing import Any
 
-from mono_internvl.data.samples import Sample
+from mono_internvl.data.records import Record
+from mono_internvl.data.sources import FileImage
 from mono_internvl.evaluation.runner import Question, _order
+from mono_internvl.processing.prompts import ImagePart, Turn
 
 
 def _question(kind: str, answer: str, *images: str) -> Question:
-    fields: dict[str, Any] = dict.fromkeys(Sample.__dataclass_fields__)
-    fields["messages"] = [
-        {"role": "user", "content": "?"},
-        {"role": "assistant", "content": answer},
-    ]
-    fields["images"] = tuple(Path(name) for name in images)
-    return Question({"kind": kind}, Sample(**fields))
+    shown = tuple(ImagePart(FileImage(Path(name))) for name in images)
+    turns = (Turn("user", (*shown, "?")), Turn("assistant", (answer,)))
+    return Question({"kind": kind}, Record(turns, "0", "a.jsonl:1", {}))
 
 
 def test_questions_on_one_image_stand_together() -> None:

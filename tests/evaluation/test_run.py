@@ -29,6 +29,7 @@ from mono_internvl.evaluation.runner import (
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation, Request
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.training.loop import train_stage
 
@@ -147,10 +148,7 @@ def test_blind_shows_the_mean_colour(
         assert image.size == (tiny_runs.TILE_PX, tiny_runs.TILE_PX)
         assert len(image.getcolors() or ()) == 1
     means = {tuple(p[-1]["content"][0]["image"].getpixel((0, 0))) for p in shown}
-    true = [
-        np.asarray(Image.open(q.sample.images[0]).convert("RGB")).reshape(-1, 3).mean(0)
-        for q in pictures
-    ]
+    true = [np.asarray(load_image(q.sample.images[0])).reshape(-1, 3).mean(0) for q in pictures]
     assert all(min(np.abs(np.array(m) - t).max() for t in true) <= 1 for m in means)
 
 
@@ -198,7 +196,7 @@ def test_perplexity_is_the_mean_over_answer_tokens(
     processor: MonoInternVLProcessor,
     questions: list[Question],
 ) -> None:
-    talks = [q.sample.messages for q in questions if q.kind == "copying"]
+    talks = [q.sample.turns for q in questions if q.kind == "copying"]
     total, count = 0.0, 0
     with torch.inference_mode():
         for messages in talks:

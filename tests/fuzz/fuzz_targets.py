@@ -179,7 +179,7 @@ def records(folder: Path) -> Case:
     session = load(tiny_runs.write_checkpoint(folder / "tiny"), device="cpu")
     valid = [tiny_runs.image_record(folder, 0), tiny_runs.text_record(3)]
     file = folder / "a.jsonl"
-    plan = BatchPlan(batch_size=1, max_tokens=256, pad_token_id=0)
+    plan = BatchPlan(batch_size=1, max_tokens=256, pad_token_id=0, image_token_id=1)
 
     def case(rng: random.Random) -> object:
         file.write_bytes(mutated_json(rng.choice(valid), rng) + b"\n")
@@ -187,7 +187,7 @@ def records(folder: Path) -> Case:
             return [question.predict("red", False).to_row() for question in read_questions(file)]
         encode = session.processor.encode_conversation
         source = JsonlSource(file, folder)
-        return BatchStream([source], lambda sample: encode(sample.messages), plan, seed=0)[0]
+        return BatchStream([source], lambda record: encode(record.turns), plan, seed=0)[0]
 
     return case
 

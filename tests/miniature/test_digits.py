@@ -11,12 +11,12 @@ import pytest
 import tiny_runs
 from PIL import Image
 
-from mono_internvl.data.samples import read_sample
 from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import MissingDependency
 from mono_internvl.evaluation.evaluate import evaluate
 from mono_internvl.miniature.digits import DigitFiles, main, write_digits
 from mono_internvl.miniature.recipes import MINIATURE_SFT
+from mono_internvl.processing.image_files import load_image
 from mono_internvl.training.run import train
 
 
@@ -31,7 +31,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> DigitFiles:
 def test_digits_are_split_without_overlap(digits: DigitFiles) -> None:
     held = [json.loads(line)["image"] for line in digits.heldout.read_text().splitlines()]
     (source,) = read_meta(digits.train)
-    learnt = [source.record(i).value["image"] for i in range(len(source))]
+    learnt = [source.record(i).fields["image"] for i in range(len(source))]
     assert not set(held) & set(learnt)
     assert (len(learnt), len(held)) == (digits.num_train, digits.num_heldout)
     assert len(set(held) | set(learnt)) == 120
@@ -44,10 +44,10 @@ def test_digits_are_the_pictures_of_their_labels(digits: DigitFiles) -> None:
     scans = load_digits()
     (source,) = read_meta(digits.train)
     for index in range(0, len(source), 17):
-        sample = read_sample(source, index)
-        number = int(sample.images[0].stem)
-        assert sample.messages[-1]["content"] == str(scans.target[number])
-        image = Image.open(sample.images[0])
+        sample = source.record(index)
+        number = int(Path(str(sample.images[0])).stem)
+        assert sample.turns[-1].text == str(scans.target[number])
+        image = load_image(sample.images[0])
         assert image.size == (tiny_runs.TILE_PX, tiny_runs.TILE_PX)
         small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), float)
         ink = 16 - small * (16 / 255)

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file
 
 from mono_internvl.configuration.labels import IGNORED_LABEL
-from mono_internvl.data.samples import read_sample
+from mono_internvl.data.records import parse_record
 from mono_internvl.data.sources import read_meta
 from mono_internvl.processing.encoding import encode_pieces
 from mono_internvl.processing.image_files import load_image
@@ -28,7 +28,6 @@ from mono_internvl.processing.prompts import (
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
-    conversation_to_messages,
     render,
     to_turns,
 )
@@ -205,18 +204,17 @@ def test_images_in_front_of_a_question_get_the_golden_header() -> None:
 def check_label_row(
     row: dict[str, Any], tokenizer: MonoInternVLTokenizer, reference_failed: bool
 ) -> None:
-    messages = conversation_to_messages(row["conversation"])
-    while messages[0]["role"] == "assistant":
-        messages.pop(0)
     num_images = row["num_image"]
+    raw = {"conversations": row["conversation"], "image": [str(i) for i in range(num_images)]}
+    turns = parse_record(raw, 0, "labels.json", Path).turns
     pieces = render(
-        to_turns(messages, images=list(range(num_images)), strip=True),
+        to_turns(turns, strip=True),
         default_system_prompt=DEFAULT_SYSTEM_PROMPT,
         add_generation_prompt=False,
     )
     ids, labels = encode_pieces(tokenizer, pieces, row["num_image_token_list"][:num_images])
     if reference_failed:
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        answers = [turn.text for turn in turns if turn.role == "assistant"]
         learned = tokenizer.decode([label for label in labels if label != IGNORED_LABEL])
         assert learned == "".join(answer.strip() + "<|im_end|>" for answer in answers)
     limit = row["model_max_length"]
@@ -300,14 +298,13 @@ def test_dataset_samples_match_the_golden_ids_labels_and_pixels(
     (source,) = read_meta(GOLDEN / "data" / "meta.json")  # as the training loop reads it
     assert len(source) == len(data["samples"])
     for index, sample in enumerate(some(data["samples"])):
-        record, read = source.record(index).value, read_sample(source, index)
-        paths = read.images
+        record = source.record(index)
         encoded = processor.encode_conversation(
-            read.messages, max_tiles=data["max_dynamic_patch"], max_tokens=data["model_max_length"]
+            record.turns, max_tiles=data["max_dynamic_patch"], max_tokens=data["model_max_length"]
         )
-        assert encoded.input_ids.tolist() == sample["input_ids"], record["id"]
-        assert encoded.labels.tolist() == sample["labels"], record["id"]
-        if not paths:
+        assert encoded.input_ids.tolist() == sample["input_ids"], record.record_id
+        assert encoded.labels.tolist() == sample["labels"], record.record_id
+        if not record.images:
             assert encoded.pixel_values is None
             continue
         assert isinstance(encoded.pixel_values, torch.Tensor)

@@ -211,16 +211,6 @@ def test_placeholder_mismatch_names_both_numbers(
         P.encode_prompt([user(*parts)])
 
 
-@pytest.mark.parametrize(
-    ("texts", "images"), [(["<image>"], 0), (["<image>", "<image>"], 1), (["Q"], 2), (["Q"], 3)]
-)
-def test_record_with_another_number_of_images_is_refused(texts: list[str], images: int) -> None:
-    messages = [message for text in texts for message in (user(text), assistant("A"))]
-    wanted = sum(text.count("<image>") for text in texts)
-    with pytest.raises(PromptError, match=f"{wanted} <image> placeholders but {images} images"):
-        P.encode_conversation(messages, images=[SQUARE] * images)
-
-
 def test_feature_count_mismatch_names_both_numbers() -> None:
     batch = P.encode_prompt([user(WIDE, "Q")])
     with pytest.raises(PromptError, match=r"3 <IMG_CONTEXT> but 2 visual tokens of 2 tiles"):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny_runs
 
+from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import CheckpointError, TrainingStateError
 from mono_internvl.runs.folder import exclusive, new_folder, resumable
 from mono_internvl.training import loop
@@ -128,8 +129,9 @@ def test_digest_of_two_million_records_is_cheap(tmp_path: Path) -> None:
     meta.touch()
     with annotation.open("wb") as file:
         file.truncate(242_000_000)
+    source = JsonlSource(annotation, tmp_path)
     began = time.process_time()
-    digest_of_data(meta, [annotation])
+    digest_of_data(meta, [source])
     assert time.process_time() - began < 4
 
 

@@ -5,10 +5,10 @@ Legend: B samples, T tokens (padded to the longest), S tile side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mono_internvl.configuration.labels import IGNORED_LABEL
 from mono_internvl.data.order import Mixture, batch_positions
-from mono_internvl.data.samples import (
-    MOST_CHARACTERS_OF_TOKEN,
-    Sample,
-    count_characters,
-    read_sample,
-)
-from mono_internvl.data.sources import JsonlSource
+from mono_internvl.data.records import MOST_CHARACTERS_OF_TOKEN, Record, count_characters
+from mono_internvl.data.sources import Source
 from mono_internvl.errors import (
     ImageError,
     MonoInternVLError,
@@ -30,6 +25,8 @@ from mono_internvl.errors import (
     RecipeError,
     SampleError,
 )
+from mono_internvl.experts.routing import Routing
+from mono_internvl.processing.encoding import Sample
 
 LossWeighting = Literal["token", "square", "sample"]
 OnBadSample = Literal["raise", "skip"]
@@ -38,15 +35,6 @@ OnBadSample = Literal["raise", "skip"]
 _MOST_STAND_INS = 64
 # Exponent p of a sample's token weight 1 / x^p, x its labelled tokens.
 _EXPONENT: dict[str, float] = {"token": 0.0, "square": 0.5, "sample": 1.0}
-
-
-class EncodedSample(Protocol):
-    """What the processor makes of a conversation: ids, labels, pixels, and tiles of each image."""
-
-    input_ids: Tensor
-    labels: Tensor
-    pixel_values: Tensor | None
-    num_tiles: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -73,6 +61,7 @@ class Batch:
         labels: (B, T) int64, -100 where nothing is learnt and at padding; unshifted.
         loss_weight: (B, T) fp32, 0 where nothing is learnt.
         pixel_values: (tiles, 3, S, S) fp32 of all samples in order, or None without images.
+        routing: Which of the B * T rows are visual, known to the host.
         num_tokens: Tokens that are not padding.
         num_images: Images.
         record_ids: Of the samples, in order.
@@ -83,10 +72,23 @@ class Batch:
     labels: Tensor
     loss_weight: Tensor
     pixel_values: Tensor | None
+    routing: Routing
     num_tokens: int
     num_images: int
     record_ids: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`; nothing waits until they are there."""
+        pixels = self.pixel_values
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            loss_weight=self.loss_weight.to(device, non_blocking=True),
+            pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
+            routing=self.routing.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class BatchPlan:
             which samples make up a step.
         max_tokens: Longest sample; a longer one is a bad sample.
         pad_token_id: Fills the right end of `input_ids`.
+        image_token_id: Stands where an image feature is placed.
         loss_weighting: Weight of a label: "token" 1, "sample" 1/x, "square" 1/sqrt(x) for x labels.
         on_bad_sample: "raise" stops at the first, "skip" leaves it out and says so in the batch.
         window: Steps within which samples of like length are grouped.
@@ -110,6 +113,7 @@ class BatchPlan:
     batch_size: int
     max_tokens: int
     pad_token_id: int
+    image_token_id: int
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
@@ -127,15 +131,15 @@ class BatchStream(Dataset[Batch]):
 
     Args:
         sources: Where records come from.
-        encode: A sample to ids, labels and pixels.
+        encode: A record to ids, labels and pixels.
         plan: How to cut.
         seed: Of the order.
     """
 
     def __init__(
         self,
-        sources: list[JsonlSource],
-        encode: Callable[[Sample], EncodedSample],
+        sources: Sequence[Source],
+        encode: Callable[[Record], Sample],
         plan: BatchPlan,
         seed: int,
     ):
@@ -159,30 +163,30 @@ class BatchStream(Dataset[Batch]):
         first = micro * plan.world_size + plan.rank
         every = plan.accumulation * plan.world_size
         positions = self._batches_of_window(window)[place][first::every]
-        encoded: list[EncodedSample] = []
+        samples: list[Sample] = []
         skipped: list[Skipped] = []
         ids: list[str] = []
         # A process without any sample could not take part in the step: the records that follow
         # stand in, so what they are is still a function of `number` alone.
         stand_ins = range(positions[-1] + 1, positions[-1] + 1 + _MOST_STAND_INS)
         for tried, position in enumerate(chain(positions, stand_ins)):
-            if encoded and tried >= len(positions):
+            if samples and tried >= len(positions):
                 break
             source, index = self.mixture.locate(position)
             try:
-                sample = read_sample(self.sources[source], index)
-                encoded.append(self._encode(sample))
-                ids.append(sample.record_id)
+                record = self.sources[source].record(index)
+                samples.append(self._encode(record))
+                ids.append(record.record_id)
             except SampleError as error:
                 if plan.on_bad_sample == "raise":
                     raise
                 skipped.append(Skipped(self.sources[source].name, error.reason, str(error)))
-        if not encoded:
+        if not samples:
             raise SampleError(
                 f"micro-batch {number}: all {len(skipped)} records are bad, first: "
                 f"{skipped[0].message}"
             )
-        return self._collate(encoded, tuple(ids), tuple(skipped))
+        return self._collate(samples, tuple(ids), tuple(skipped))
 
     def _batches_of_window(self, window: int) -> list[list[int]]:
         if self._window[0] != window:
@@ -198,59 +202,60 @@ class BatchStream(Dataset[Batch]):
             self._window = (window, batches)
         return self._window[1]
 
-    def _encode(self, sample: Sample) -> EncodedSample:
-        num_characters = count_characters(sample.messages)
+    def _encode(self, record: Record) -> Sample:
+        num_characters = count_characters(record.turns)
         if num_characters > self.plan.max_tokens * MOST_CHARACTERS_OF_TOKEN:
             raise SampleError(
-                f"{sample.where}: {num_characters:,} characters are more than max_tokens="
+                f"{record.where}: {num_characters:,} characters are more than max_tokens="
                 f"{self.plan.max_tokens} can hold; shorten the record, or skip bad samples",
                 reason="too long",
             )
         try:
-            encoded = self.encode(sample)
+            sample = self.encode(record)
         except ImageError as error:
-            raise SampleError(f"{sample.where}: {error}", reason="image damaged") from error
+            raise SampleError(f"{record.where}: {error}", reason="image damaged") from error
         except PromptError as error:
-            raise SampleError(f"{sample.where}: {error}", reason="prompt refused") from error
-        if len(encoded.input_ids) > self.plan.max_tokens:
+            raise SampleError(f"{record.where}: {error}", reason="prompt refused") from error
+        if len(sample.input_ids) > self.plan.max_tokens:
             raise SampleError(
-                f"{sample.where}: {len(encoded.input_ids)} tokens, more than max_tokens="
+                f"{record.where}: {len(sample.input_ids)} tokens, more than max_tokens="
                 f"{self.plan.max_tokens}; raise max_tokens, lower max_tiles, or skip bad samples",
                 reason="too long",
             )
-        if not (encoded.labels != IGNORED_LABEL).any():
+        if not (sample.labels != IGNORED_LABEL).any():
             raise SampleError(
-                f"{sample.where}: no answer token to learn from", reason="nothing to learn"
+                f"{record.where}: no answer token to learn from", reason="nothing to learn"
             )
-        return encoded
+        return sample
 
     def _collate(
         self,
-        encoded: list[EncodedSample],
+        samples: list[Sample],
         record_ids: tuple[str, ...],
         skipped: tuple[Skipped, ...],
     ) -> Batch:
-        longest = max(len(sample.input_ids) for sample in encoded)
-        shape = (len(encoded), longest)
+        longest = max(len(sample.input_ids) for sample in samples)
+        shape = (len(samples), longest)
         input_ids = torch.full(shape, self.plan.pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
         weight = torch.zeros(shape)
         exponent = _EXPONENT[self.plan.loss_weighting]
-        for row, sample in enumerate(encoded):
+        for row, sample in enumerate(samples):
             length = len(sample.input_ids)
             input_ids[row, :length] = sample.input_ids
             labels[row, :length] = sample.labels
             labels[row, 0] = IGNORED_LABEL  # nothing predicts the first token
             learnt = labels[row] != IGNORED_LABEL
             weight[row, learnt] = float(learnt.sum()) ** -exponent
-        pixels = [sample.pixel_values for sample in encoded if sample.pixel_values is not None]
+        pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
         return Batch(
             input_ids,
             labels,
             weight,
             torch.cat(pixels) if pixels else None,
-            num_tokens=sum(len(sample.input_ids) for sample in encoded),
-            num_images=sum(len(sample.num_tiles) for sample in encoded),
+            Routing.from_mask(input_ids == self.plan.image_token_id),
+            num_tokens=sum(len(sample.input_ids) for sample in samples),
+            num_images=sum(len(sample.num_tiles) for sample in samples),
             record_ids=record_ids,
             skipped=skipped,
         )

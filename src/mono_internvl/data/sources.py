@@ -1,46 +1,93 @@
-"""Where records come from: JSONL conversations with an image folder, in the InternVL or LLaVA form.
+"""Where records come from, behind one protocol; today's: conversations in JSON and an image folder.
 
 A meta file names the sources:
 
     {"captions": {"root": "images/", "annotation": "captions.jsonl", "repeat_time": 1}}
 
-Paths in it are relative to the meta file. An annotation is JSON lines, or one JSON array (`.json`)
-as LLaVA ships it.
+Paths in it are relative to the meta file. The suffix of an annotation says what reads it
+(`SOURCES`): JSON lines, or one JSON array (`.json`) as LLaVA ships it.
 
 Source: the dataset description of OpenGVLab/Mono-InternVL at 5b17ab4 and LLaVA's instruction files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from mono_internvl.data.records import Record, parse_record, shortened
 from mono_internvl.errors import SampleError
+from mono_internvl.processing.image_files import read_file
 
 _CHUNK_BYTES = 1 << 24
 _LONGEST_BLANK = 32  # a line of so many bytes may be nothing but white space
 
 
-@dataclass(frozen=True)
-class Record:
-    """One raw record and where it stands.
+class Source(Protocol):
+    """Random access to records.
 
     Attributes:
-        value: The parsed JSON object.
-        where: `file:line` for messages.
+        name: For messages and metrics.
+        repeat: How often the source is seen per epoch.
     """
 
-    value: dict[str, Any]
-    where: str
+    name: str
+    repeat: float
+
+    def __len__(self) -> int:
+        """Records."""
+        ...
+
+    def record(self, index: int) -> Record:
+        """One record, its images unread.
+
+        Raises:
+            SampleError: It is malformed.
+        """
+        ...
+
+    def size(self, index: int) -> int:
+        """What is cheaply known of a record's length, in any unit: like ones share a batch."""
+        ...
+
+    def fingerprint(self) -> bytes:
+        """What differs once a record has been changed; read when a run begins and resumes."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """An image file.
+
+    Attributes:
+        path: Of the file.
+    """
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The file; see `ImageRef`."""
+        data = read_file(self.path)
+        return data if size < 0 else data[:size]
+
+    def version(self) -> tuple[int, ...]:
+        """Size and time of change; see `ImageRef`."""
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns
 
 
 class JsonlSource:
-    """Random access to the lines of a JSONL file: only their offsets are kept in memory.
+    """The lines of a JSONL file: only their offsets are kept in memory; images lie in a folder.
 
     Args:
         path: The annotation.
@@ -83,11 +130,7 @@ class JsonlSource:
         return int(self._lines[index, 2] - self._lines[index, 1])
 
     def record(self, index: int) -> Record:
-        """Parse one record.
-
-        Raises:
-            SampleError: The line is not a JSON object.
-        """
+        """Read one record; see `Source`."""
         number, start, end = (int(x) for x in self._lines[index])
         where = f"{self.path}:{number}"
         with self.path.open("rb") as file:
@@ -97,9 +140,29 @@ class JsonlSource:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise SampleError(f"{where}: not JSON ({error}); fix or remove the line") from error
-        if not isinstance(value, dict):
-            raise SampleError(f"{where}: a JSON {type(value).__name__}; expected an object")
-        return Record(value, where)
+        return self._parsed(value, index, where)
+
+    def fingerprint(self) -> bytes:
+        """Name and digest of the annotation, images not included: 250 MB take a quarter second."""
+        with self.path.open("rb") as file:
+            return f"{self.path.name} ".encode() + hashlib.file_digest(file, "sha256").digest()
+
+    def _parsed(self, value: Any, index: int, where: str) -> Record:
+        def open_image(name: str) -> FileImage:
+            path = self.image_root / name
+            try:
+                is_there = path.is_file()
+            except OSError:  # a name too long to be one, such as a data URI
+                is_there = False
+            if not is_there:
+                raise SampleError(
+                    f"{where}: image {shortened(str(path))} does not exist; check the "
+                    "source's root, and give the path of a file",
+                    reason="image missing",
+                )
+            return FileImage(path)
+
+        return parse_record(value, index, where, open_image, self.max_tiles)
 
 
 class JsonArraySource(JsonlSource):
@@ -116,13 +179,14 @@ class JsonArraySource(JsonlSource):
         return np.array([[i, 0, size] for i, size in enumerate(sizes)], np.int64).reshape(-1, 3)
 
     def record(self, index: int) -> Record:
-        value, where = self._records[index], f"{self.path}[{index}]"
-        if not isinstance(value, dict):
-            raise SampleError(f"{where}: a JSON {type(value).__name__}; expected an object")
-        return Record(value, where)
+        return self._parsed(self._records[index], index, f"{self.path}[{index}]")
 
 
-def read_meta(path: Path) -> list[JsonlSource]:
+SOURCES: dict[str, Callable[..., Source]] = {".jsonl": JsonlSource, ".json": JsonArraySource}
+"""What reads an annotation, by its suffix; called as `JsonlSource` is, which reads all others."""
+
+
+def read_meta(path: Path) -> list[Source]:
     """The sources that a meta file names.
 
     Args:
@@ -141,7 +205,7 @@ def read_meta(path: Path) -> list[JsonlSource]:
     return [_source_of(path, name, entry) for name, entry in meta.items()]
 
 
-def _source_of(meta: Path, name: str, entry: Any) -> JsonlSource:
+def _source_of(meta: Path, name: str, entry: Any) -> Source:
     """The source of one entry of a meta file."""
     here = f"{meta}: source {name!r}"
     if not isinstance(entry, dict):
@@ -157,8 +221,8 @@ def _source_of(meta: Path, name: str, entry: Any) -> JsonlSource:
         raise SampleError(f"{here}: max_dynamic_patch={max_tiles!r}; expected an integer >= 1")
     base = meta.parent
     annotation = base / entry["annotation"]
-    kind = JsonArraySource if annotation.suffix == ".json" else JsonlSource
-    return kind(
+    open_source = SOURCES.get(annotation.suffix, JsonlSource)
+    return open_source(
         annotation, base / entry["root"], name=name, repeat=float(repeat), max_tiles=max_tiles
     )
 

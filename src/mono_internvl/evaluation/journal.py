@@ -68,7 +68,6 @@ class AnswerJournal:
 
 def key_of(question: Question) -> str:
     """What a question is known by: its record, and size and time of its images."""
-    images = [path.stat() for path in question.sample.images]
-    seen = [question.record, [(image.st_size, image.st_mtime_ns) for image in images]]
+    seen = [question.record, [image.version() for image in question.sample.images]]
     text = json.dumps(seen, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=_DIGEST_BYTES).hexdigest()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from mono_internvl.data.samples import MOST_CHARACTERS_OF_TOKEN, count_characters
+from mono_internvl.data.records import MOST_CHARACTERS_OF_TOKEN, count_characters
 from mono_internvl.errors import ImageError, PromptError, SampleError
 from mono_internvl.generation.request import Request
 from mono_internvl.generation.sampling import Sampling
 from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import Turn
 
 Outcome = str | SampleError
 """What a question came to: the answer, or why it could not be asked."""
@@ -35,21 +35,15 @@ class PromptEncoder:
         self.processor, self.max_tiles = processor, max_tiles
         self.most, self.max_new_tokens = most_tokens, max_new_tokens
 
-    def check_text(self, messages: Sequence[dict[str, Any]], where: str) -> None:
+    def check_text(self, turns: Sequence[Turn], where: str) -> None:
         """Refuse text that is too long whatever its images are; they are not opened.
 
         Raises:
             SampleError: With file and line.
         """
-        if count_characters(messages) > self.most * MOST_CHARACTERS_OF_TOKEN:
-            raise self._too_long(where, f"{count_characters(messages):,} characters")
-        text = "\n".join(
-            part if isinstance(part, str) else part.get("text", "")
-            for message in messages
-            for part in (
-                [message["content"]] if isinstance(message["content"], str) else message["content"]
-            )
-        )
+        if count_characters(turns) > self.most * MOST_CHARACTERS_OF_TOKEN:
+            raise self._too_long(where, f"{count_characters(turns):,} characters")
+        text = "\n".join(turn.text for turn in turns)
         if len(text.encode("utf-8", "replace")) <= self.most - self.max_new_tokens:
             return  # a token has at least a byte
         try:
@@ -58,14 +52,14 @@ class PromptEncoder:
             raise SampleError(f"{where}: {error}") from error
         self._check(num_tokens, where)
 
-    def encode(self, messages: Sequence[dict[str, Any]], where: str) -> Request:
+    def encode(self, turns: Sequence[Turn], where: str) -> Request:
         """A prompt with its images, to be answered greedily.
 
         Raises:
             SampleError: It is refused, an image is damaged, or it is too long.
         """
         try:
-            encoded = self.processor.encode_prompt(messages, max_tiles=self.max_tiles)
+            encoded = self.processor.encode_prompt(turns, max_tiles=self.max_tiles)
         except (ImageError, PromptError) as error:
             raise SampleError(f"{where}: {error}") from error
         ids = encoded["input_ids"][0]

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from mono_internvl.configuration.labels import IGNORED_LABEL
-from mono_internvl.data.samples import Sample, read_sample
+from mono_internvl.data.records import Record
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import ImageError, PromptError, SampleError
 from mono_internvl.evaluation.metrics import mean_score, score
@@ -28,6 +28,7 @@ from mono_internvl.generation.request import Generation
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import ImagePart, Turn
 from mono_internvl.runs.json_lines import to_line
 
 
@@ -41,7 +42,7 @@ class Question:
     """
 
     record: dict[str, Any]
-    sample: Sample
+    sample: Record
 
     @property
     def kind(self) -> str:
@@ -49,9 +50,9 @@ class Question:
         return str(self.record["kind"])
 
     @property
-    def prompt(self) -> list[dict[str, Any]]:
+    def prompt(self) -> tuple[Turn, ...]:
         """The conversation up to the answer."""
-        return self.sample.messages[:-1]
+        return self.sample.turns[:-1]
 
     def predict(self, text: str, is_blind: bool) -> Prediction:
         """The prediction of an answer."""
@@ -105,12 +106,12 @@ def read_questions(
     questions = []
     for index in range(len(source)):
         found = source.record(index)
-        record, kind = found.value, found.value.get("kind")
+        record, kind = found.fields, found.fields.get("kind")
         if not isinstance(kind, str):
             raise SampleError(f"{found.where}: kind={kind!r}; expected the name of a way to score")
         seen[kind] += 1
         if per_kind is None or seen[kind] <= per_kind:
-            question = Question(record, read_sample(source, index))
+            question = Question(record, found)
             try:
                 to_line(question.predict("", False).to_row())
             except ValueError as error:
@@ -232,9 +233,7 @@ def ask_all(
 
 def _order(questions: Sequence[Question]) -> list[int]:
     """By kind and length of the true answer, but questions on the same images one after another."""
-    keys = [
-        (question.kind, len(str(question.sample.messages[-1]["content"]))) for question in questions
-    ]
+    keys = [(question.kind, len(question.sample.turns[-1].text)) for question in questions]
     first: dict[Any, tuple[str, int]] = {}  # images -> least key of a question on them
     images = [question.sample.images or number for number, question in enumerate(questions)]
     for key, shown in zip(keys, images, strict=True):
@@ -280,19 +279,14 @@ def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
     partial.replace(file)
 
 
-def _hide_images(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same messages with every image at its mean colour."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {**message, "content": [_hidden(part) for part in message["content"]]}
-        for message in messages
-    ]
+def _hide_images(turns: Sequence[Turn]) -> list[Turn]:
+    """The same turns with every image at its mean colour."""
+    return [Turn(turn.role, tuple(_hidden(part) for part in turn.parts)) for turn in turns]
 
 
-def _hidden(part: dict[str, Any]) -> dict[str, Any]:
-    if part["type"] != "image":
+def _hidden(part: str | ImagePart) -> str | ImagePart:
+    if isinstance(part, str):
         return part
-    image = load_image(part["image"])
+    image = load_image(part.source)
     mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    return {**part, "image": Image.new("RGB", image.size, mean)}
+    return ImagePart(Image.new("RGB", image.size, mean))

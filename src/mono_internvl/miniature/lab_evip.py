@@ -224,8 +224,7 @@ def _check_same_run(folder: Path, task: _Task) -> None:
             if own[name] != state.stage[name]:
                 refuse(f"stage {stage.name} has {name}={state.stage[name]!r}, not {own[name]!r}")
         meta = task.world.root / stage.data
-        files = [source.path for source in read_meta(meta)]
-        if state.inputs.get("data content") != digest_of_data(meta, files):
+        if state.inputs.get("data content") != digest_of_data(meta, read_meta(meta)):
             refuse(f"stage {stage.name} was trained on other data")
 
 

@@ -337,9 +337,7 @@ def _same_text_logits(
     before.to(model.device).eval()
     model.eval()
     for question in questions[:: max(1, len(questions) // 16)]:
-        ids = (
-            processor.encode_conversation(question.sample.messages).input_ids[None].to(model.device)
-        )
+        ids = processor.encode_conversation(question.sample.turns).input_ids[None].to(model.device)
         if not torch.equal(model(ids).logits, before(ids).logits):
             return False
     return True
@@ -470,14 +468,14 @@ def _ask_three(console: Console, run: Path, world: WorldFiles) -> None:
     for kind in ("caption", "colour", "grounding"):
         question = chosen[kind]
         text = question.record["conversations"][0]["value"].removeprefix("<image>\n")
-        image = question.sample.images[0]
+        image = world.heldout.parent / question.record["image"]
         chat.reset()
         answer = chat.ask(text, images=[image], max_new_tokens=LONGEST_ANSWER)
         console.print(f"  [dim]{image}[/]", soft_wrap=True)
         console.print(
             f"  Q: {text}\n  A: {answer.text}\n  (truth: {question.record['answer']})", markup=False
         )
-    image = chosen["caption"].sample.images[0]
+    image = world.heldout.parent / chosen["caption"].record["image"]
     console.print("ask more:", soft_wrap=True)
     console.print(
         f"  mono-internvl chat --model {run / 'model'} --image {image} "

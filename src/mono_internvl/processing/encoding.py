@@ -22,7 +22,7 @@ from mono_internvl.processing.tokenizer import MonoInternVLTokenizer
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Sample:
     """A training sample.
 
     Attributes:
@@ -37,11 +37,6 @@ class Encoded:
     labels: torch.Tensor
     pixel_values: torch.Tensor | None
     num_tiles: tuple[int, ...]
-
-    @property
-    def num_learned(self) -> int:
-        """Positions that the loss reads."""
-        return int((self.labels != IGNORED_LABEL).sum())
 
 
 def encode_pieces(

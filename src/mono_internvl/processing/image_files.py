@@ -21,7 +21,10 @@ from mono_internvl.errors import ImageError
 logger = logging.getLogger(__name__)
 
 ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
-"""What `load_image` accepts: a path, encoded bytes, a data URI, base64, an open file, or pixels."""
+"""What `load_image` accepts: a path, encoded bytes, a data URI, base64, an open file, or pixels.
+
+Anything with `read(size)` counts as an open file, an `ImageRef` of a record too.
+"""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded, by Pillow's names."""
@@ -121,26 +124,31 @@ def _open(source: object) -> Image.Image:
             )
         if scheme == "data":
             return _open(_read_data_uri(source))
-        return _open(Path(source) if (data := _read_base64(source)) is None else data)
+        decoded = _read_base64(source)
+        return _open(Path(source) if decoded is None else decoded)
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if hasattr(source, "read"):
-        source = source.read(MAX_BYTES + 1)
-    if isinstance(source, bytes):
-        if len(source) > MAX_BYTES:
-            raise ImageError(f"image of more than {MAX_BYTES} bytes: not read, compress it")
-        if not source:
-            raise ImageError("image <0 bytes>: empty; expected an encoded image")
-        return _decode_header(source, _name_of(source))
     if isinstance(source, Path):
-        return _decode_header(_read_file(source), _name_of(source))
+        return _decode_header(read_file(source), _name_of(source))
+    data: object = source.read(MAX_BYTES + 1) if hasattr(source, "read") else source
+    if isinstance(data, bytes):
+        if len(data) > MAX_BYTES:
+            raise ImageError(f"image of more than {MAX_BYTES} bytes: not read, compress it")
+        if not data:
+            raise ImageError("image <0 bytes>: empty; expected an encoded image")
+        return _decode_header(data, _name_of(source))
     raise ImageError(
         f"image of type {type(source).__name__}; expected a path, bytes, an open file, a data URI, "
         "base64, a PIL image or an array"
     )
 
 
-def _read_file(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
+    """A file of at most `MAX_BYTES`.
+
+    Raises:
+        ImageError: There is no such regular file, it is empty, or it is larger.
+    """
     name = _name_of(path)
     if not path.is_file():  # a pipe or a device would never end
         raise ImageError(f"image {name}: no such file")

@@ -13,7 +13,7 @@ from transformers import BatchFeature
 from mono_internvl.configuration.model import MonoInternVLConfig
 from mono_internvl.errors import CheckpointError, ConfigError, PromptError
 from mono_internvl.processing.encoding import (
-    Encoded,
+    Sample,
     TileLimits,
     decode_answer,
     encode_pieces,
@@ -27,6 +27,7 @@ from mono_internvl.processing.prompts import (
     IMAGE_END,
     IMAGE_START,
     SUPPORTED_TEMPLATES,
+    Conversation,
     OnControl,
     Piece,
     Turn,
@@ -231,7 +232,7 @@ class MonoInternVLProcessor(HostProcessor):
 
     def encode_prompt(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Conversation,
         *,
         max_tiles: int | Sequence[int] | None = None,
         share_budget: bool = False,
@@ -258,7 +259,7 @@ class MonoInternVLProcessor(HostProcessor):
 
     def encode_prompts(
         self,
-        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        conversations: Sequence[Conversation],
         *,
         max_tiles: int | Sequence[int] | None = None,
         share_budget: bool = False,
@@ -326,22 +327,19 @@ class MonoInternVLProcessor(HostProcessor):
 
     def encode_conversation(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Conversation,
         *,
-        images: Sequence[Any] | None = None,
         max_tiles: int | None = None,
         share_budget: bool = True,
         max_tokens: int | None = None,
         on_control: OnControl = "escape",
-    ) -> Encoded:
+    ) -> Sample:
         """A training sample: every answer and its `<|im_end|>` are learned, nothing else.
 
-        Outer whitespace of each message is dropped, and answers before the first question.
+        Outer whitespace of each message is dropped.
 
         Args:
             messages: The conversation; see `prompts.to_turns`.
-            images: Images of the record, for the `<image>` of its text; None: they are parts of
-                messages.
             max_tiles: Most tiles of the sample, or of each image if the budget is not shared.
             share_budget: Whether the images of the sample share `max_tiles`.
             max_tokens: Longer samples are cut there; None keeps all.
@@ -353,12 +351,7 @@ class MonoInternVLProcessor(HostProcessor):
         Source: `preprocess_internlm` of the released code. Differs: labels follow character
             offsets, where the released code masks a sample whose pieces tokenize differently alone.
         """
-        messages = list(messages)
-        has_system = bool(messages) and messages[0].get("role") == "system"
-        first = 1 if has_system else 0
-        while len(messages) > first and messages[first].get("role") == "assistant":
-            del messages[first]
-        turns = to_turns(messages, images=images, strip=True)
+        turns = to_turns(messages, strip=True)
         pieces = self._form.render(
             self._checked(turns, on_control),
             default_system_prompt=self.default_system_prompt,
@@ -376,7 +369,7 @@ class MonoInternVLProcessor(HostProcessor):
                     f"max_tokens={max_tokens} cuts an image of {num_tiles} tiles of "
                     f"{self.tokens_per_tile} tokens; raise max_tokens or lower max_tiles"
                 )
-        return Encoded(torch.tensor(ids), torch.tensor(labels), pixel_values, tuple(num_tiles))
+        return Sample(torch.tensor(ids), torch.tensor(labels), pixel_values, tuple(num_tiles))
 
     def _checked(self, turns: list[Turn], on_control: OnControl) -> list[Turn]:
         if on_control not in ("escape", "raise"):

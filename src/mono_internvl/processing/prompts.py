@@ -48,7 +48,6 @@ DEFAULT_SYSTEM_PROMPT = (
 SUPPORTED_TEMPLATES = (None, "internlm2-chat", "Hermes-2")
 """Values of a released `template` field that mean the prompt form written here."""
 
-_ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "system": "system"}
 _WHITESPACE = " \n\t"
 _GROUNDING = re.compile("(" + "|".join(re.escape(token) for token in GROUNDING_TOKENS) + ")")
 _BOX = re.compile(r"\[\s*" + r"\s*,\s*".join([r"(\d{1,6}(?:\.\d{1,6})?)"] * 4) + r"\s*\]")
@@ -81,6 +80,10 @@ class Turn:
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
+Conversation = Sequence[Mapping[str, Any] | Turn]
+"""Messages in transformers' form, or turns that a record was parsed to."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of a rendered conversation.
@@ -97,42 +100,15 @@ class Piece:
     is_learned: bool = False
 
 
-def conversation_to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages from the `conversations` of an InternVL/LLaVA record (`from`, `value`).
-
-    Raises:
-        PromptError: If a turn has an unknown speaker or no text.
-    """
-    messages = []
-    for index, turn in enumerate(conversation):
-        role = _ROLE_OF_SPEAKER.get(str(turn.get("from")))
-        value = turn.get("value")
-        if role is None or not isinstance(value, str):
-            raise PromptError(
-                f"conversations[{index}]: from={turn.get('from')!r}, value of type "
-                f"{type(value).__name__}; expected from 'human' or 'gpt' and a text value"
-            )
-        messages.append({"role": role, "content": value})
-    return messages
-
-
-def to_turns(
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    images: Sequence[Any] | None = None,
-    strip: bool = False,
-) -> list[Turn]:
-    """Validates messages and puts every image in its place.
+def to_turns(messages: Conversation, *, strip: bool = False) -> list[Turn]:
+    """Validates messages and puts every image in its place; turns are taken as they are.
 
     Images of a message stand where `<image>` stands in its text. Without placeholders they stand
     where their parts stand; several in front of the text are numbered, as in the released
     multi-image chat.
 
     Args:
-        messages: `{"role": "system" | "user" | "assistant", "content": str | parts}`.
-        images: Images of a training record, consumed by the `<image>` of all user messages in
-            order; one image without placeholder goes in front of the first. None: images are parts
-            of messages.
+        messages: `{"role": "system" | "user" | "assistant", "content": str | parts}`, or turns.
         strip: Whether outer whitespace of every text is dropped, as in training.
 
     Returns:
@@ -143,16 +119,12 @@ def to_turns(
     """
     if not messages:
         raise PromptError("messages: empty; expected at least one message")
-    contents = [_split_content(message, index) for index, message in enumerate(messages)]
-    if images is not None:
-        contents = _distribute(contents, [ImagePart(image) for image in images])
     turns = []
-    for index, (role, parts) in enumerate(contents):
-        if role == "system" and index:
+    for index, message in enumerate(messages):
+        turn = message if isinstance(message, Turn) else _to_turn(message, index)
+        if turn.role == "system" and index:
             raise PromptError(f"messages[{index}]: a system message must be the first one")
-        if role == "user":
-            parts = _place_images(parts, index)
-        turns.append(Turn(role, _strip_outer(parts) if strip else tuple(parts)))
+        turns.append(Turn(turn.role, _strip_outer(turn.parts)) if strip else turn)
     return turns
 
 
@@ -258,25 +230,27 @@ def parse_boxes(text: str) -> list[tuple[int, int, int, int]]:
     ]
 
 
-def _split_content(message: Mapping[str, Any], index: int) -> tuple[str, list[str | ImagePart]]:
+def _to_turn(message: Mapping[str, Any], index: int) -> Turn:
     role, content = message.get("role"), message.get("content")
     if role not in ("system", "user", "assistant"):
         raise PromptError(
             f"messages[{index}].role={role!r}; expected 'system', 'user' or 'assistant'"
         )
-    if isinstance(content, str):
-        return role, [content]
     if not isinstance(content, Sequence):
         raise PromptError(
             f"messages[{index}].content is a {type(content).__name__}; "
             "expected text or a list of parts"
         )
-    parts = [_read_part(part, index) for part in content]
-    if role != "user" and any(isinstance(part, ImagePart) for part in parts):
+    parts: list[str | ImagePart] = [content] if isinstance(content, str) else []
+    if not parts:
+        parts = [part for part in (_read_part(part, index) for part in content) if part != ""]
+    if role == "user":
+        parts = _place_images(parts, index)
+    elif any(isinstance(part, ImagePart) for part in parts):
         raise PromptError(
             f"messages[{index}]: an image in a {role} message; only users show images"
         )
-    return role, [part for part in parts if part != ""]
+    return Turn(role, tuple(parts))
 
 
 def _read_part(part: Any, index: int) -> str | ImagePart:
@@ -303,32 +277,6 @@ def _read_part(part: Any, index: int) -> str | ImagePart:
         f"messages[{index}].content: part of type {kind!r} is not understood; expected "
         '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
     )
-
-
-def _distribute(
-    contents: list[tuple[str, list[str | ImagePart]]], images: list[str | ImagePart]
-) -> list[tuple[str, list[str | ImagePart]]]:
-    """Hands the images of a record to the user messages that ask for them."""
-    if any(isinstance(part, ImagePart) for _, parts in contents for part in parts):
-        raise PromptError("images: given beside messages that hold images; give them in one way")
-    wanted = [
-        sum(str(part).count(IMAGE_PLACEHOLDER) for part in parts) if role == "user" else 0
-        for role, parts in contents
-    ]
-    if sum(wanted) == 0 and len(images) == 1:
-        first = next((i for i, (role, _) in enumerate(contents) if role == "user"), None)
-        if first is not None:
-            wanted[first] = 1
-    if sum(wanted) != len(images):
-        raise PromptError(
-            f"{sum(wanted)} {IMAGE_PLACEHOLDER} placeholders but {len(images)} images; "
-            "write one placeholder for each image"
-        )
-    out = []
-    for (role, parts), count in zip(contents, wanted, strict=True):
-        out.append((role, [*images[:count], *parts]))
-        images = images[count:]
-    return out
 
 
 def _place_images(parts: list[str | ImagePart], index: int) -> list[str | ImagePart]:
@@ -376,8 +324,8 @@ def _image_header(images: list[ImagePart]) -> list[str | ImagePart]:
     return header
 
 
-def _strip_outer(parts: list[str | ImagePart]) -> tuple[str | ImagePart, ...]:
-    parts = list(parts)
+def _strip_outer(turn_parts: Sequence[str | ImagePart]) -> tuple[str | ImagePart, ...]:
+    parts = list(turn_parts)
     if parts and isinstance(parts[0], str):
         parts[0] = parts[0].lstrip()
     if parts and isinstance(parts[-1], str):

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from mono_internvl.compute import ComputePlan, default_attention, make_plan
 from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
 from mono_internvl.data.order import mix
-from mono_internvl.data.samples import Sample
+from mono_internvl.data.records import Record
 from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import TrainingStateError
+from mono_internvl.processing.encoding import Sample
 from mono_internvl.runs.folder import exclusive
 from mono_internvl.training.checkpointing import (
     Checkpointing,
@@ -189,11 +190,7 @@ class _Loop:
         precision = _precision(stage, found, plan, device)
         self.stage = stage = dataclasses.replace(stage.resolved(num_records), precision=precision)
         self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
-        self.inputs = {
-            "data content": digest_of_data(
-                data / stage.data, [source.path for source in self.sources]
-            )
-        }
+        self.inputs = {"data content": digest_of_data(data / stage.data, self.sources)}
         if (begun_from := digest_of_start(Path(start))) is not None:
             self.inputs["start checkpoint"] = begun_from
         self.resumed = self._resumable(found)
@@ -308,6 +305,7 @@ class _Loop:
             accumulation=stage.accumulation,
             max_tokens=stage.max_tokens,
             pad_token_id=self.model.config.text_config.pad_token_id or 0,
+            image_token_id=self.processor.image_token_id,
             rank=rank(),
             world_size=world_size(),
             loss_weighting=stage.loss_weighting,
@@ -318,9 +316,9 @@ class _Loop:
         numbers = range(first_step * stage.accumulation, stage.steps * stage.accumulation)
         return read_ahead(stream, numbers, stage.loader_workers)
 
-    def _encode(self, sample: Sample) -> Any:
-        max_tiles = sample.max_tiles or self.stage.max_tiles
-        return self.processor.encode_conversation(sample.messages, max_tiles=max_tiles)
+    def _encode(self, record: Record) -> Sample:
+        max_tiles = record.max_tiles or self.stage.max_tiles
+        return self.processor.encode_conversation(record.turns, max_tiles=max_tiles)
 
     def _step(
         self,

@@ -1,4 +1,4 @@
-"""Records to samples: turns, roles, images and their placeholders."""
+"""Raw records to records: turns, roles, images and their placeholders."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from mono_internvl.data.samples import Sample, read_sample
-from mono_internvl.data.sources import JsonlSource
+from mono_internvl.data.records import Record
+from mono_internvl.data.sources import FileImage, JsonlSource
 from mono_internvl.errors import SampleError
+from mono_internvl.processing.prompts import ImagePart
 
 HUMAN, GPT = {"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}
 SYSTEM = {"from": "system", "value": "be brief"}
@@ -20,22 +21,22 @@ def _human(text: str) -> dict[str, str]:
     return {"from": "human", "value": text}
 
 
-def _read(folder: Path, **record: Any) -> Sample:
+def _read(folder: Path, **record: Any) -> Record:
     for name in ("a.png", "b.png"):
         (folder / name).touch()
     file = folder / "data.jsonl"
     file.write_text("\n" + json.dumps(record))
-    return read_sample(JsonlSource(file, folder, max_tiles=3), 0)
+    return JsonlSource(file, folder, max_tiles=3).record(0)
 
 
-def test_text_sample_keeps_turns_and_roles(tmp_path: Path) -> None:
-    sample = _read(tmp_path, id=7, conversations=[SYSTEM, HUMAN, GPT, HUMAN, GPT])
-    assert [m["role"] for m in sample.messages] == [
+def test_text_record_keeps_turns_and_roles(tmp_path: Path) -> None:
+    record = _read(tmp_path, id=7, conversations=[SYSTEM, HUMAN, GPT, HUMAN, GPT])
+    assert [turn.role for turn in record.turns] == [
         "system", "user", "assistant", "user", "assistant",
     ]  # fmt: skip
-    assert [m["content"] for m in sample.messages] == ["be brief", "what?", "that", "what?", "that"]
-    assert (sample.images, sample.record_id, sample.max_tiles) == ((), "7", 3)
-    assert sample.where == f"{tmp_path / 'data.jsonl'}:2"
+    assert [turn.text for turn in record.turns] == ["be brief", "what?", "that", "what?", "that"]
+    assert (record.images, record.record_id, record.max_tiles) == ((), "7", 3)
+    assert record.where == f"{tmp_path / 'data.jsonl'}:2"
 
 
 def test_record_without_id_gets_its_place(tmp_path: Path) -> None:
@@ -43,40 +44,33 @@ def test_record_without_id_gets_its_place(tmp_path: Path) -> None:
 
 
 def test_placeholders_become_images_in_order(tmp_path: Path) -> None:
-    sample = _read(
+    record = _read(
         tmp_path,
         image=["a.png", "b.png"],
         conversations=[_human("<image>\nfirst"), GPT, _human("and <image> now"), GPT],
     )
-    assert sample.messages[0]["content"] == [
-        {"type": "image", "image": tmp_path / "a.png"},
-        {"type": "text", "text": "<image>\nfirst"},
-    ]
-    assert sample.messages[2]["content"] == [
-        {"type": "image", "image": tmp_path / "b.png"},
-        {"type": "text", "text": "and <image> now"},
-    ]
-    assert sample.images == (tmp_path / "a.png", tmp_path / "b.png")
+    first, second = (FileImage(tmp_path / name) for name in ("a.png", "b.png"))
+    assert record.turns[0].parts == (ImagePart(first), "\nfirst")
+    assert record.turns[2].parts == ("and ", ImagePart(second), " now")
+    assert record.images == (first, second)
 
 
 @pytest.mark.parametrize("first", [[HUMAN], [SYSTEM, HUMAN]])
 def test_one_image_without_placeholder_goes_to_the_first_question(
     tmp_path: Path, first: list[dict[str, str]]
 ) -> None:
-    sample = _read(tmp_path, image="a.png", conversations=[*first, GPT, HUMAN, GPT])
-    assert sample.messages[len(first) - 1]["content"] == [
-        {"type": "image", "image": tmp_path / "a.png"},
-        {"type": "text", "text": "<image>\nwhat?"},
-    ]
+    record = _read(tmp_path, image="a.png", conversations=[*first, GPT, HUMAN, GPT])
+    image = ImagePart(FileImage(tmp_path / "a.png"))
+    assert record.turns[len(first) - 1].parts == (image, "\nwhat?")
 
 
 @pytest.mark.parametrize("start", [[GPT], [SYSTEM, GPT]])
 def test_first_answer_without_question_is_dropped(
     tmp_path: Path, start: list[dict[str, str]]
 ) -> None:
-    sample = _read(tmp_path, conversations=[*start, HUMAN, GPT])
-    assert [m["role"] for m in sample.messages][-2:] == ["user", "assistant"]
-    assert len(sample.messages) == len(start) + 1
+    record = _read(tmp_path, conversations=[*start, HUMAN, GPT])
+    assert [turn.role for turn in record.turns][-2:] == ["user", "assistant"]
+    assert len(record.turns) == len(start) + 1
 
 
 @pytest.mark.parametrize("image", [None, "", []])
@@ -117,6 +111,7 @@ def test_record_may_say_that_it_has_no_image(tmp_path: Path, image: object) -> N
         ({"conversations": [GPT]}, "by turns"),
         ({"conversations": [GPT, GPT, HUMAN, GPT]}, "by turns"),
         ({"conversations": [SYSTEM]}, "by turns"),
+        ({"conversations": [HUMAN, GPT, SYSTEM]}, "turn 2 is the system's"),
         ({"conversations": [HUMAN]}, "last turn is the human's"),
         ({"conversations": [HUMAN, GPT, HUMAN]}, "last turn is the human's"),
     ],

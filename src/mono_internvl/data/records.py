@@ -1,0 +1,171 @@
+"""A raw record becomes a `Record`: roles checked, placeholders replaced by images.
+
+This is the only place where records in the InternVL or LLaVA form are understood; training and
+evaluation take what it returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+from mono_internvl.errors import SampleError
+from mono_internvl.processing.prompts import IMAGE_PLACEHOLDER, ImagePart, Turn
+
+MOST_CHARACTERS_OF_TOKEN = 256
+"""No vocabulary has a token of more; text beyond that many per token need not be tokenized."""
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class ImageRef(Protocol):
+    """An encoded image that is read when it is needed, and anew each time.
+
+    Hashable, and equal for the same image. `str` of it is its name in messages.
+    """
+
+    def read(self, size: int = -1, /) -> bytes:
+        """The encoded image; of a longer one than `size` bytes, if that is given, the beginning.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        ...
+
+    def version(self) -> tuple[int, ...]:
+        """What differs once the image has been changed, told without reading it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Record:
+    """A conversation with its images, ready for the processor.
+
+    Attributes:
+        turns: Who says what, images in their places; a user's first but for the system's, and an
+            assistant's last.
+        record_id: The record's `id`, or its index.
+        where: Its place, such as `file:line`, for messages.
+        fields: The raw JSON object.
+        max_tiles: Most tiles per image for this record, or None for the stage's.
+    """
+
+    turns: tuple[Turn, ...]
+    record_id: str
+    where: str
+    fields: dict[str, Any]
+    max_tiles: int | None = None
+
+    @property
+    def images(self) -> tuple[ImageRef, ...]:
+        """The images in order."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+
+def parse_record(
+    value: Any,
+    index: int,
+    where: str,
+    open_image: Callable[[str], ImageRef],
+    max_tiles: int | None = None,
+) -> Record:
+    """Validate a raw record.
+
+    Placeholders stand for images in order; a single image without one goes in front of the first
+    user turn. A first assistant turn is dropped, as the released code does.
+
+    Args:
+        value: `{"id", "image", "conversations": [{"from", "value"}, ...], ...}`.
+        index: Its id where it has none.
+        where: Its place, for messages.
+        open_image: From a name in `image` to the image.
+        max_tiles: Of its source.
+
+    Raises:
+        SampleError: Naming its place, what was found and what was expected.
+    """
+    if not isinstance(value, dict):
+        raise SampleError(f"{where}: a JSON {type(value).__name__}; expected an object")
+    images = [open_image(name) for name in _image_names(value, where)]
+    turns = _speeches(value, where)
+    num_places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+    if num_places == 0 and len(images) == 1:
+        first = next(i for i, (role, _) in enumerate(turns) if role == "user")
+        turns[first] = ("user", f"{IMAGE_PLACEHOLDER}\n{turns[first][1]}")
+    elif num_places != len(images):
+        raise SampleError(
+            f"{where}: {num_places} {IMAGE_PLACEHOLDER} placeholders but {len(images)} "
+            f"image{'s' if len(images) != 1 else ''}; fix the record or set on_bad_sample='skip'"
+        )
+    remaining = iter(images)
+    parsed = []
+    for number, (role, text) in enumerate(turns):
+        if role != "user" and IMAGE_PLACEHOLDER in text:
+            raise SampleError(f"{where}: an {IMAGE_PLACEHOLDER} placeholder outside a human turn")
+        if role == "user" and not text.strip():
+            raise SampleError(
+                f"{where}: question {number} is empty; write one, or remove the record"
+            )
+        parsed.append(Turn(role, tuple(_parts(text, remaining))))
+    return Record(tuple(parsed), str(value.get("id", index)), where, value, max_tiles)
+
+
+def count_characters(turns: Iterable[Turn]) -> int:
+    """Characters of all texts of turns."""
+    return sum(len(turn.text) for turn in turns)
+
+
+def _image_names(record: dict[str, Any], where: str) -> list[str]:
+    value = record.get("image")
+    names = [] if value is None or value == "" else value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) for name in names):
+        raise SampleError(
+            f"{where}: image={shortened(repr(value))}; expected a path or a list of paths"
+        )
+    return names
+
+
+def _speeches(record: dict[str, Any], where: str) -> list[tuple[str, str]]:
+    """Role and text of each turn, a first assistant turn left out."""
+    conversation = record.get("conversations")
+    if not isinstance(conversation, list) or not conversation:
+        raise SampleError(
+            f"{where}: conversations={shortened(repr(conversation))}; expected a list of turns"
+        )
+    turns = []
+    for number, turn in enumerate(conversation):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise SampleError(f"{where}: turn {number} lacks a text 'value'")
+        role = turn.get("from")
+        if not isinstance(role, str) or role not in _ROLES:
+            raise SampleError(
+                f"{where}: turn {number} is from {shortened(repr(role))}; "
+                f"expected one of {', '.join(_ROLES)}"
+            )
+        if role == "system" and number:
+            raise SampleError(f"{where}: turn {number} is the system's; only the first may be")
+        turns.append((_ROLES[role], turn["value"]))
+    first = 1 if turns[0][0] == "system" else 0
+    if turns[first:] and turns[first][0] == "assistant":
+        del turns[first]
+    speakers = [role for role, _ in turns[first:]]
+    if speakers[:1] != ["user"] or any(a == b for a, b in pairwise(speakers)):
+        raise SampleError(f"{where}: roles {speakers}; expected human and gpt by turns")
+    if speakers[-1] != "assistant":
+        raise SampleError(f"{where}: the last turn is the human's; nothing to learn from it")
+    return turns
+
+
+def _parts(text: str, images: Iterator[ImageRef]) -> Iterator[str | ImagePart]:
+    """The text around its placeholders, and an image in the place of each."""
+    first, *following = text.split(IMAGE_PLACEHOLDER)
+    yield from [first] if first else []
+    for part in following:
+        yield ImagePart(next(images))
+        yield from [part] if part else []
+
+
+def shortened(text: str) -> str:
+    """At most 200 characters of a value in a message."""
+    return text if len(text) <= 200 else f"{text[:199]}…"
