@@ -31,6 +31,7 @@ from mono_internvl.generation.request import Generation, Request
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import ImagePart, Turn
 from mono_internvl.training.loop import train_stage
 
 
@@ -143,23 +144,23 @@ def test_blind_shows_the_mean_colour(
     found = answer_all(model, processor, pictures, blind=True, **OPTIONS)
     assert all(a.is_blind for a in found)
     for prompt in shown:
-        image = prompt[-1]["content"][0]["image"]
+        (image,) = prompt[-1].images
         assert isinstance(image, Image.Image)
         assert image.size == (tiny_runs.TILE_PX, tiny_runs.TILE_PX)
         assert len(image.getcolors() or ()) == 1
-    means = {tuple(p[-1]["content"][0]["image"].getpixel((0, 0))) for p in shown}
+    means = {tuple(p[-1].images[0].getpixel((0, 0))) for p in shown}
     true = [np.asarray(load_image(q.sample.images[0])).reshape(-1, 3).mean(0) for q in pictures]
     assert all(min(np.abs(np.array(m) - t).max() for t in true) <= 1 for m in means)
 
 
 def test_blind_leaves_text_and_the_question_alone() -> None:
-    text = [{"role": "user", "content": "say one"}]
+    text = [Turn("user", ("say one",))]
     assert run_module._hide_images(text) == text
     image = Image.new("RGB", (4, 4), (9, 9, 9))
-    parts = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
-    (hidden,) = run_module._hide_images([{"role": "user", "content": parts}])
-    assert hidden["content"][1] == parts[1]
-    assert parts[0]["image"] is image
+    turn = Turn("user", (ImagePart(image), "what?"))
+    (hidden,) = run_module._hide_images([turn])
+    assert hidden.text == "what?" and hidden.images != turn.images
+    assert turn.images == (image,)
 
 
 def test_prediction_file_scores_to_the_same_numbers(
@@ -185,8 +186,9 @@ def test_mean_scores_are_per_kind() -> None:
 def test_read_questions_takes_the_first_of_each_kind(data: Path, tmp_path: Path) -> None:
     few = read_questions(data / "questions.jsonl", per_kind=2)
     assert [q.record["id"] for q in few] == ["text-0", "image-0", "text-1", "image-1"]
-    assert few[1].prompt[-1]["role"] == "user"
-    file = tiny_runs.write_lines(tmp_path / "a.jsonl", [{"conversations": []}])
+    assert few[1].prompt[-1].role == "user"
+    turns = tiny_runs.text_record(0)["conversations"]
+    file = tiny_runs.write_lines(tmp_path / "a.jsonl", [{"conversations": turns}])
     with pytest.raises(SampleError, match=r"a\.jsonl:1: kind=None"):
         read_questions(file)
 
