@@ -47,7 +47,7 @@ def test_digits_are_the_pictures_of_their_labels(digits: DigitFiles) -> None:
         sample = source.record(index)
         number = int(Path(str(sample.images[0])).stem)
         assert sample.turns[-1].text == str(scans.target[number])
-        image = load_image(sample.images[0])
+        image = load_image(sample.images[0]).convert("L")
         assert image.size == (tiny_runs.TILE_PX, tiny_runs.TILE_PX)
         small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), float)
         ink = 16 - small * (16 / 255)
