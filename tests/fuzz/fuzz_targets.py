@@ -54,7 +54,7 @@ def images(folder: Path) -> Case:
     cutter = MonoInternVLImageProcessor(image_size=28, max_tiles=4)
 
     def case(rng: random.Random) -> object:
-        return cutter.cut_tiles(load_image(mutated_bytes(rng.choice(files), rng)))
+        return cutter.tiling_with().cut(load_image(mutated_bytes(rng.choice(files), rng)))
 
     return case
 

@@ -18,8 +18,6 @@ from mono_internvl.processing.encoding import encode_pieces
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.images import (
     MonoInternVLImageProcessor,
-    candidate_grids,
-    choose_grid,
 )
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.processing.prompts import (
@@ -31,6 +29,8 @@ from mono_internvl.processing.prompts import (
     render,
     to_turns,
 )
+from mono_internvl.processing.tiling import TokenLayout
+from mono_internvl.processing.tiling.internvl import candidate_grids, choose_grid
 from mono_internvl.processing.tokenizer import MonoInternVLTokenizer, load_tokenizer
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -107,7 +107,7 @@ def check_image_row(row: dict[str, Any], stored: dict[str, np.ndarray]) -> None:
         pad2square=row.get("pad2square", False),
     )
     image = load_image(GOLDEN / "images" / row["image"])
-    tiles = cutter.cut_tiles(image)
+    tiles = cutter.tiling_with().cut(image)
     assert len(tiles) == row["n"]
     if "uint8_sha256" in row:
         assert sha256(tiles) == row["uint8_sha256"]
@@ -212,7 +212,11 @@ def check_label_row(
         default_system_prompt=DEFAULT_SYSTEM_PROMPT,
         add_generation_prompt=False,
     )
-    ids, labels = encode_pieces(tokenizer, pieces, row["num_image_token_list"][:num_images])
+    ids, labels = encode_pieces(
+        tokenizer,
+        pieces,
+        [TokenLayout(1, (count,)) for count in row["num_image_token_list"][:num_images]],
+    )
     if reference_failed:
         answers = [turn.text for turn in turns if turn.role == "assistant"]
         learned = tokenizer.decode([label for label in labels if label != IGNORED_LABEL])

@@ -121,7 +121,7 @@ def test_load_image_refuses_extreme_sides_before_decoding(size: tuple[int, int])
 def test_padding_to_a_square_is_bounded() -> None:
     cutter = MonoInternVLImageProcessor(image_size=28, max_tiles=1, pad2square=True)
     with pytest.raises(ImageError, match="padded to a square"):
-        cutter.cut_tiles(Image.new("RGB", (65_500, 1)))
+        cutter.tiling_with().cut(Image.new("RGB", (65_500, 1)))
 
 
 def test_load_image_refuses_fifo(tmp_path: Path) -> None:
@@ -144,9 +144,9 @@ def test_report_shows_no_picture_of_impossible_name(tmp_path: Path, name: str) -
 @pytest.mark.parametrize("tiles", [1000, 10**9])
 def test_max_tiles_is_bounded(tiles: int) -> None:
     cutter = MonoInternVLImageProcessor()
-    assert cutter.num_tiles_for(1000, 10, max_tiles=MAX_TILES) > 40
+    assert cutter.layout_of(1000, 10, max_tiles=MAX_TILES).num_tiles > 40
     with pytest.raises(ConfigError, match=f"max_tiles={tiles}; expected an integer from 1 to 256"):
-        cutter.num_tiles_for(1000, 10, max_tiles=tiles)
+        cutter.layout_of(1000, 10, max_tiles=tiles)
     with pytest.raises(ConfigError, match="max_tiles"):
         MonoInternVLImageProcessor(max_tiles=tiles)
 

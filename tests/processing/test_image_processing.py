@@ -19,10 +19,9 @@ from mono_internvl.processing.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     MonoInternVLImageProcessor,
-    candidate_grids,
-    choose_grid,
     share_tiles,
 )
+from mono_internvl.processing.tiling.internvl import candidate_grids, choose_grid
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
@@ -199,7 +198,7 @@ def test_cut_tiles_are_row_major_with_the_thumbnail_last() -> None:
     for index, colour in enumerate(colours):
         left, top = 28 * (index % 3), 28 * (index // 3)
         image.paste(colour, (left, top, left + 28, top + 28))
-    tiles = cutter.cut_tiles(image)
+    tiles = cutter.tiling_with().cut(image)
     assert tiles.shape == (7, 28, 28, 3)
     for tile, colour in zip(tiles, colours, strict=False):
         assert tuple(tile[14, 14]) == colour
@@ -210,17 +209,19 @@ def test_cut_tiles_are_row_major_with_the_thumbnail_last() -> None:
 @pytest.mark.parametrize("size", [(1, 300), (5000, 9), (448, 448), (1000, 40), (37, 41)])
 @pytest.mark.parametrize("most", [1, 12, 40])
 @pytest.mark.parametrize("thumbnail", [True, False])
-def test_num_tiles_for_counts_without_pixels(
+def test_layout_counts_tiles_without_pixels(
     size: tuple[int, int], most: int, thumbnail: bool
 ) -> None:
     cutter = MonoInternVLImageProcessor(image_size=28, max_tiles=most, use_thumbnail=thumbnail)
-    assert len(cutter.cut_tiles(Image.new("RGB", size))) == cutter.num_tiles_for(*size)
+    assert (
+        len(cutter.tiling_with().cut(Image.new("RGB", size))) == cutter.layout_of(*size).num_tiles
+    )
 
 
 def test_max_tiles_does_not_count_the_thumbnail() -> None:
     cutter = MonoInternVLImageProcessor(image_size=28)
-    assert cutter.num_tiles_for(40, 1, max_tiles=40) == 41
-    assert cutter.num_tiles_for(40, 1, max_tiles=1) == 1
+    assert cutter.layout_of(40, 1, max_tiles=40).num_tiles == 41
+    assert cutter.layout_of(40, 1, max_tiles=1).num_tiles == 1
 
 
 def test_normalize_tiles_equals_the_formula_bit_for_bit() -> None:
@@ -237,7 +238,7 @@ def test_preprocess_concatenates_images_of_any_nesting() -> None:
     images = [picture(100, 30, 1), picture(30, 30, 2), picture(30, 90, 3)]
     flat = cutter(images)
     nested = cutter([[images[0], images[1]], [images[2]]])
-    counts = [cutter.num_tiles_for(*image.size) for image in images]
+    counts = [cutter.layout_of(*image.size).num_tiles for image in images]
     assert flat["num_tiles"] == nested["num_tiles"] == counts
     assert flat["pixel_values"].dtype == torch.float32
     assert flat["pixel_values"].shape == (sum(counts), 3, 28, 28)
@@ -281,7 +282,7 @@ def test_preprocess_refuses_what_it_cannot_do() -> None:
 
 def test_pad2square_pads_single_tiles_with_the_mean_colour() -> None:
     cutter = MonoInternVLImageProcessor(image_size=28, max_tiles=1, pad2square=True)
-    (tile,) = cutter.cut_tiles(Image.new("RGB", (56, 28), "white"))
+    (tile,) = cutter.tiling_with().cut(Image.new("RGB", (56, 28), "white"))
     assert tuple(tile[0, 0]) == tuple(int(255 * mean) for mean in IMAGENET_MEAN)
     assert tuple(tile[14, 14]) == (255, 255, 255)
 

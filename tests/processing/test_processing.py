@@ -35,6 +35,7 @@ from mono_internvl.processing.prompts import (
     render,
     to_turns,
 )
+from mono_internvl.processing.tiling import TokenLayout
 
 # ------------------------------------------------------------------------------- prompts and counts
 
@@ -74,7 +75,14 @@ def test_empty_system_prompt_leaves_its_block_out(default: str) -> None:
 def test_images_stand_where_the_message_puts_them(parts: list[Any], expected: str) -> None:
     batch = P.encode_prompt([user(*parts)])
     assert question_of(batch) == expected
-    P.check_image_tokens(batch["input_ids"], len(batch["pixel_values"]))
+    P.check_image_tokens(
+        batch["input_ids"],
+        [
+            TokenLayout(
+                len(batch["pixel_values"]), (P.tokens_per_tile,) * len(batch["pixel_values"])
+            )
+        ],
+    )
     rendered = P.apply_chat_template([user(*parts)]).rpartition("user\n")[2]
     spelled = expected.replace("#3", "<IMG_CONTEXT>").replace("#1", "<IMG_CONTEXT>")
     assert rendered.removesuffix("<|im_end|>") == spelled
@@ -214,7 +222,7 @@ def test_placeholder_mismatch_names_both_numbers(
 def test_feature_count_mismatch_names_both_numbers() -> None:
     batch = P.encode_prompt([user(WIDE, "Q")])
     with pytest.raises(PromptError, match=r"3 <IMG_CONTEXT> but 2 visual tokens of 2 tiles"):
-        P.check_image_tokens(batch["input_ids"], 2)
+        P.check_image_tokens(batch["input_ids"], [TokenLayout(2, (P.tokens_per_tile,) * 2)])
 
 
 def test_calling_with_rendered_text_checks_the_number_of_images() -> None:
@@ -331,7 +339,7 @@ def test_from_pretrained_reads_a_released_folder(tmp_path: Path) -> None:
 def test_from_pretrained_without_dynamic_tiling_gives_one_padded_tile(tmp_path: Path) -> None:
     folder = released_folder(tmp_path / "m", dynamic_image_size=False, pad2square=True)
     cutter = MonoInternVLProcessor.from_pretrained(folder).image_processor
-    assert cutter.num_tiles_for(900, 100) == 1
+    assert cutter.layout_of(900, 100).num_tiles == 1
     assert cutter.pad2square
 
 
@@ -341,7 +349,7 @@ def test_from_pretrained_takes_overrides(tmp_path: Path) -> None:
         processor = MonoInternVLProcessor.from_pretrained(
             source, max_tiles=2, use_thumbnail=False, default_system_prompt=""
         )
-        assert processor.image_processor.num_tiles_for(900, 100) == 2
+        assert processor.image_processor.layout_of(900, 100).num_tiles == 2
         assert "system" not in prompt_of(processor.encode_prompt([user("Q")]))
         assert "system" not in processor.apply_chat_template([user("Q")])
         if source == folder:

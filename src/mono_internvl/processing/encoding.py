@@ -18,6 +18,7 @@ from mono_internvl.processing.prompts import (
     IMAGE_START,
     Piece,
 )
+from mono_internvl.processing.tiling import TokenLayout
 from mono_internvl.processing.tokenizer import MonoInternVLTokenizer
 
 
@@ -30,19 +31,24 @@ class Sample:
         labels: int64 (T,); `IGNORED_LABEL` outside of answers, never set at position 0. Unshifted:
             the label of a position is its own id.
         pixel_values: float32 (N, 3, S, S), or None without images.
-        num_tiles: For each image its tiles, the thumbnail counted.
+        layouts: For each image how it is cut and laid out.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     pixel_values: torch.Tensor | None
-    num_tiles: tuple[int, ...]
+    layouts: tuple[TokenLayout, ...]
+
+    @property
+    def num_tiles(self) -> tuple[int, ...]:
+        """For each image its tiles, the thumbnail counted."""
+        return tuple(layout.num_tiles for layout in self.layouts)
 
 
 def encode_pieces(
     tokenizer: MonoInternVLTokenizer,
     pieces: Sequence[Piece],
-    image_tokens: Sequence[int],
+    layouts: Sequence[TokenLayout],
     *,
     add_bos: bool = True,
     continues: bool = False,
@@ -55,7 +61,7 @@ def encode_pieces(
     Args:
         tokenizer: Has the control tokens by name.
         pieces: The conversation.
-        image_tokens: For each image slot how many `<IMG_CONTEXT>` stand in it.
+        layouts: For each image slot what stands in it.
         add_bos: Whether BOS comes first.
         continues: Whether the pieces go on with a conversation that is encoded already.
 
@@ -63,26 +69,28 @@ def encode_pieces(
         Ids (T,) and labels (T,), the label at position 0 never set: nothing predicts it.
 
     Raises:
-        PromptError: If slots and `image_tokens` differ in number.
+        PromptError: If slots and `layouts` differ in number.
     """
     slots = sum(piece.kind == "image" for piece in pieces)
-    if slots != len(image_tokens):
+    if slots != len(layouts):
         raise PromptError(
-            f"{slots} image placeholders but {len(image_tokens)} images; "
+            f"{slots} image placeholders but {len(layouts)} images; "
             "write one placeholder for each image"
         )
     encoder = _Encoder(tokenizer, continues)
     if add_bos and tokenizer.bos_token_id is not None:
         encoder.add_bos(tokenizer.bos_token_id)
     start, context, end = map(tokenizer.control_id, (IMAGE_START, IMAGE_CONTEXT, IMAGE_END))
-    counts = iter(image_tokens)
+    rest = iter(layouts)
     for piece in pieces:
         if piece.kind == "text":
             encoder.add_text(piece.text, piece.is_learned)
         elif piece.kind == "control":
             encoder.add_ids([tokenizer.control_id(piece.text)], piece.is_learned)
         else:
-            encoder.add_ids([start, *[context] * next(counts), end], is_learned=False)
+            layout = next(rest)
+            separator = tokenizer.control_id(layout.separator) if layout.separator else None
+            encoder.add_ids([start, *layout.ids(context, separator), end], is_learned=False)
     return encoder.finish()
 
 

@@ -23,6 +23,7 @@ from mono_internvl.processing.prompts import (
     texts_of,
 )
 from mono_internvl.processing.templates import JinjaForm, ReleasedForm
+from mono_internvl.processing.tiling import TokenLayout
 from mono_internvl.processing.tokenizer import MonoInternVLTokenizer
 
 # Absent from the oldest transformers that is supported.
@@ -32,18 +33,16 @@ _CAN_SANITIZE = (
 
 
 class HostProcessor(ProcessorMixin):
-    """The hooks of `ProcessorMixin`, for tiles of `tokens_per_tile` visual tokens.
+    """The hooks of `ProcessorMixin`, for images laid out by a `Tiling`.
 
     Attributes:
         image_processor: Cuts images into tiles.
         tokenizer: Has the control tokens of chat and vision.
-        visual_token_size: Side of the square that one visual token sees, px.
         image_token_id: Id of `<IMG_CONTEXT>`.
     """
 
     image_processor: MonoInternVLImageProcessor
     tokenizer: MonoInternVLTokenizer
-    visual_token_size: int
     image_token_id: int
     _form: ReleasedForm | JinjaForm
 
@@ -53,16 +52,21 @@ class HostProcessor(ProcessorMixin):
         return int(self.image_processor.image_size // self.visual_token_size) ** 2
 
     @property
+    def visual_token_size(self) -> int:
+        """Side of the square that one visual token sees, px."""
+        return self.image_processor.visual_token_size
+
+    @property
     def unused_input_names(self) -> list[str]:
         """What the image processor returns and the model does not take."""
-        return ["num_tiles"]
+        return ["num_tiles", "layouts"]
 
     def replace_image_token(
         self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any
     ) -> str:
         """What stands in the prompt for one image: `<img>`, its visual tokens, `</img>`."""
-        count = int(image_inputs["num_tiles"][image_idx]) * self.tokens_per_tile
-        return IMAGE_START + IMAGE_CONTEXT * count + IMAGE_END
+        layout: TokenLayout = image_inputs["layouts"][image_idx]
+        return IMAGE_START + layout.text + IMAGE_END
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence[Sequence[int]] | None = None, **kwargs: Any
@@ -76,27 +80,28 @@ class HostProcessor(ProcessorMixin):
         options = {
             k: v for k, v in kwargs.items() if k in ("min_tiles", "max_tiles", "use_thumbnail")
         }
-        tiles = [
-            self.image_processor.num_tiles_for(width, height, **options)
+        layouts = [
+            self.image_processor.layout_of(width, height, **options)
             for height, width in image_sizes
         ]
         return MultiModalData(
-            num_image_tokens=[2 + self.tokens_per_tile * count for count in tiles],
-            num_image_patches=tiles,
+            num_image_tokens=[2 + layout.num_tokens for layout in layouts],
+            num_image_patches=[layout.num_tiles for layout in layouts],
         )
 
-    def check_image_tokens(self, input_ids: torch.Tensor, num_tiles: int) -> None:
-        """Refuses ids whose `<IMG_CONTEXT>` do not match the visual tokens of `num_tiles` tiles.
+    def check_image_tokens(self, input_ids: torch.Tensor, layouts: Sequence[TokenLayout]) -> None:
+        """Refuses ids whose `<IMG_CONTEXT>` do not match the visual tokens of their images.
 
         Raises:
             PromptError: With both numbers.
         """
         placeholders = int((input_ids == self.image_token_id).sum())
-        features = num_tiles * self.tokens_per_tile
+        features = sum(layout.num_visual_tokens for layout in layouts)
         if placeholders != features:
             raise PromptError(
                 f"input_ids: {placeholders} {IMAGE_CONTEXT} but {features} visual tokens of "
-                f"{num_tiles} tiles; encode text and images together"
+                f"{sum(layout.num_tiles for layout in layouts)} tiles; encode text and images "
+                "together"
             )
 
     def validate_inputs(

@@ -7,73 +7,24 @@ values equal those of the released code bit for bit.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
-from mono_internvl.configuration.checks import check_flag, check_integer
-from mono_internvl.configuration.options import MAX_TILE_PX, MAX_TILES
+from mono_internvl.configuration.checks import check_choice, check_integer
 from mono_internvl.errors import ConfigError, ImageError
-from mono_internvl.processing.image_files import MAX_PIXELS, load_image
+from mono_internvl.processing.image_files import load_image
+from mono_internvl.processing.tiling import TILINGS, Tiling, TokenLayout
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-
-@lru_cache(maxsize=256)
-def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
-    """All grids of `min_tiles` to `max_tiles` tiles, fewest tiles first.
-
-    The order among grids of equally many tiles decides ties. In the released code it is the order
-    in which CPython iterates over a set of pairs, so the same set is built here, pair by pair.
-
-    Returns:
-        Pairs (columns, rows).
-
-    Source: dynamic preprocessing of the released code.
-    """
-    grids = set()
-    for bound in range(min_tiles, max_tiles + 1):
-        for columns in range(1, bound + 1):
-            # A smaller bound has given the others already.
-            least = 1 if bound in (min_tiles, columns) else bound
-            for rows in range(least, min(bound, max_tiles // columns) + 1):
-                if columns * rows >= min_tiles:
-                    grids.add((columns, rows))
-    return tuple(sorted(grids, key=lambda grid: grid[0] * grid[1]))
-
-
-def choose_grid(
-    width: int, height: int, *, min_tiles: int, max_tiles: int, image_size: int
-) -> tuple[int, int]:
-    """The grid whose shape is nearest to the image's.
-
-    Among equally near grids a larger one is taken if the image has more than half of its pixels.
-
-    Args:
-        width, height: Size of the image, px.
-        min_tiles, max_tiles: Bounds of columns x rows; the thumbnail does not count.
-        image_size: Side of a tile, px.
-
-    Returns:
-        (columns, rows); (1, 1) where no grid lies within the bounds.
-    """
-    aspect = width / height
-    area = width * height
-    best, best_distance = (1, 1), float("inf")
-    for columns, rows in candidate_grids(min_tiles, max_tiles):
-        distance = abs(aspect - columns / rows)
-        if distance < best_distance:
-            best, best_distance = (columns, rows), distance
-        elif distance == best_distance and area > 0.5 * image_size * image_size * columns * rows:
-            best = (columns, rows)
-    return best
+VISUAL_TOKEN_SIZE = 28
+"""Side of the square that one visual token sees, px: 2x2 patches of 14 px."""
 
 
 def share_tiles(max_tiles: int, num_images: int) -> int:
@@ -105,6 +56,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         image_mean, image_std: Normalisation of (R, G, B) in [0, 1].
         pad2square: Whether an image that becomes one tile (`max_tiles=1`) is padded to a square
             with the mean colour instead of being stretched. Grids of tiles are never padded.
+        tiling: How images are cut, a name of `TILINGS`.
+        visual_token_size: Side of the square that one visual token sees, px.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -122,6 +75,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         image_mean: Sequence[float] = IMAGENET_MEAN,
         image_std: Sequence[float] = IMAGENET_STD,
         pad2square: bool = False,
+        tiling: str = "internvl",
+        visual_token_size: int = VISUAL_TOKEN_SIZE,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -132,11 +87,11 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.pad2square = pad2square
-        check_integer("image_size", image_size, most=MAX_TILE_PX)
-        check_integer("min_tiles", min_tiles, most=MAX_TILES)
-        check_integer("max_tiles", max_tiles, most=MAX_TILES)
-        check_flag("use_thumbnail", use_thumbnail)
-        check_flag("pad2square", pad2square)
+        self.tiling = tiling
+        self.visual_token_size = visual_token_size
+        check_choice("tiling", tiling, tuple(TILINGS))
+        check_integer("visual_token_size", visual_token_size)
+        self.tiling_with()  # holds the settings against their bounds
         if min_tiles > max_tiles:
             raise ConfigError(
                 f"min_tiles={min_tiles}, max_tiles={max_tiles}; expected 1 <= min <= max"
@@ -159,63 +114,38 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             return [self.fetch_images(item) for item in image_url_or_urls]
         return load_image(image_url_or_urls)
 
-    def grid_for(
-        self, width: int, height: int, *, min_tiles: int | None = None, max_tiles: int | None = None
-    ) -> tuple[int, int]:
-        """(columns, rows) of the tiles of an image of `width` x `height` px."""
-        most = self.max_tiles if max_tiles is None else max_tiles
-        least = self.min_tiles if min_tiles is None else min_tiles
-        check_integer("max_tiles", most, most=MAX_TILES)
-        check_integer("min_tiles", least, most=MAX_TILES)
-        return choose_grid(
-            width,
-            height,
-            min_tiles=least,
-            max_tiles=most,
-            image_size=self.image_size,
-        )
-
-    def num_tiles_for(
+    def tiling_with(
         self,
-        width: int,
-        height: int,
-        *,
-        min_tiles: int | None = None,
-        max_tiles: int | None = None,
-        use_thumbnail: bool | None = None,
-    ) -> int:
-        """Tiles of an image of `width` x `height` px, its thumbnail counted; needs no pixels."""
-        columns, rows = self.grid_for(width, height, min_tiles=min_tiles, max_tiles=max_tiles)
-        thumbnail = self.use_thumbnail if use_thumbnail is None else use_thumbnail
-        return columns * rows + int(thumbnail and columns * rows > 1)
-
-    def cut_tiles(
-        self,
-        image: Image.Image,
         *,
         min_tiles: int | None = None,
         max_tiles: int | None = None,
         use_thumbnail: bool | None = None,
         pad2square: bool | None = None,
-    ) -> np.ndarray:
-        """Tiles of one RGB image, row by row, the thumbnail last.
+    ) -> Tiling:
+        """How images are cut: with the processor's own settings where none is given."""
 
-        Returns:
-            uint8 array (tiles, S, S, 3).
+        def own(value: Any, name: str) -> Any:
+            return getattr(self, name) if value is None else value
+
+        return TILINGS[self.tiling](
+            image_size=self.image_size,
+            min_tiles=own(min_tiles, "min_tiles"),
+            max_tiles=own(max_tiles, "max_tiles"),
+            use_thumbnail=own(use_thumbnail, "use_thumbnail"),
+            pad2square=own(pad2square, "pad2square"),
+            fill=tuple(int(value * 255) for value in self.image_mean),
+        )
+
+    def layout_of(self, width: int, height: int, **settings: Any) -> TokenLayout:
+        """The tokens of an image of `width` x `height` px; needs no pixels.
+
+        Args:
+            width: Of the image.
+            height: Of the image.
+            **settings: As `tiling_with` takes them.
         """
-        side = self.image_size
-        most = self.max_tiles if max_tiles is None else max_tiles
-        if (self.pad2square if pad2square is None else pad2square) and most == 1:
-            image = _pad_to_square(image, self.image_mean)
-        columns, rows = self.grid_for(*image.size, min_tiles=min_tiles, max_tiles=most)
-        whole = image.resize((side * columns, side * rows), Image.Resampling.BICUBIC)
-        pixels = np.asarray(whole).reshape(rows, side, columns, side, 3)
-        tiles = pixels.swapaxes(1, 2).reshape(rows * columns, side, side, 3)
-        thumbnail = self.use_thumbnail if use_thumbnail is None else use_thumbnail
-        if not thumbnail or rows * columns == 1:
-            return tiles
-        small = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
-        return np.concatenate([tiles, small[None]])
+        side = self.image_size // self.visual_token_size
+        return self.tiling_with(**settings).layout(width, height, side)
 
     def normalize_tiles(self, tiles: np.ndarray) -> np.ndarray:
         """Normalises uint8 tiles (N, S, S, 3).
@@ -258,7 +188,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
 
         Returns:
             `pixel_values`, float32 (N, 3, S, S), tiles of all images in order; `num_tiles`, for
-            each image its tiles with the thumbnail: a list, or int64 if `return_tensors` is given.
+            each image its tiles with the thumbnail: a list, or int64 if `return_tensors` is given;
+            `layouts`, for each image its `TokenLayout`.
 
         Raises:
             ImageError: If an image cannot be decoded, or there is none.
@@ -276,36 +207,25 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         if not flat:
             raise ImageError("images: empty list; expected at least one image")
         limits = _one_limit_per_image(max_tiles, len(flat))
-        tiles = [
-            self.cut_tiles(
-                load_image(image),
-                min_tiles=min_tiles,
-                max_tiles=limit,
-                use_thumbnail=use_thumbnail,
-                pad2square=pad2square,
-            )
-            for image, limit in zip(flat, limits, strict=True)
-        ]
-        counts = [len(one) for one in tiles]
+        settings: dict[str, Any] = {
+            "min_tiles": min_tiles,
+            "use_thumbnail": use_thumbnail,
+            "pad2square": pad2square,
+        }
+        tiles, layouts = [], []
+        for source, limit in zip(flat, limits, strict=True):
+            image = load_image(source)
+            tiles.append(self.tiling_with(**settings, max_tiles=limit).cut(image))
+            layouts.append(self.layout_of(*image.size, **settings, max_tiles=limit))
         pixels = self.normalize_tiles(np.concatenate(tiles) if len(tiles) > 1 else tiles[0])
+        counts = [layout.num_tiles for layout in layouts]
+        data: dict[str, Any]
         if return_tensors == "np":
-            return BatchFeature({"pixel_values": pixels, "num_tiles": np.array(counts)})
-        num_tiles = counts if return_tensors is None else torch.tensor(counts)
-        return BatchFeature({"pixel_values": torch.from_numpy(pixels), "num_tiles": num_tiles})
-
-
-def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    side = max(image.size)
-    if image.width == image.height:
-        return image
-    if side * side > MAX_PIXELS:
-        raise ImageError(
-            f"image of {image.width}x{image.height} px: padded to a square it has {side * side} "
-            f"pixels; at most {MAX_PIXELS} are made, scale it down first"
-        )
-    square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+            data = {"pixel_values": pixels, "num_tiles": np.array(counts)}
+        else:
+            num_tiles = counts if return_tensors is None else torch.tensor(counts)
+            data = {"pixel_values": torch.from_numpy(pixels), "num_tiles": num_tiles}
+        return BatchFeature({**data, "layouts": layouts})
 
 
 def _flatten(images: Any) -> list[Any]:

@@ -20,7 +20,10 @@ from mono_internvl.processing.encoding import (
     pad_left,
 )
 from mono_internvl.processing.host_processor import HostProcessor
-from mono_internvl.processing.images import MonoInternVLImageProcessor, share_tiles
+from mono_internvl.processing.images import (
+    MonoInternVLImageProcessor,
+    share_tiles,
+)
 from mono_internvl.processing.prompts import (
     DEFAULT_SYSTEM_PROMPT,
     IMAGE_CONTEXT,
@@ -37,6 +40,7 @@ from mono_internvl.processing.prompts import (
 from mono_internvl.processing.prompts import chat_template as make_chat_template
 from mono_internvl.processing.templates import JINJA_FORM, RELEASED_FORM
 from mono_internvl.processing.templates import prompt_form as make_prompt_form
+from mono_internvl.processing.tiling import TokenLayout
 from mono_internvl.processing.tokenizer import (
     HUB_OPTIONS,
     MonoInternVLTokenizer,
@@ -45,14 +49,19 @@ from mono_internvl.processing.tokenizer import (
 )
 from mono_internvl.runs.files import MAX_TEMPLATE_BYTES, read_bytes, read_json, reading
 
-VISUAL_TOKEN_SIZE = 28
-"""Side of the square that one visual token sees, px: 2x2 patches of 14 px."""
-
 PROCESSOR_CONFIG = "processor_config.json"
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
 CONFIG = "config.json"
 _IMAGE_OVERRIDES = ("min_tiles", "max_tiles", "use_thumbnail")
-_IMAGE_SETTINGS = (*_IMAGE_OVERRIDES, "image_size", "image_mean", "image_std", "pad2square")
+_IMAGE_SETTINGS = (
+    *_IMAGE_OVERRIDES,
+    "image_size",
+    "image_mean",
+    "image_std",
+    "pad2square",
+    "tiling",
+    "visual_token_size",
+)
 
 
 class MonoInternVLProcessor(HostProcessor):
@@ -64,7 +73,6 @@ class MonoInternVLProcessor(HostProcessor):
         chat_template: Jinja template of `apply_chat_template`; made from `default_system_prompt`
             unless given.
         default_system_prompt: System message of conversations without one; empty: no block.
-        visual_token_size: Side of the square that one visual token sees, px.
         prompt_form: How the `encode_*` functions render: "internlm2-chat", or "chat_template.jinja"
             for a language model's own template.
 
@@ -79,20 +87,18 @@ class MonoInternVLProcessor(HostProcessor):
         tokenizer: MonoInternVLTokenizer | None = None,
         chat_template: str | None = None,
         default_system_prompt: str = DEFAULT_SYSTEM_PROMPT,
-        visual_token_size: int = VISUAL_TOKEN_SIZE,
         prompt_form: str = RELEASED_FORM,
     ) -> None:
         if image_processor is None or tokenizer is None:
             raise ConfigError("a processor needs an image_processor and a tokenizer; give both")
-        if image_processor.image_size % visual_token_size:
+        if image_processor.image_size % image_processor.visual_token_size:
             raise ConfigError(
                 f"image_size={image_processor.image_size} is not a multiple of the visual token's "
-                f"side of {visual_token_size} px"
+                f"side of {image_processor.visual_token_size} px"
             )
         if not isinstance(default_system_prompt, str):
             raise ConfigError(f"default_system_prompt={default_system_prompt!r:.60}; expected text")
         self.default_system_prompt = default_system_prompt
-        self.visual_token_size = visual_token_size
         self.image_token = IMAGE_CONTEXT
         self.image_token_id = tokenizer.control_id(IMAGE_CONTEXT)
         for token in (IMAGE_START, IMAGE_END):
@@ -138,13 +144,13 @@ class MonoInternVLProcessor(HostProcessor):
             max_tiles=config.max_dynamic_patch if tiled else 1,
             use_thumbnail=config.use_thumbnail and tiled,
             pad2square=config.pad2square,
+            visual_token_size=round(vision.patch_size / config.downsample_ratio),
         )
         return cls(
             image_processor,
             tokenizer,
             chat_template=chat_template,
             default_system_prompt=default_system_prompt,
-            visual_token_size=round(vision.patch_size / config.downsample_ratio),
             prompt_form=JINJA_FORM if config.template == JINJA_FORM else RELEASED_FORM,
         )
 
@@ -189,7 +195,8 @@ class MonoInternVLProcessor(HostProcessor):
         )
         if settings.get("image_processor_type") == MonoInternVLImageProcessor.__name__:
             fields = {key: settings[key] for key in _IMAGE_SETTINGS if key in settings}
-            token_size = stored.get("visual_token_size", VISUAL_TOKEN_SIZE)
+            if "visual_token_size" in stored:  # where older versions wrote it
+                fields["visual_token_size"] = stored["visual_token_size"]
         else:
             released = read_json(find_file(path, CONFIG, hub))
             if not released:
@@ -199,7 +206,6 @@ class MonoInternVLProcessor(HostProcessor):
                 )
             like = cls.from_config(MonoInternVLConfig.from_dict(released), tokenizer)
             fields = {key: getattr(like.image_processor, key) for key in _IMAGE_SETTINGS}
-            token_size = like.visual_token_size
         form = stored.get("prompt_form", RELEASED_FORM)
         if stored and (system is None or form == JINJA_FORM):
             template_file = find_file(path, JINJA_FORM, hub)
@@ -211,7 +217,6 @@ class MonoInternVLProcessor(HostProcessor):
             tokenizer,
             chat_template=None if template is None else template.decode(),
             default_system_prompt=system,
-            visual_token_size=token_size,
             prompt_form=form,
         )
 
@@ -285,12 +290,12 @@ class MonoInternVLProcessor(HostProcessor):
             )
             rendered.append((pieces, len(shown)))
         limits.check_used_up()
-        pixel_values, num_tiles = self._cut(images, image_limits)
+        pixel_values, layouts = self._cut(images, image_limits)
         rows, position = [], 0
         for pieces, count in rendered:
-            rows.append(self._ids(pieces, num_tiles[position : position + count])[0])
+            rows.append(self._ids(pieces, layouts[position : position + count])[0])
             position += count
-        return self._batch(rows, pixel_values)
+        return self._batch(rows, pixel_values, layouts)
 
     def encode_turn(
         self,
@@ -322,8 +327,8 @@ class MonoInternVLProcessor(HostProcessor):
         limits = TileLimits(max_tiles, self.image_processor.max_tiles)
         own = limits.take(len(images))
         limits.check_used_up()
-        pixel_values, num_tiles = self._cut(images, own)
-        return self._batch([self._ids(pieces, num_tiles, continues=True)[0]], pixel_values)
+        pixel_values, layouts = self._cut(images, own)
+        return self._batch([self._ids(pieces, layouts, continues=True)[0]], pixel_values, layouts)
 
     def encode_conversation(
         self,
@@ -360,16 +365,17 @@ class MonoInternVLProcessor(HostProcessor):
         sources = [source for turn in turns for source in turn.images]
         most = self.image_processor.max_tiles if max_tiles is None else max_tiles
         limit = share_tiles(most, len(sources)) if share_budget else most
-        pixel_values, num_tiles = self._cut(sources, [limit] * len(sources))
-        ids, labels = self._ids(pieces, num_tiles)
+        pixel_values, layouts = self._cut(sources, [limit] * len(sources))
+        ids, labels = self._ids(pieces, layouts)
         if max_tokens is not None and len(ids) > max_tokens:
             ids, labels = ids[:max_tokens], labels[:max_tokens]
-            if ids.count(self.tokenizer.control_id(IMAGE_END)) < len(num_tiles):
+            if ids.count(self.tokenizer.control_id(IMAGE_END)) < len(layouts):
                 raise PromptError(
-                    f"max_tokens={max_tokens} cuts an image of {num_tiles} tiles of "
-                    f"{self.tokens_per_tile} tokens; raise max_tokens or lower max_tiles"
+                    f"max_tokens={max_tokens} cuts an image; the images have "
+                    f"{[layout.num_tokens for layout in layouts]} tokens; raise max_tokens or "
+                    "lower max_tiles"
                 )
-        return Sample(torch.tensor(ids), torch.tensor(labels), pixel_values, tuple(num_tiles))
+        return Sample(torch.tensor(ids), torch.tensor(labels), pixel_values, tuple(layouts))
 
     def _checked(self, turns: list[Turn], on_control: OnControl) -> list[Turn]:
         if on_control not in ("escape", "raise"):
@@ -379,27 +385,29 @@ class MonoInternVLProcessor(HostProcessor):
         return turns
 
     def _ids(
-        self, pieces: Sequence[Piece], num_tiles: Sequence[int], *, continues: bool = False
+        self, pieces: Sequence[Piece], layouts: Sequence[TokenLayout], *, continues: bool = False
     ) -> tuple[list[int], list[int]]:
-        counts = [count * self.tokens_per_tile for count in num_tiles]
         bos = self._form.adds_bos and not continues
-        return encode_pieces(self.tokenizer, pieces, counts, add_bos=bos, continues=continues)
+        return encode_pieces(self.tokenizer, pieces, layouts, add_bos=bos, continues=continues)
 
     def _cut(
         self, images: Sequence[Any], limits: Sequence[int]
-    ) -> tuple[torch.Tensor | None, list[int]]:
+    ) -> tuple[torch.Tensor | None, list[TokenLayout]]:
         if not images:
             return None, []
         features = self.image_processor(list(images), max_tiles=list(limits))
-        return features["pixel_values"], features["num_tiles"]
+        return features["pixel_values"], features["layouts"]
 
-    def _batch(self, rows: list[list[int]], pixel_values: torch.Tensor | None) -> BatchFeature:
+    def _batch(
+        self,
+        rows: list[list[int]],
+        pixel_values: torch.Tensor | None,
+        layouts: Sequence[TokenLayout],
+    ) -> BatchFeature:
         batch = pad_left(rows, self.tokenizer.pad_token_id)
         if pixel_values is not None:
             batch["pixel_values"] = pixel_values
-        self.check_image_tokens(
-            batch["input_ids"], 0 if pixel_values is None else len(pixel_values)
-        )
+        self.check_image_tokens(batch["input_ids"], layouts)
         return BatchFeature(batch)
 
     def decode_answer(self, ids: Any, *, keep_grounding: bool = False) -> str:
