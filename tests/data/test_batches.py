@@ -16,6 +16,7 @@ from mono_internvl.data.sources import JsonlSource, read_meta
 from mono_internvl.errors import ImageError, PromptError, RecipeError, SampleError
 from mono_internvl.processing.encoding import Sample
 from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.tiling import TokenLayout
 
 PAD, IMAGE = 99, 98
 
@@ -27,7 +28,7 @@ def _encode(record: Record) -> Sample:
     labels = ids.clone()
     labels[:question] = -100
     pixels = torch.full((2 * images, 3, 4, 4), float(answer)) if images else None
-    return Sample(ids, labels, pixels, (2,) * images)
+    return Sample(ids, labels, pixels, (TokenLayout(2, (1, 1)),) * images)
 
 
 def _source(folder: Path, *specs: str) -> JsonlSource:
