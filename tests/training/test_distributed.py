@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import loop_processes
@@ -124,6 +127,28 @@ def test_tasks_side_by_side_are_alone_in_their_process(tmp_path: Path) -> None:
     assert len({note["pid"] for note in notes}) == 2
     with pytest.raises(RecipeError, match=r"^no such task$"):
         run_side_by_side(note_process, [(tmp_path / "d",), (None,)], 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_tasks_end_with_the_process_that_was_killed(tmp_path: Path) -> None:
+    tasks = [(tmp_path / name, tmp_path / "never") for name in "ab"]
+    parent = multiprocessing.get_context("fork").Process(
+        target=run_side_by_side, args=(note_process, tasks, 2)
+    )
+    parent.start()
+    _wait_until(lambda: all(note.exists() and note.read_text() for note, _ in tasks))
+    parent.kill()
+    parent.join()
+    for note, _ in tasks:
+        stat = Path(f"/proc/{json.loads(note.read_text())['pid']}/stat")
+        _wait_until(lambda stat=stat: not stat.exists() or " Z " in stat.read_text())
+
+
+def _wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until, "in vain"
+        time.sleep(0.01)
 
 
 def test_tasks_of_one_process_run_here(tmp_path: Path) -> None:

@@ -2,16 +2,15 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import loop_processes
 import pytest
 import tiny_runs
 import torch
+from interrupted import interrupt
 
 from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.loop import train_stage
-from mono_internvl.training.progress import StageProgress
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,18 +46,9 @@ def test_training_step_on_cuda_equals_cpu(start: Path, data: Path, tmp_path: Pat
 def test_run_on_cuda_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
 ) -> None:
-    class Stopped(Exception):
-        pass
-
-    def update(self: StageProgress, row: dict[str, Any]) -> None:
-        if row["step"] == 6:
-            raise Stopped
-
     stage = tiny_runs.tiny_stage(steps=8, checkpoint_every=4)
     whole = train_stage(stage, start, data, tmp_path / "whole", device="cuda")
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(StageProgress, "update", update)
-        train_stage(stage, start, data, tmp_path / "parts", device="cuda")
+    interrupt(monkeypatch, 6, stage, start, data, tmp_path / "parts", device="cuda")
     parts = train_stage(stage, start, data, tmp_path / "parts", device="cuda")
     assert parts.resumed_at == 4
     # Sums on a GPU may be taken in another order from run to run.

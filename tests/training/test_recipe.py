@@ -16,9 +16,15 @@ from hypothesis import strategies as st
 
 from mono_internvl.cli.recipes import RECIPES
 from mono_internvl.errors import RecipeError
-from mono_internvl.training import recipe as recipe_module
 from mono_internvl.training.progress import describe_recipe
-from mono_internvl.training.recipe import Recipe, Rule, Stage, load_recipe
+from mono_internvl.training.recipe import (
+    STAGE_CHECKS,
+    PublishedData,
+    Recipe,
+    Rule,
+    Stage,
+    load_recipe,
+)
 from mono_internvl.training.run import override, train
 
 
@@ -85,7 +91,7 @@ def test_resolved_turns_epochs_and_shares_into_steps() -> None:
         ({"loader_workers": -1}, "loader_workers=-1"),
         ({"clip_norm": 0.0}, "clip_norm=0"),
         ({"batch_size": 6, "accumulation": 4}, "not a multiple of accumulation=4"),
-        ({"rules": ()}, r"rules=\(\); expected a tuple of at least one Rule"),
+        ({"rules": ()}, r"rules=\(\); expected a tuple of 1 Rule or more"),
         ({"schedule": "linear"}, "schedule='linear'"),
         ({"precision": "fp16"}, "precision='fp16'"),
         ({"loss_weighting": "word"}, "loss_weighting='word'"),
@@ -117,7 +123,7 @@ UNLIMITED = {"clip_norm"}
 
 
 def test_every_field_of_a_stage_is_checked() -> None:
-    assert set(recipe_module._STAGE_CHECKS) == {f.name for f in dataclasses.fields(Stage)}
+    assert set(STAGE_CHECKS) == {f.name for f in dataclasses.fields(Stage)}
     assert len(NUMERIC) > 15 and {"seed", "warmup_ratio"} < set(NUMERIC)
 
 
@@ -165,9 +171,25 @@ def test_recipe_refuses_names_that_are_no_folder() -> None:
         Recipe(name="../up", source="test", stages=(tiny_runs.tiny_stage(),))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"source": None}, {"start": 1}, {"notes": "one"}, {"ours": (1,)}, {"published_data": ("x",)}],
+)
+def test_recipe_refuses_fields_of_another_type(fields: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"name": "r", "source": "s", "stages": (tiny_runs.tiny_stage(),)}
+    with pytest.raises(RecipeError, match=f"recipe 'r': {next(iter(fields))}=.*; expected "):
+        Recipe(**{**common, **fields})
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan, math.inf, "0.5", True])
+def test_published_data_refuses_ratios_that_make_no_sense(ratio: Any) -> None:
+    with pytest.raises(RecipeError, match=r"ratio=.*expected a number from 0 to 1, or None"):
+        PublishedData(stage="s", task="t", datasets=("d",), ratio=ratio)
+
+
 def test_recipe_refuses_no_stage_and_repeated_names() -> None:
     stage = tiny_runs.tiny_stage()
-    with pytest.raises(RecipeError, match="has no stage"):
+    with pytest.raises(RecipeError, match="expected a tuple of 1 Stage or more"):
         Recipe(name="r", source="test", stages=())
     with pytest.raises(RecipeError, match="names repeat"):
         Recipe(name="r", source="test", stages=(stage, stage))
@@ -189,6 +211,13 @@ RECIPE = Recipe(name="mine", source="ours", stages=(
     Stage(name="only", title="t", data="d.json", rules=(Rule(".*", 1e-3),), steps=3, batch_size=2),
 ))
 """
+
+
+OWN_OBJECTIVE = """
+from mono_internvl.training.objectives.next_token import NextToken
+class Own(NextToken):
+    pass
+""" + USER_RECIPE.replace("steps=3", "steps=3, objective=Own()")
 
 
 def test_user_recipe_file_is_read(tmp_path: Path) -> None:
@@ -219,6 +248,7 @@ def test_user_recipe_file_may_define_dataclasses(tmp_path: Path) -> None:
         ("RECIPE = '\x00'", r"mine\.py: "),
         (USER_RECIPE.replace("steps=3", "stepz=3"), "stepz"),
         (USER_RECIPE.replace("batch_size=2", "batch_size=0"), "batch_size=0"),
+        (OWN_OBJECTIVE, r"mine\.py: defines the objective Own itself"),
     ],
 )
 def test_user_recipe_file_that_is_wrong_is_named(

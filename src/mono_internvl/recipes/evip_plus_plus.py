@@ -1,7 +1,7 @@
 """EViP++, the pre-training of Mono-InternVL-1.5, as far as it is known: a reconstruction.
 
 With visual attention experts the shared attention need not learn to see, so the language model can
-stand still through all three pre-training stages. Text-only answers then stay those of the language
+stay frozen through all three pre-training stages. Text-only answers then stay those of the language
 model, bit for bit, until S2.
 
 Known, from a third party's table (README of NEO, October 2025): 400M samples in S1.1 and S1.2
@@ -31,7 +31,7 @@ RATIO_TO_EVIP = 0.42
 _TITLES = {
     "s11": "concept learning: 250M noisy pairs (the split of 400M is ours)",
     "s12": "semantic learning: 150M synthetic captions (the split of 400M is ours)",
-    "s13": "alignment learning: 150M captions, boxes and texts; the language model stands still",
+    "s13": "alignment learning: 150M captions, boxes and texts; the language model is frozen",
 }
 
 

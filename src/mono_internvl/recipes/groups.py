@@ -12,4 +12,4 @@ ATTENTION = r"self_attn\.(q|k|v|o)_proj\."
 """The projections of attention that text and images share."""
 
 THE_REST_FROZEN = Rule(".*", None)
-"""Closes a table of rules: what no rule before it names does not learn."""
+"""Closes a table of rules: what no rule before it names is frozen."""

@@ -262,9 +262,9 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
     names = {id(p): name for name, p in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for number, parameter in enumerate(parameters):  # so does `state_dict` number them
+    for index, parameter in enumerate(parameters):  # so does `state_dict` number them
         name = names[id(parameter)]
-        state[number] = {}
+        state[index] = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             tensor = tensors.pop(f"{name}|{key}", None)
             if tensor is None:
@@ -275,7 +275,7 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer) -> None
                     f"{tuple(parameter.shape)}; delete the folder to start over"
                 )
             # A copy: what was read is a view of the file, which is deleted with the state.
-            state[number][key] = tensor.clone()
+            state[index][key] = tensor.clone()
     if tensors:
         raise TrainingStateError(f"{folder}: moments of unknown parameter {min(tensors)}")
     # PyTorch knows where each belongs: a fused step wants its count beside the parameter, another

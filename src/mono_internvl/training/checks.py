@@ -105,13 +105,14 @@ def pair_of(check: Check) -> Check:
     return Check(f"two times {check.expected}", holds)
 
 
-def some_of(kind: type) -> Check:
-    """A tuple of one object or more of a class."""
+def tuple_of(kind: type, at_least: int = 0) -> Check:
+    """A tuple of so many objects of a class, or more."""
 
     def holds(value: Any) -> bool:
-        return isinstance(value, tuple) and bool(value) and all(isinstance(v, kind) for v in value)
+        is_long = isinstance(value, tuple) and len(value) >= at_least
+        return is_long and all(isinstance(part, kind) for part in value)
 
-    return Check(f"a tuple of at least one {kind.__name__}", holds)
+    return Check(f"a tuple of {at_least} {kind.__name__} or more", holds)
 
 
 def one(kind: type, expected: str) -> Check:

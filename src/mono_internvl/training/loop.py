@@ -50,6 +50,7 @@ from mono_internvl.training.rules import TrainableGroup, apply_rules
 from mono_internvl.training.skipped import SkipCounts
 from mono_internvl.training.state import (
     SavedState,
+    check_resumable,
     digest_of_data,
     digest_of_start,
     read_state,
@@ -58,8 +59,6 @@ from mono_internvl.training.state import (
 
 LOSS = "loss"
 """Of the scalars of a step, the one that is minimised."""
-_LIMITS = ("max_skipped_ratio",)
-"""Fields that say when a run stops and not what it computes: it may go on with others."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,9 @@ class _Loop:
         self.inputs = {"data content": digest_of_data(data / stage.data, self.sources)}
         if (begun_from := digest_of_start(Path(start))) is not None:
             self.inputs["start checkpoint"] = begun_from
-        self.resumed = self._resumable(found)
+        self.resumed = found
+        if found is not None:
+            check_resumable(found, run, self.fields, self.inputs)
         if device == "cpu" and stage.precision == "bf16":
             # oneDNN compiles its bf16 products for every shape and by default keeps 1,024 of them;
             # batches differ in length, so that a long run would keep gigabytes.
@@ -216,30 +217,6 @@ class _Loop:
         self.carried = stage.objective.initial_state()
         skipped = self.resumed.skipped if self.resumed else {}
         self.skipped = SkipCounts.from_dict(skipped, stage.max_skipped_ratio)
-
-    def _resumable(self, state: SavedState | None) -> SavedState | None:
-        begun = state.stage if state is not None else self.fields
-        names = (set(begun) | set(self.fields)) - set(_LIMITS)
-        changed = [name for name in sorted(names) if begun.get(name) != self.fields.get(name)]
-        if changed:
-            name = changed[0]
-            raise TrainingStateError(
-                f"{self.run}: holds a run with {name}={begun.get(name)!r}, this stage has "
-                f"{self.fields.get(name)!r}; choose another output folder or delete this one"
-            )
-        if state is not None and state.step > self.stage.steps:
-            raise TrainingStateError(
-                f"{state.folder}: a state after {state.step} steps of a stage of "
-                f"{self.stage.steps}; delete it to go on from an earlier one, or to start over"
-            )
-        for name, digest in self.inputs.items():
-            if state is not None and state.inputs.get(name, digest) != digest:
-                raise TrainingStateError(
-                    f"{self.run}: holds a run begun with another {name} (digest "
-                    f"{state.inputs[name]}, now {digest}); restore it, choose another output "
-                    "folder or delete this one"
-                )
-        return state
 
     def train(self) -> StageResult:
         stage = self.stage

@@ -34,13 +34,13 @@ def lines_of(run: str) -> Iterator[None]:
 
 
 def describe_recipe(recipe: Recipe) -> str:
-    """The recipe as a person reads it before a run: every stage, and what learns in it."""
+    """The recipe as a person reads it before a run: every stage, and what is trainable in it."""
     lines = [f"recipe {recipe.name} ({recipe.source})", *_describe_origin(recipe)]
     for stage in recipe.stages:
         length = f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs"
         lines.append(
             f"  {stage.name}  {stage.title}: {length} of {stage.batch_size} samples from "
-            f"{stage.data}, {stage.schedule} rate, {stage.precision}"
+            f"{stage.data}, {stage.schedule} rate, {stage.precision}, {stage.objective.name}"
         )
         for rule in stage.rules:
             rate = "frozen" if rule.learning_rate is None else f"{rule.learning_rate:g}"

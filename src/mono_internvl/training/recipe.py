@@ -30,7 +30,7 @@ from mono_internvl.training.checks import (
     optional,
     pair_of,
     positive_or_infinite,
-    some_of,
+    tuple_of,
 )
 from mono_internvl.training.objectives.next_token import NextToken
 from mono_internvl.training.objectives.objective import Objective
@@ -150,7 +150,7 @@ class Stage:
     recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
-        check_fields(f"stage {self.name!r}", self, _STAGE_CHECKS)
+        check_fields(f"stage {self.name!r}", self, STAGE_CHECKS)
         if not self.steps and not self.epochs:
             raise RecipeError(f"stage {self.name!r}: steps=0 and epochs=0; give one of them")
         if self.batch_size % self.accumulation:
@@ -180,11 +180,11 @@ class Stage:
         return self.final_rate_ratio + (1 - self.final_rate_ratio) * cosine
 
 
-_STAGE_CHECKS = {
+STAGE_CHECKS = {
     "name": FOLDER_NAME,
     "title": TEXT,
     "data": TEXT,
-    "rules": some_of(Rule),
+    "rules": tuple_of(Rule, at_least=1),
     "objective": one(Objective, "an objective, such as NextToken()"),
     "batch_size": integer(1, _MOST_SAMPLES),
     "accumulation": integer(1, _MOST_SAMPLES),
@@ -230,6 +230,18 @@ class PublishedData:
     ratio: float | None = None
     prompt: str | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(f"published data of stage {self.stage!r}", self, _PUBLISHED_CHECKS)
+
+
+_PUBLISHED_CHECKS = {
+    "stage": TEXT,
+    "task": TEXT,
+    "datasets": tuple_of(str, at_least=1),
+    "ratio": optional(number(at_least=0, at_most=1), "say that it is not published"),
+    "prompt": optional(TEXT, "say that it is not published"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -254,10 +266,8 @@ class Recipe:
     published_data: tuple[PublishedData, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        check_fields(f"recipe {self.name!r}", self, {"name": FOLDER_NAME})
+        check_fields(f"recipe {self.name!r}", self, _RECIPE_CHECKS)
         names = [stage.name for stage in self.stages]
-        if not names:
-            raise RecipeError(f"recipe {self.name!r} has no stage; give it at least one")
         if len(set(names)) < len(names):
             raise RecipeError(
                 f"recipe {self.name!r}: stage names repeat: {names}; each is a folder of its own"
@@ -272,6 +282,17 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for printing and for the file beside the checkpoint."""
         return dataclasses.asdict(self)
+
+
+_RECIPE_CHECKS = {
+    "name": FOLDER_NAME,
+    "source": TEXT,
+    "stages": tuple_of(Stage, at_least=1),
+    "start": optional(TEXT, "take the one given at the command line"),
+    "notes": tuple_of(str),
+    "ours": tuple_of(str),
+    "published_data": tuple_of(PublishedData),
+}
 
 
 def load_recipe(name_or_file: str, known: dict[str, Recipe]) -> Recipe:
@@ -306,4 +327,10 @@ def load_recipe(name_or_file: str, known: dict[str, Recipe]) -> Recipe:
             f"{path}: defines no RECIPE of type mono_internvl.training.recipe.Recipe; add "
             "RECIPE = Recipe(...)"
         )
+    for stage in recipe.stages:
+        if type(stage.objective).__module__ == spec.name:
+            raise RecipeError(
+                f"{path}: defines the objective {type(stage.objective).__name__} itself; other "
+                "processes import it by name, so put it into a module that Python finds"
+            )
     return recipe

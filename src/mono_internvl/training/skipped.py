@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 _LEAST_RECORDS = 100
 """The ratio is that of at least so many records: two bad ones among the first ten say little."""
 _LOGGED_ONE_BY_ONE = 10
-"""Of each source and reason; after them, every tenfold number is said."""
+"""Of each source and reason; after them, every tenfold count is said."""
 
 
 @dataclass
 class _Kind:
-    """Skipped records of one source with one reason."""
+    """Skipped records of one source with one reason: how many, and the first of them."""
 
-    number: int
+    count: int
     first: str
 
 
@@ -48,12 +48,12 @@ class SkipCounts:
         for record in skipped:
             key = (record.source, record.reason)
             kind = self.kinds.setdefault(key, _Kind(0, record.message))
-            kind.number += 1
-            if kind.number <= _LOGGED_ONE_BY_ONE:
+            kind.count += 1
+            if kind.count <= _LOGGED_ONE_BY_ONE:
                 logger.warning("skipped %s", record.message)
-            elif str(kind.number).rstrip("0") == "1":
-                number = f"{kind.number:,}"
-                logger.warning("skipped %s of %s (%s), last %s", number, *key, record.message)
+            elif str(kind.count).rstrip("0") == "1":
+                count = f"{kind.count:,}"
+                logger.warning("skipped %s of %s (%s), last %s", count, *key, record.message)
 
     def add(self, num_records: int, num_skipped: int) -> None:
         """Count what all processes read and left out in a step."""
@@ -70,7 +70,7 @@ class SkipCounts:
         if self.num_skipped <= allowed:
             return
         logger.error("skipped records as this process met them:\n%s", self.table())
-        worst = max(self.kinds.values(), key=lambda kind: kind.number, default=None)
+        worst = max(self.kinds.values(), key=lambda kind: kind.count, default=None)
         example = f", for example {worst.first}" if worst else ""
         raise SampleError(
             f"{self.num_skipped:,} of {self.num_records:,} records were skipped, more than "
@@ -80,9 +80,9 @@ class SkipCounts:
 
     def table(self) -> str:
         """A line per source and reason: how many, and the first of them."""
-        rows = sorted(self.kinds.items(), key=lambda item: -item[1].number)
+        rows = sorted(self.kinds.items(), key=lambda item: -item[1].count)
         return "\n".join(
-            f"{kind.number:>12,}  {source:<20}  {reason:<16}  {kind.first}"
+            f"{kind.count:>12,}  {source:<20}  {reason:<16}  {kind.first}"
             for (source, reason), kind in rows
         )
 
@@ -92,7 +92,7 @@ class SkipCounts:
             "records": self.num_records,
             "skipped": self.num_skipped,
             "kinds": [
-                {"source": source, "reason": reason, "number": kind.number, "first": kind.first}
+                {"source": source, "reason": reason, "number": kind.count, "first": kind.first}
                 for (source, reason), kind in self.kinds.items()
             ],
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ _DIGEST_DIGITS = 16
 _SAMPLE_BYTES = 64  # of every tensor of the start checkpoint
 _LATER_FIELDS: dict[str, Any] = {"recompute": "none", "objective": {"name": "next_token"}}
 """Fields of a stage that are younger than the first states, with what held before."""
+_MAY_CHANGE = {"title", "max_skipped_ratio"}
+"""Fields of a stage that do not change what it computes: a run may go on with others."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def read_state(folder: Path) -> SavedState:
         return SavedState(
             folder,
             int(state["step"]),
-            {**_LATER_FIELDS, **current_names(state["stage"])},
+            {**_LATER_FIELDS, **current_names(dict(state["stage"]))},
             dict(state.get("inputs", {})),
             dict(state.get("skipped", {})),
         )
@@ -104,6 +106,39 @@ def read_state(folder: Path) -> SavedState:
         raise TrainingStateError(
             f"{folder}: no readable {STATE_FILE} ({error}); delete the folder to start over"
         ) from error
+
+
+def check_resumable(
+    state: SavedState, run: Path, stage: Mapping[str, Any], inputs: Mapping[str, str]
+) -> None:
+    """Hold a stage to the state that its run would go on from.
+
+    Args:
+        state: Found in the run's folder.
+        run: The folder.
+        stage: Fields of the stage that is to be trained, as they would be saved.
+        inputs: Digests of what it would begin from.
+
+    Raises:
+        TrainingStateError: The state is of another stage, or was begun from something else.
+    """
+    for name in sorted((set(state.stage) | set(stage)) - _MAY_CHANGE):
+        if state.stage.get(name) != stage.get(name):
+            raise TrainingStateError(
+                f"{run}: holds a run with {name}={state.stage.get(name)!r}, this stage has "
+                f"{stage.get(name)!r}; choose another output folder or delete this one"
+            )
+    if state.step > stage["steps"]:
+        raise TrainingStateError(
+            f"{state.folder}: a state after {state.step} steps of a stage of {stage['steps']}; "
+            "delete it to go on from an earlier one, or to start over"
+        )
+    for name, digest in inputs.items():
+        if state.inputs.get(name, digest) != digest:
+            raise TrainingStateError(
+                f"{run}: holds a run begun with another {name} (digest {state.inputs[name]}, now "
+                f"{digest}); restore it, choose another output folder or delete this one"
+            )
 
 
 def digest_of_start(folder: Path) -> str | None:
