@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         "generation",
         "data",
         "training.state",
+        "training.distributed",
     },
     "serving": {"released", "model", "processing", "checkpoints", "generation", "door"},
     "costs": {"model", "training.recipe", "training.rules", "recipes"},

@@ -30,7 +30,7 @@ from tiny_runs import write_checkpoint
 from mono_internvl.cli import app as cli
 from mono_internvl.cli.recipes import RECIPES
 from mono_internvl.errors import ConfigError
-from mono_internvl.evaluation.runner import read_questions
+from mono_internvl.evaluation.benchmarks.records import RECORDS
 from mono_internvl.miniature.drawing import _RGB
 from mono_internvl.miniature.lexicon import POSITIONS
 from mono_internvl.miniature.targets import Bound, judge, to_rows
@@ -278,7 +278,7 @@ def test_user_recipe_trains_its_stages(runs: dict[str, Run]) -> None:
 
 
 def test_heldout_example_is_scored(ground: Path) -> None:
-    questions = read_questions(ground / "my-data" / "heldout.jsonl")
+    questions = RECORDS.questions(ground / "my-data" / "heldout.jsonl")
     assert [question.kind for question in questions] == ["exact", "grounding"]
 
 

@@ -76,6 +76,7 @@ def image_record(folder: Path, number: int) -> dict[str, Any]:
         "id": f"image-{number}",
         "image": f"images/{number}.png",
         "kind": "colour",
+        "metric": "exact",
         "answer": colour,
         "conversations": [
             {"from": "human", "value": "<image>\nwhat colour is this?"},
@@ -90,6 +91,7 @@ def text_record(number: int) -> dict[str, Any]:
     return {
         "id": f"text-{number}",
         "kind": "copying",
+        "metric": "exact",
         "answer": said,
         "conversations": [
             {"from": "human", "value": f"say {said}"},

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench_pages import (
     TABLES,
@@ -27,13 +26,14 @@ from bench_pages import (
 )
 from cost_pages import inference_block, training_block
 
-from mono_internvl.errors import ConfigError
-from mono_internvl.miniature.lab_pages import LAB_BLOCKS, stage_label
+from mono_internvl.errors import ConfigError, TrainingStateError
+from mono_internvl.miniature.lab_pages import LAB_BLOCKS
 from mono_internvl.miniature.lab_rates import rates_block
 from mono_internvl.miniature.lab_seeds import seeds_block
 from mono_internvl.reports.markdown import NOTHING, in_words, table
 from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import place_of
+from mono_internvl.runs.schemas import RunMetrics, Score, Target, Threshold, read_metrics_file
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def fill(text: str, results: Path) -> str:
     return _BLOCK.sub(written, text)
 
 
-def read_rows(results: Path) -> list[Row]:
+def read_figures(results: Path) -> list[Row]:
     """The single figures of `rows.jsonl`; none if there is no such file.
 
     Raises:
@@ -161,13 +161,13 @@ def _targets(results: Path) -> str:
         return NOTHING
     rows = [
         (
-            target["name"],
-            _bound(target, "must"),
-            _bound(target, "aim"),
-            _figure(target["value"]),
+            target.name,
+            _bound(target, target.must),
+            _bound(target, target.aim),
+            _figure(target.value),
             _verdict(target),
         )
-        for target in metrics["targets"]
+        for target in metrics.targets
     ]
     return table(("held-out figure", "must", "aim", "reached", "met"), rows) + _origin(metrics)
 
@@ -176,15 +176,15 @@ def _stages(results: Path) -> str:
     metrics = _quickstart(results)
     if metrics is None:
         return NOTHING
-    stages = metrics["stages"]
-    last = stages[-1]["scores"]
-    kinds = list(dict.fromkeys(kind for stage in stages for kind in stage["scores"]))
+    stages = metrics.stages
+    kinds = list(dict.fromkeys(kind for stage in stages for kind in stage.scores))
     rows = []
     for kind in kinds:
-        by_stage = [stage["scores"].get(kind, {}).get("score") for stage in stages]
-        other = [last.get(kind, {}).get(name) for name in ("aligned", "blind", "chance")]
-        rows.append((kind, *map(_figure, [*by_stage, *other])))
-    labels = [stage_label(stage["name"]) for stage in stages]
+        scores = [stage.scores.get(kind, Score(None)) for stage in stages]
+        last = scores[-1]
+        values = [*(score.value for score in scores), last.aligned, last.blind, last.chance]
+        rows.append((kind, *map(_figure, values)))
+    labels = [stage.label for stage in stages]
     final = labels[-1]
     head = ("kind", *labels, f"{final}, aligned", f"{final}, blind", "chance")
     return table(head, rows) + _origin(metrics)
@@ -194,15 +194,15 @@ def _language(results: Path) -> str:
     metrics = _quickstart(results)
     if metrics is None:
         return NOTHING
-    stages = metrics["stages"]
-    names = list(dict.fromkeys(name for stage in stages for name in stage["text"]))
+    stages = metrics.stages
+    names = list(dict.fromkeys(name for stage in stages for name in stage.text))
     rows = [
-        (name.replace("_", " "), *(_figure(s["text"].get(name)) for s in stages)) for name in names
+        (name.replace("_", " "), *(_figure(stage.text.get(name)) for stage in stages))
+        for name in names
     ]
-    said = {True: "yes", False: "no"}
-    identical = [said.get(stage["text_logits_identical"], "") for stage in stages]
-    rows.append(("text-only logits as before", *identical))
-    return table(("on text", *(stage_label(s["name"]) for s in stages)), rows) + _origin(metrics)
+    said = {True: "yes", False: "no", None: ""}
+    rows.append(("text-only logits as before", *(said[s.is_text_identical] for s in stages)))
+    return table(("on text", *(stage.label for stage in stages)), rows) + _origin(metrics)
 
 
 def _output(name: str) -> Callable[[Path], str]:
@@ -236,7 +236,7 @@ def _first_answer(results: Path) -> str:
 
 def _first_run(results: Path) -> str:
     """What the first commands take: a line for a figure, a column for a class of machines."""
-    rows = [row for row in read_rows(results) if row.group == "first-run"]
+    rows = [row for row in read_figures(results) if row.group == "first-run"]
     if not rows:
         return NOTHING
     machines = list(dict.fromkeys(row.device for row in rows))
@@ -252,7 +252,7 @@ def _first_run(results: Path) -> str:
 
 def _group(name: str) -> Callable[[Path], str]:
     def block(results: Path) -> str:
-        rows = [row for row in read_rows(results) if row.group == name]
+        rows = [row for row in read_figures(results) if row.group == name]
         if not rows:
             return NOTHING
         return table(
@@ -304,55 +304,48 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 # ------------------------------------------------------------------------------- in words
 
 
-def _quickstart(results: Path) -> dict[str, Any] | None:
+def _quickstart(results: Path) -> RunMetrics | None:
     file = results / QUICKSTART
     if not file.is_file():
         return None
     try:
-        metrics = json.loads(file.read_text("utf-8"))
-        targets, stages = metrics["targets"], metrics["stages"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{file}: not the metrics.json of a quickstart ({type(error).__name__}: {error})"
-        ) from error
-    if metrics.get("quick") or not targets or not stages:
+        metrics = read_metrics_file(file)
+    except TrainingStateError as error:
+        raise ConfigError(f"{file}: not the metrics.json of a quickstart ({error})") from error
+    if metrics.is_quick or not metrics.targets or not metrics.stages:
         raise ConfigError(f"{file}: a quick or unfinished run; commit that of a full quickstart")
-    found: dict[str, Any] = metrics
-    return found
+    return metrics
 
 
-def _origin(metrics: Mapping[str, Any]) -> str:
-    count = metrics["processes"]
+def _origin(metrics: RunMetrics) -> str:
+    count = metrics.processes
     return (
-        f"\n`{metrics['command']}`: {count} process{'es' if count != 1 else ''} on "
-        f"{place_of(metrics)}, {metrics['cpu_minutes']:.1f} CPU minutes; "
-        f"{in_words(metrics['versions'])}; all rows in "
+        f"\n`{metrics.command}`: {count} process{'es' if count != 1 else ''} on "
+        f"{place_of(vars(metrics))}, {metrics.cpu_minutes:.1f} CPU minutes; "
+        f"{in_words(metrics.versions)}; all rows in "
         f"`results/{QUICKSTART}`.\n"
     )
 
 
-def _bound(target: Mapping[str, Any], name: str) -> str:
-    if target[name] is None:
+def _bound(target: Target, bound: Threshold) -> str:
+    if bound is None:
         return ""
-    return f"{'≤' if target['better'] == 'lower' else '≥'} {_figure(target[name])}"
+    return f"{'≥' if target.higher_is_better else '≤'} {_figure(bound)}"
 
 
-def _verdict(target: Mapping[str, Any]) -> str:
-    value, must, aim = target["value"], target["must"], target["aim"]
-    if value is None:
-        return "not measured" if target["met"] else "**no**"
-    is_lower = target["better"] == "lower"
-    has_aim = aim is not None and (value <= aim if is_lower else value >= aim)
-    if must is None:
-        return "aim" if has_aim else "reported"
-    if not target["met"]:
+def _verdict(target: Target) -> str:
+    if target.value is None:
+        return "not measured" if target.is_met else "**no**"
+    if target.must is None:
+        return "aim" if target.reaches_aim else "reported"
+    if not target.is_met:
         return "**no**"
-    return "must, aim" if has_aim else "must"
+    return "must, aim" if target.reaches_aim else "must"
 
 
-def _figure(value: float | None) -> str:
-    if value is None:
-        return ""
+def _figure(value: Threshold) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -12,6 +12,7 @@ from mono_internvl import compute
 from mono_internvl.checkpoints.loading import load_planned, plan_inference, quantize_int8
 from mono_internvl.errors import MissingDependency
 from mono_internvl.evaluation.evaluate import evaluate
+from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.model.layers import DecoderLayer
 from mono_internvl.serving.loading import load
 
@@ -103,7 +104,7 @@ def test_evaluation_computes_as_planned_and_says_so(
             fp32,
             records,
             device="cpu",
-            max_new_tokens=2,
+            protocol=Protocol(max_new_tokens=2),
             out=tmp_path / f"{precision}.jsonl",
             on_plan=lambda plan, said=said: said.append(plan.describe()),
         )

@@ -90,6 +90,7 @@ def test_evaluate_scores_records(
         "id": "1",
         "image": "a.png",
         "kind": "colour",
+        "metric": "exact",
         "answer": "red",
         "conversations": [
             {"from": "human", "value": "<image>\nWhich colour?"},

@@ -15,7 +15,7 @@ from mono_internvl import ChatSession, load
 from mono_internvl.data.batches import BatchPlan, BatchStream
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import MonoInternVLError
-from mono_internvl.evaluation.runner import read_questions
+from mono_internvl.evaluation.benchmarks.records import RECORDS
 
 
 def mutated_line(record: dict[str, Any], rng: random.Random) -> bytes:
@@ -51,8 +51,8 @@ def test_mutated_record_trains_or_is_refused(
     except MonoInternVLError as error:
         assert str(file) in str(error)
     try:
-        (question,) = read_questions(file)
-        question.predict("red", False).to_row()
+        (question,) = RECORDS.questions(file)
+        RECORDS.predict(question, "red", RECORDS.protocol).to_row()
     except MonoInternVLError as error:
         assert str(file) in str(error)
 

@@ -6,66 +6,7 @@ import pytest
 
 from mono_internvl.errors import SampleError
 from mono_internvl.evaluation import metrics
-
-CIRCLE = ["large", "red", "circle", "top left"]
-STAR = ["small", "blue", "star", "bottom"]
-CIRCLE_TEXT = "a large red circle at the top left"
-STAR_TEXT = "a small blue star at the bottom"
-
-
-@pytest.mark.parametrize(
-    ("prediction", "truth", "correct", "total"),
-    [
-        ("a large red circle at the top left.", [CIRCLE], 4, 4),
-        (
-            "a large red circle at the top left and a small blue star at the bottom.",
-            [CIRCLE, STAR],
-            8,
-            8,
-        ),
-        (
-            "a small blue star at the bottom and a large red circle at the top left.",
-            [CIRCLE, STAR],
-            8,
-            8,
-        ),
-        ("a small red circle at the top left.", [CIRCLE], 3, 4),
-        ("a small green star at the top.", [CIRCLE], 0, 4),
-        ("a large red circle at the top left.", [CIRCLE, STAR], 4, 8),
-        (f"{CIRCLE_TEXT} and {STAR_TEXT}.", [CIRCLE], 3, 4),
-        ("red circle", [CIRCLE], 2, 4),
-        ("large red circle, blue star at the bottom", [CIRCLE, STAR], 6, 8),
-        ("circle", [CIRCLE], 1, 4),
-        ("a large circle at the top left", [CIRCLE], 3, 4),
-        ("a huge red circle at the top left", [CIRCLE], 3, 4),
-        ("", [CIRCLE], 0, 4),
-        ("one two three four five six", [CIRCLE], 0, 4),
-        (
-            "a large red circle at the top left and " * 3 + "nothing more to say here",
-            [CIRCLE],
-            1,
-            4,
-        ),
-    ],
-)
-def test_caption_attributes_hand_computed(
-    prediction: str, truth: list[list[str]], correct: int, total: int
-) -> None:
-    count = metrics.caption_attributes(prediction, truth)
-    assert (count.correct, count.total) == (correct, total)
-
-
-def test_caption_attributes_uses_best_matching_not_order() -> None:
-    # matched in order: 1 (size) + 1 (size) right; the other way round: 3 + 3
-    said = "a large blue star at the bottom and a small red circle at the top left"
-    truth = [["large", "red", "circle", "top left"], ["small", "blue", "star", "bottom"]]
-    assert metrics.caption_attributes(said, truth).correct == 6
-
-
-def test_caption_score_is_floored_at_zero() -> None:
-    said = " and ".join(["a small green cross at the right"] * 9)
-    assert metrics.caption_attributes(said, [CIRCLE]).correct == -8
-    assert metrics.score({"kind": "caption", "attributes": [CIRCLE]}, said) == 0.0
+from mono_internvl.evaluation.benchmarks.records import RECORDS
 
 
 @pytest.mark.parametrize(
@@ -128,18 +69,18 @@ def test_exact_match_ignores_case_and_full_stop_only() -> None:
 @pytest.mark.parametrize(
     ("record", "prediction", "expected"),
     [
-        ({"kind": "colour", "answer": "red"}, "Red", 1.0),
-        ({"kind": "novel", "answer": "red star"}, "red circle", 0.0),
+        ({"kind": "exact", "answer": "red"}, "Red", 1.0),
+        ({"kind": "colour", "metric": "exact", "answer": "red"}, "Red", 1.0),
+        ({"kind": "signs", "metric": "ocr", "answer": "AB"}, "AC", 0.5),
         ({"kind": "ocr", "answer": "AB"}, "AC", 0.5),
         ({"kind": "grounding", "answer": "", "box": [0, 0, 10, 10]}, "[[0, 0, 10, 5]]", 0.5),
         ({"kind": "grounding", "answer": "", "box": [0, 0, 10, 10]}, "no idea", 0.0),
-        ({"kind": "caption", "answer": "", "attributes": [CIRCLE]}, "a large red star.", 0.5),
     ],
 )
-def test_score_dispatches_on_kind(
+def test_score_goes_by_metric_or_kind(
     record: dict[str, object], prediction: str, expected: float
 ) -> None:
-    assert metrics.score(record, prediction) == expected
+    assert RECORDS.score(record, prediction) == expected
 
 
 @pytest.mark.parametrize(
@@ -151,22 +92,26 @@ def test_score_dispatches_on_kind(
         {"kind": "grounding", "box": [3, 2, 1, 4]},
         {"kind": "grounding", "box": "[1, 2, 3, 4]"},
         {"kind": "grounding", "box": {"x": 1}},
-        {"kind": "caption", "attributes": []},
-        {"kind": "caption", "attributes": ["red"]},
-        {"kind": "caption", "attributes": [["large", "red", "circle"]]},
-        {"kind": "caption", "attributes": [["large", "red", "circle", 7]]},
-        {"kind": "caption", "attributes": "a red circle"},
-        {"kind": "colour", "answer": ["red"]},
+        {"kind": "exact", "answer": ["red"]},
         {"kind": "ocr", "answer": 7},
     ],
 )
 def test_score_refuses_malformed_truth(truth: dict[str, object]) -> None:
     field = next(name for name in truth if name != "kind")
     with pytest.raises(SampleError, match=f"r7: `{field}` is .*correct the record"):
-        metrics.score({"id": "r7", **truth}, "[[1, 2, 3, 4]]")
+        RECORDS.score({"id": "r7", **truth}, "[[1, 2, 3, 4]]")
 
 
-@pytest.mark.parametrize("record", [{"answer": "x"}, {"kind": "caption", "answer": "x"}])
-def test_score_names_the_missing_key(record: dict[str, object]) -> None:
-    with pytest.raises(SampleError, match=r"kind|attributes"):
-        metrics.score(record, "x")
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"answer": "x"}, "kind=None"),
+        ({"kind": "grounding", "answer": "x"}, "no `box`"),
+        ({"kind": "coluor", "answer": "x"}, "kind='coluor' is no metric .*expected one of exact"),
+        ({"kind": "exact", "metric": "bleu", "answer": "x"}, "metric='bleu' is no metric"),
+        ({"kind": "exact", "metric": None, "answer": "x"}, "metric=None is no metric"),
+    ],
+)
+def test_score_refuses_what_it_does_not_know(record: dict[str, object], named: str) -> None:
+    with pytest.raises(SampleError, match=named):
+        RECORDS.score(record, "x")

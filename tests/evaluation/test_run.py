@@ -14,24 +14,25 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mono_internvl.cli.app import app
+from mono_internvl.compute import make_plan
 from mono_internvl.errors import ConfigError, SampleError
+from mono_internvl.evaluation import questions as questions_module
 from mono_internvl.evaluation import runner as run_module
-from mono_internvl.evaluation.evaluate import evaluate, rescore
-from mono_internvl.evaluation.runner import (
-    Prediction,
-    Question,
-    answer_all,
-    mean_scores,
-    perplexity,
-    read_questions,
-    write_predictions,
-)
+from mono_internvl.evaluation.benchmark import Mean
+from mono_internvl.evaluation.benchmarks.records import RECORDS
+from mono_internvl.evaluation.evaluate import evaluate
+from mono_internvl.evaluation.journal import key_of
+from mono_internvl.evaluation.perplexity import perplexity
+from mono_internvl.evaluation.protocol import Protocol
+from mono_internvl.evaluation.questions import Question, first_of_each_kind
+from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation, Request
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.image_files import load_image
-from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.processing.prompts import ImagePart, Turn
+from mono_internvl.runs.predictions import Prediction, read_predictions, write_predictions
+from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.loop import train_stage
 
 
@@ -55,37 +56,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     return train_stage(stage, start, data, root / "run").checkpoint
 
 
-@pytest.fixture(scope="module")
-def model(checkpoint: Path) -> MonoInternVLForConditionalGeneration:
-    found: MonoInternVLForConditionalGeneration = (
-        MonoInternVLForConditionalGeneration.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager"
-        )
-    )
-    return found
+SHORT = Protocol(max_new_tokens=12, precision="fp32")
 
 
 @pytest.fixture(scope="module")
-def processor(checkpoint: Path) -> MonoInternVLProcessor:
-    found: MonoInternVLProcessor = MonoInternVLProcessor.from_pretrained(checkpoint)
-    return found
+def subject(checkpoint: Path) -> Subject:
+    return Subject.load(checkpoint, make_plan("cpu", "fp32", processes=1))
 
 
 @pytest.fixture(scope="module")
 def questions(data: Path) -> list[Question]:
-    return read_questions(data / "questions.jsonl")
-
-
-OPTIONS: dict[str, Any] = {"max_new_tokens": 12, "precision": "fp32"}
+    return RECORDS.questions(data / "questions.jsonl")
 
 
 @pytest.fixture(scope="module")
 def answers(
-    model: MonoInternVLForConditionalGeneration,
-    processor: MonoInternVLProcessor,
-    questions: list[Question],
+    subject: Subject, questions: list[Question], tmp_path_factory: pytest.TempPathFactory
 ) -> list[Prediction]:
-    return answer_all(model, processor, questions, **OPTIONS)
+    out = tmp_path_factory.mktemp("answers") / "p.jsonl"
+    return ask(subject, RECORDS, SHORT, questions, out=out)
 
 
 def test_answers_come_in_the_order_of_the_questions(
@@ -100,38 +89,71 @@ def test_answers_come_in_the_order_of_the_questions(
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_batching_changes_no_answer(
-    model: MonoInternVLForConditionalGeneration,
-    processor: MonoInternVLProcessor,
+    subject: Subject,
     questions: list[Question],
     answers: list[Prediction],
+    tmp_path: Path,
     batch_size: int,
 ) -> None:
-    told: list[int] = []
-    others = answer_all(
-        model, processor, questions, batch_size=batch_size, on_batch=told.append, **OPTIONS
-    )
-    assert [a.text for a in others] == [a.text for a in answers]
-    assert told[-1] == len(questions)
-    assert told == sorted(set(told))
+    out = tmp_path / "p.jsonl"
+    others = ask(subject, RECORDS, SHORT, questions, out=out, batch_size=batch_size)
+    assert others == answers == read_predictions(out)
 
 
-def test_shares_of_processes_make_up_the_whole(
-    model: MonoInternVLForConditionalGeneration,
-    processor: MonoInternVLProcessor,
+def test_sets_come_one_after_another(
+    subject: Subject, questions: list[Question], answers: list[Prediction], tmp_path: Path
+) -> None:
+    sets = [questions[::-1], [q.without_images() for q in questions]]
+    found = ask(subject, RECORDS, SHORT, *sets, out=tmp_path / "p.jsonl")
+    assert found[:15] == answers[::-1]
+    assert all(one.is_blind for one in found[15:])
+
+
+def _ask_in_group(checkpoint: Path, file: Path, out: Path) -> None:
+    own = Subject.load(checkpoint, make_plan("cpu", "fp32", processes=1))
+    found = ask(own, RECORDS, SHORT, RECORDS.questions(file), out=out)
+    assert len(found) == 15, "every process gets all answers"
+
+
+def test_two_processes_give_the_file_of_one(
+    checkpoint: Path, data: Path, answers: list[Prediction], tmp_path: Path
+) -> None:
+    out = tmp_path / "p.jsonl"
+    run_processes(_ask_in_group, 2, checkpoint, data / "questions.jsonl", out)
+    assert read_predictions(out) == answers
+    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_processes_go_on_from_what_another_number_of_them_left(
+    checkpoint: Path,
+    data: Path,
+    subject: Subject,
     questions: list[Question],
     answers: list[Prediction],
+    asked: list[int],
+    tmp_path: Path,
 ) -> None:
-    shares = [answer_all(model, processor, questions[rank::2], **OPTIONS) for rank in range(2)]
-    together = {a.record["id"]: a.text for share in shares for a in share}
-    assert together == {a.record["id"]: a.text for a in answers}
+    out = tmp_path / "p.jsonl"
+    settings = {
+        "model": subject.digest,
+        "benchmark": "records",
+        "protocol": SHORT.planned(subject.plan).to_dict(),
+    }
+    for number, rank in ((4, ""), (9, "1"), (12, "2")):
+        lines = [settings, {key_of(questions[number]): answers[number].text}]
+        tiny_runs.write_lines(tmp_path / f".p.jsonl.answers{rank}", lines)
+    assert ask(subject, RECORDS, SHORT, questions, out=out) == answers
+    assert len(asked) == 12
+    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
 
 
 def test_blind_shows_the_mean_colour(
     monkeypatch: pytest.MonkeyPatch,
-    model: MonoInternVLForConditionalGeneration,
-    processor: MonoInternVLProcessor,
+    subject: Subject,
     questions: list[Question],
+    tmp_path: Path,
 ) -> None:
+    processor = subject.processor
     shown: list[list[dict[str, Any]]] = []
 
     def encode(prompt: list[dict[str, Any]], **options: Any) -> Any:
@@ -141,7 +163,8 @@ def test_blind_shows_the_mean_colour(
     original = processor.encode_prompt
     monkeypatch.setattr(processor, "encode_prompt", encode)
     pictures = [q for q in questions if q.kind == "colour"]
-    found = answer_all(model, processor, pictures, blind=True, **OPTIONS)
+    hidden = [question.without_images() for question in pictures]
+    found = ask(subject, RECORDS, SHORT, hidden, out=tmp_path / "p.jsonl")
     assert all(a.is_blind for a in found)
     for prompt in shown:
         (image,) = prompt[-1].images
@@ -155,49 +178,52 @@ def test_blind_shows_the_mean_colour(
 
 def test_blind_leaves_text_and_the_question_alone() -> None:
     text = [Turn("user", ("say one",))]
-    assert run_module._hide_images(text) == text
+    assert questions_module._hide_images(text) == tuple(text)
     image = Image.new("RGB", (4, 4), (9, 9, 9))
     turn = Turn("user", (ImagePart(image), "what?"))
-    (hidden,) = run_module._hide_images([turn])
+    (hidden,) = questions_module._hide_images([turn])
     assert hidden.text == "what?" and hidden.images[0] is not image
     assert turn.images == (image,)
 
 
-def test_prediction_file_scores_to_the_same_numbers(
+def test_prediction_file_holds_what_was_asked_and_how(
     answers: list[Prediction], tmp_path: Path
 ) -> None:
     file = tmp_path / "made" / "predictions.jsonl"
     write_predictions(file, answers)
-    expected = {kind: mean for kind, (mean, _) in mean_scores(answers).items()}
-    assert rescore(file) == expected
+    found = read_predictions(file)
+    assert found == answers
+    assert [RECORDS.score(one.record, one.text) for one in found] == [a.score for a in answers]
     row = json.loads(file.read_text().splitlines()[1])
     assert row["question"] == "what colour is this?"
-    assert {"prediction", "score", "blind", "answer", "kind"} <= row.keys()
+    assert row["protocol"]["max_new_tokens"] == 12 and row["protocol"]["attention"] == "sdpa"
     file.write_text("{}\n")
     with pytest.raises(SampleError, match=r"predictions\.jsonl:1"):
-        rescore(file)
+        read_predictions(file)
 
 
 def test_mean_scores_are_per_kind() -> None:
-    made = [Prediction({"kind": k}, "", s, False) for k, s in (("a", 1), ("b", 0.5), ("a", 0))]
-    assert mean_scores(made) == {"a": (0.5, 2), "b": (0.5, 1)}
+    made = [
+        Prediction({"kind": kind, "metric": "exact"}, "", "", score, False)
+        for kind, score in (("a", 1.0), ("b", 0.5), ("a", 0.0))
+    ]
+    assert RECORDS.mean_scores(made) == {"a": Mean(0.5, 2), "b": Mean(0.5, 1)}
 
 
-def test_read_questions_takes_the_first_of_each_kind(data: Path, tmp_path: Path) -> None:
-    few = read_questions(data / "questions.jsonl", per_kind=2)
+def test_first_of_each_kind(data: Path, tmp_path: Path) -> None:
+    few = first_of_each_kind(RECORDS.questions(data / "questions.jsonl"), 2)
     assert [q.record["id"] for q in few] == ["text-0", "image-0", "text-1", "image-1"]
     assert few[1].prompt[-1].role == "user"
     turns = tiny_runs.text_record(0)["conversations"]
     file = tiny_runs.write_lines(tmp_path / "a.jsonl", [{"conversations": turns}])
     with pytest.raises(SampleError, match=r"a\.jsonl:1: kind=None"):
-        read_questions(file)
+        RECORDS.questions(file)
 
 
 def test_perplexity_is_the_mean_over_answer_tokens(
-    model: MonoInternVLForConditionalGeneration,
-    processor: MonoInternVLProcessor,
-    questions: list[Question],
+    subject: Subject, questions: list[Question]
 ) -> None:
+    model, processor = subject.model, subject.processor
     talks = [q.sample.turns for q in questions if q.kind == "copying"]
     total, count = 0.0, 0
     with torch.inference_mode():
@@ -213,16 +239,18 @@ def test_perplexity_is_the_mean_over_answer_tokens(
 
 def test_evaluate_writes_what_it_returns(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     file = data / "questions.jsonl"
-    seen = evaluate(checkpoint, file, device="cpu", out=tmp_path / "a.jsonl", max_new_tokens=12)
+    seen = _ask(checkpoint, file, tmp_path / "a.jsonl")
     assert seen.items == {"colour": 9, "copying": 6}
     assert seen.scores["colour"] == 1.0
-    assert rescore(seen.predictions) == seen.scores
+    means = RECORDS.mean_scores(read_predictions(seen.predictions))
+    assert {kind: mean.score for kind, mean in means.items()} == seen.scores
+    assert seen.protocol["max_new_tokens"] == 12 and seen.protocol["precision"] != "auto"
     hidden = evaluate(
         checkpoint, file, device="cpu", out=tmp_path / "b.jsonl", blind=True, per_kind=3
     )
     assert (hidden.is_blind, hidden.items) == (True, {"colour": 3, "copying": 3})
     with pytest.raises(ConfigError, match="precision='fp8'"):
-        evaluate(checkpoint, file, precision="fp8")
+        evaluate(checkpoint, file, protocol=Protocol(precision="fp8"))
 
 
 def test_evaluate_verb_prints_scores(checkpoint: Path, data: Path, tmp_path: Path) -> None:
@@ -251,7 +279,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _ask(checkpoint: Path, file: Path, out: Path, **options: Any) -> Any:
-    return evaluate(checkpoint, file, device="cpu", out=out, max_new_tokens=12, **options)
+    protocol = Protocol(max_new_tokens=12)
+    return evaluate(checkpoint, file, device="cpu", out=out, protocol=protocol, **options)
 
 
 def _records(data: Path) -> list[dict[str, Any]]:
@@ -374,13 +403,12 @@ def test_evaluate_refuses_what_needs_more_memory_than_there_is(
         _ask(checkpoint, data / "questions.jsonl", tmp_path / "p.jsonl")
 
 
-def test_predictions_with_line_separators_score_to_the_same_numbers(tmp_path: Path) -> None:
+def test_predictions_with_line_separators_are_read_again(tmp_path: Path) -> None:
     record = {**tiny_runs.text_record(0), "note": "a\u2028b\ud800"}
     file = tmp_path / "p.jsonl"
-    write_predictions(file, [Prediction(record, "one\x85", 1.0, False)] * 2)
-    assert rescore(file) == {"copying": 1.0}
-    for bad in (b"\xff\xfe", b""):
-        file.write_bytes(bad)
-        if bad:
-            with pytest.raises(SampleError, match="not a readable predictions file"):
-                rescore(file)
+    made = [Prediction(record, "say it", "one\x85", 1.0, False)] * 2
+    write_predictions(file, made)
+    assert read_predictions(file) == made
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(SampleError, match="not a readable predictions file"):
+        read_predictions(file)

@@ -25,7 +25,7 @@ from mono_internvl import load
 from mono_internvl.checkpoints.llm_families import read_text_config
 from mono_internvl.data.batches import BatchPlan, BatchStream
 from mono_internvl.data.sources import JsonlSource
-from mono_internvl.evaluation.runner import read_questions
+from mono_internvl.evaluation.benchmarks.records import RECORDS
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.images import MonoInternVLImageProcessor
@@ -184,7 +184,8 @@ def records(folder: Path) -> Case:
     def case(rng: random.Random) -> object:
         file.write_bytes(mutated_json(rng.choice(valid), rng) + b"\n")
         if rng.random() < 0.5:
-            return [question.predict("red", False).to_row() for question in read_questions(file)]
+            asked = RECORDS.questions(file)
+            return [RECORDS.predict(one, "red", RECORDS.protocol).to_row() for one in asked]
         encode = session.processor.encode_conversation
         source = JsonlSource(file, folder)
         return BatchStream([source], lambda record: encode(record.turns), plan, seed=0)[0]

@@ -14,6 +14,7 @@ from PIL import Image
 from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import MissingDependency
 from mono_internvl.evaluation.evaluate import evaluate
+from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.miniature.digits import DigitFiles, main, write_digits
 from mono_internvl.miniature.recipes import MINIATURE_SFT
 from mono_internvl.processing.image_files import load_image
@@ -84,7 +85,7 @@ def test_digits_are_trained_on_and_evaluated(digits: DigitFiles, tmp_path: Path)
         overrides={"steps": "4", "batch_size": "8"},
     )
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["name"] == "miniature-sft"
-    found = evaluate(checkpoint, digits.heldout, device="cpu", max_new_tokens=4)
+    found = evaluate(checkpoint, digits.heldout, device="cpu", protocol=Protocol(max_new_tokens=4))
     assert found.items == {"exact": digits.num_heldout}
     assert 0 <= found.scores["exact"] <= 1
     assert found.predictions.parent == checkpoint

@@ -15,8 +15,8 @@ from mono_internvl.cli import app as cli
 from mono_internvl.costs.inference import parameter_table
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import lab_modular as module
-from mono_internvl.miniature.lab_modular import QUICK, Comparison, modular_twin
-from mono_internvl.miniature.lab_pages import twin_page
+from mono_internvl.miniature.lab_modular import QUICK, modular_twin
+from mono_internvl.miniature.lab_pages import Comparison, read_comparison, twin_page
 from mono_internvl.miniature.language_model import give_eyes
 from mono_internvl.miniature.recipes import MINIATURE, QUICK_MINIATURE
 from mono_internvl.miniature.recipes_modular import MINIATURE_MODULAR, QUICK_MINIATURE_MODULAR
@@ -60,8 +60,12 @@ def quickstart_run(finished: tuple[Path, Comparison], tmp_path: Path) -> Path:
     (other / "metrics.json").write_text(json.dumps(made))
     settings = {"quick": True, "seed": 0, "llm": "shipped"}
     (other / "quickstart.json").write_text(json.dumps(settings))
-    rows = [json.loads(x) for x in (run / "predictions/heldout.jsonl").read_text().splitlines()]
-    right = [{**row, "score": 1.0} for row in rows if row["kind"] != "ocr"]
+    rows = [json.loads(x) for x in (run / "predictions/modular.jsonl").read_text().splitlines()]
+    right = [
+        {**row, "score": 1.0, "prediction": row["answer"]}
+        for row in rows
+        if row["kind"] != "ocr" and not row["blind"]
+    ]
     right.append({**right[0], "id": "asked here only", "score": 0.0})
     right.append({**right[1], "blind": True, "score": 0.0})
     text = "".join(json.dumps(row) + "\n" for row in right)
@@ -100,7 +104,7 @@ def test_twin_goes_on_where_it_stopped_and_compares(
     assert both.monolithic.prefill_flops < both.modular.prefill_flops
 
 
-@pytest.mark.parametrize("part", ["seed", "llm", "world", "predictions"])
+@pytest.mark.parametrize("part", ["seed", "llm", "world", "predictions", "protocol"])
 def test_comparison_with_another_run_is_refused(
     finished: tuple[Path, Comparison],
     quickstart_run: Path,
@@ -110,6 +114,9 @@ def test_comparison_with_another_run_is_refused(
     monkeypatch.setattr(module, "QUICK", SMALLEST)
     if part == "predictions":
         (quickstart_run / "predictions" / "s2.jsonl").unlink()
+    elif part == "protocol":
+        file = quickstart_run / "predictions" / "s2.jsonl"
+        file.write_text(file.read_text().replace('"max_new_tokens": 64', '"max_new_tokens": 96'))
     else:
         file = quickstart_run / ("data/world.json" if part == "world" else "quickstart.json")
         stored = json.loads(file.read_text())
@@ -131,13 +138,13 @@ def test_table_says_what_the_comparison_says(
     monkeypatch.setattr(module, "QUICK", SMALLEST)
     both = modular_twin(run, against=quickstart_run, quick=True, processes=1)
     text = (run / "table.md").read_text()
-    assert text == twin_page(json.loads((run / "comparison.json").read_text())) + "\n"
+    assert text == twin_page(read_comparison(run / "comparison.json")) + "\n"
     (colour,) = (row for row in both.kinds if row.kind == "colour")
     assert f"| colour | 2 | {colour.modular:.3f} | 1.000 | {colour.blind:.3f} |" in text
     assert f"| parameters | {both.modular.parameters:,} |" in text
     assert "The monolithic model: `mono-internvl quickstart`, 2 processes" in text
     assert "What it cannot show" in text and "its scores mean nothing" in text
-    assert "monolithic" not in twin_page(dataclasses.asdict(alone)).split("What this shows")[0]
+    assert "monolithic" not in twin_page(alone).split("What this shows")[0]
     assert str(run.parent) not in text + (run / "comparison.json").read_text()
 
 

@@ -61,6 +61,13 @@ def test_seeds_block_shows_mean_and_each_and_marks_what_is_missed(tmp_path: Path
     assert "commit 0123456789ab" in said
 
 
+def test_seeds_block_refuses_two_protocols_in_one_column(tmp_path: Path) -> None:
+    other = json.loads(seed_row(0, 0.6)) | {"protocol": {"max_new_tokens": 64}}
+    (tmp_path / lab_seeds.RUNS).write_text(f"{seed_row(1, 0.3)}\n{json.dumps(other)}\n")
+    with pytest.raises(ConfigError, match="measure them again under one protocol"):
+        seeds_block(tmp_path)
+
+
 def test_read_seed_runs_refuses_other_rows(tmp_path: Path) -> None:
     assert read_seed_runs(tmp_path / "absent.jsonl") == []
     (tmp_path / "rows.jsonl").write_text('{"seed": 1}\n')
@@ -78,7 +85,8 @@ def test_compare_seeds_runs_each_once_and_adds_to_what_is_there(
         ran.append(seed)
         folder.mkdir(parents=True)
         stages = [{"scores": {"colour": {"score": 0.75}}}]
-        metrics = {"seed": seed, "plan": {"precision": precision}, "stages": stages}
+        plan = {"precision": precision, "cpu_capability": "AVX2"}
+        metrics = {"seed": seed, "plan": plan, "stages": stages}
         (folder / "metrics.json").write_text(
             json.dumps({**MADE_BY, **metrics, "targets": [target(0.5)]})
         )
@@ -87,8 +95,8 @@ def test_compare_seeds_runs_each_once_and_adds_to_what_is_there(
     compare_seeds(tmp_path / "run", seeds=(0, 1), precision="fp32")
     rows = read_seed_runs(compare_seeds(tmp_path / "run", seeds=(0, 2), precision="fp32"))
     assert ran == [0, 1, 2]
-    assert [(row.seed, row.precision, row.scores) for row in rows] == [
-        (seed, "fp32", {"colour": 0.75}) for seed in (0, 1, 2)
+    assert [(row.seed, row.precision, row.instructions, row.scores) for row in rows] == [
+        (seed, "fp32", "AVX2", {"colour": 0.75}) for seed in (0, 1, 2)
     ]
 
 

@@ -1,19 +1,24 @@
 """The shipped language model has the skills that the vision stages stand on."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mono_internvl.evaluation.runner import answer_all, mean_scores, perplexity, read_questions
+from mono_internvl.compute import make_plan
+from mono_internvl.evaluation.perplexity import perplexity
+from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import FULL
 from mono_internvl.miniature.english import load_english
 from mono_internvl.miniature.language_model import give_eyes, tokenizer_of
 from mono_internvl.miniature.quickstart import SHIPPED_LANGUAGE_MODEL
 from mono_internvl.miniature.recipes import LANGUAGE_MODEL
 from mono_internvl.miniature.records import write_jsonl
+from mono_internvl.miniature.scoring import BENCHMARK, PROTOCOL
 from mono_internvl.miniature.stages import language_datasets
 from mono_internvl.miniature.text_tasks import english_records, text_probes
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
@@ -45,16 +50,16 @@ def test_start_names_every_stop_id(checkpoint: Path) -> None:
 
 @pytest.fixture(scope="module")
 def skills(checkpoint: Path) -> dict[str, tuple[float, int]]:
-    model = MonoInternVLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-    processor = MonoInternVLProcessor.from_pretrained(checkpoint)
+    subject = Subject.load(checkpoint, make_plan("cpu", "bf16", attention="sdpa", processes=1))
     probes = [record for part in text_probes(count=300).values() for record in part]
     file = checkpoint.parent / "probes.jsonl"
     write_jsonl(file, "probe", probes)
-    found = mean_scores(answer_all(model, processor, read_questions(file)))
-    (copied, num_copied), (looked_up, num_looked_up) = found["copying"], found.pop("lookup")
-    number = num_copied + num_looked_up
-    mean = (copied * num_copied + looked_up * num_looked_up) / number
-    return {**found, "copying": (mean, number)}
+    out = file.with_name("answers.jsonl")
+    answers = ask(subject, BENCHMARK, PROTOCOL, BENCHMARK.questions(file), out=out)
+    scores = defaultdict(list)
+    for one in answers:
+        scores["copying" if one.kind == "lookup" else one.kind].append(one.score)
+    return {kind: (fmean(found), len(found)) for kind, found in scores.items()}
 
 
 @pytest.mark.parametrize("kind", LEAST)

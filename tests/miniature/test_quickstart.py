@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import quickstart as module
 from mono_internvl.miniature.quickstart import QUICK, quickstart
-from mono_internvl.miniature.targets import judge, to_rows
+from mono_internvl.miniature.scoring import BENCHMARK, PROTOCOL
+from mono_internvl.miniature.targets import judge
+from mono_internvl.runs.predictions import read_predictions
+from mono_internvl.runs.schemas import TextMeasures, read_metrics
 
 SMALLEST = dataclasses.replace(
     QUICK,
@@ -72,23 +76,51 @@ def test_text_logits_stay_bit_identical_until_attention_learns(run: Path) -> Non
 
 
 def test_targets_follow_from_the_saved_predictions(run: Path) -> None:
-    metrics = json.loads((run / "metrics.json").read_text())
-    names = [stage["name"] for stage in metrics["stages"]]
+    metrics = read_metrics(run)
+    names = [stage.name for stage in metrics.stages]
     again = judge(
         SMALLEST.bounds,
-        {name: read_rows(run / "predictions" / f"{name}.jsonl") for name in names},
-        {stage["name"]: stage["text"]["perplexity"] for stage in metrics["stages"]},
-        {stage["name"]: stage["text_logits_identical"] for stage in metrics["stages"]},
-        metrics["cpu_minutes"],
+        {name: read_predictions(run / "predictions" / f"{name}.jsonl") for name in names},
+        {name: TextMeasures.read(run / name / "text.json") for name in names},
+        metrics.cpu_minutes or 0,
     )
-    assert to_rows(again) == metrics["targets"]
+    assert again == metrics.targets
 
 
-def test_predictions_rescore_to_their_scores(run: Path) -> None:
-    from mono_internvl.evaluation.metrics import score
+def test_metrics_are_written_as_they_are_read(run: Path, tmp_path: Path) -> None:
+    metrics = read_metrics(run)
+    metrics.write(tmp_path)
+    assert read_metrics(tmp_path) == metrics
 
-    for row in read_rows(run / "predictions" / "s2.jsonl"):
-        assert score(row, row["prediction"]) == row["score"]
+
+def test_predictions_rescore_and_say_how_they_were_asked(run: Path) -> None:
+    found = read_predictions(run / "predictions" / "s2.jsonl")
+    assert [BENCHMARK.score(one.record, one.text) for one in found] == [a.score for a in found]
+    plan = json.loads((run / "metrics.json").read_text())["plan"]
+    asked = dataclasses.replace(
+        PROTOCOL, precision=plan["precision"], attention=plan["attention"]
+    ).to_dict()
+    assert all(one.protocol == asked for one in found)
+    assert read_metrics(run).protocol == asked
+
+
+@pytest.mark.parametrize("change", [{"max_new_tokens": 96}, None])
+def test_answers_of_another_protocol_are_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any] | None
+) -> None:
+    monkeypatch.setattr(module, "QUICK", SMALLEST)
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    file = other / "predictions" / "s12.jsonl"
+    rows = read_rows(file)
+    for row in rows:
+        row["protocol"] = change and {**row["protocol"], **change}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ConfigError, match=r"s12\.jsonl: .*delete .*s12/text\.json to ask anew"):
+        quickstart(other, quick=True, processes=1, ask=False)
+    (other / "s12" / "text.json").unlink()
+    quickstart(other, quick=True, processes=1, ask=False)
+    assert file.read_text() == (run / "predictions" / "s12.jsonl").read_text()
 
 
 def test_second_call_trains_nothing_anew(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,18 +5,28 @@ from typing import Any
 
 import pytest
 
+from mono_internvl.miniature.scoring import mean_scores
 from mono_internvl.miniature.targets import (
     CAPTION_ABOVE_BLIND,
     FULL_BOUNDS,
     QUICK_BOUNDS,
     Bound,
-    Target,
     above_guessing,
     judge,
-    mean_scores,
 )
+from mono_internvl.runs.predictions import Prediction
+from mono_internvl.runs.schemas import Target, TextMeasures
 
 CIRCLE = ["large", "red", "circle", "top"]
+
+
+def answers(rows: list[dict[str, Any]]) -> list[Prediction]:
+    """Rows of a predictions file, whose captions need no score."""
+    return [Prediction.from_row({"prediction": "", "score": 0.0, **row}) for row in rows]
+
+
+def means(rows: list[dict[str, Any]], **which: bool) -> dict[str, float]:
+    return {kind: mean.score for kind, mean in mean_scores(answers(rows), **which).items()}
 
 
 def caption_row(words: int, objects: int = 1, **fields: Any) -> dict[str, Any]:
@@ -62,16 +72,20 @@ def judged(
 ) -> dict[str, Target]:
     found = judge(
         bounds,
-        {"start": rows({}, 0.0), "s2": rows(scores, blind)},
-        {"start": 32.0, "s2": perplexity},
-        {"s11": True, "s12": identical},
+        {"start": answers(rows({}, 0.0)), "s2": answers(rows(scores, blind))},
+        {
+            "start": TextMeasures(32.0, True),
+            "s11": TextMeasures(32.0, True),
+            "s12": TextMeasures(32.0, identical),
+            "s2": TextMeasures(perplexity, False),
+        },
         minutes,
     )
     return {target.name: target for target in found}
 
 
 def test_judge_meets_all_bounds() -> None:
-    assert all(target.met for target in judged().values())
+    assert all(target.is_met for target in judged().values())
 
 
 def worse() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -90,7 +104,7 @@ def worse() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize(("name", "changed"), list(worse()))
 def test_judge_misses(name: str, changed: dict[str, Any]) -> None:
-    assert not judged(**changed)[name].met
+    assert not judged(**changed)[name].is_met
 
 
 @pytest.mark.parametrize("bounds", [FULL_BOUNDS, QUICK_BOUNDS], ids=["full", "quick"])
@@ -98,30 +112,30 @@ def test_bounds_are_missed_by_a_model_that_sees_nothing(bounds: dict[str, Bound]
     """With every picture score at zero, and with a model that says the same with and without."""
     nothing = judged(dict.fromkeys(GOOD, 0.0), blind=0.0, bounds=bounds)
     pictures = [name for name in nothing if "caption" in name or "question" in name]
-    assert len([name for name in pictures if not nothing[name].met]) >= 2
+    assert len([name for name in pictures if not nothing[name].is_met]) >= 2
     guessing = judged({**dict.fromkeys(GOOD, 0.4), "caption": 0.0}, blind=0.4, bounds=bounds)
-    missed = {name for name, target in guessing.items() if not target.met}
+    missed = {name for name, target in guessing.items() if not target.is_met}
     assert {above_guessing("shape")} <= missed
     assert missed & {"caption attributes", CAPTION_ABOVE_BLIND}
-    assert all(target.met for target in judged(bounds=bounds).values())
+    assert all(target.is_met for target in judged(bounds=bounds).values())
 
 
 def test_judge_counts_above_chance_where_blind_is_worse_than_chance() -> None:
     found = judged({**GOOD, "count": 0.5}, blind=0.0)[above_guessing("count")]
     assert found.value == pytest.approx(0.5 - 1 / 3)
-    assert not found.met
+    assert not found.is_met
 
 
 def test_mean_scores_pools_captions() -> None:
     """Right over all true attributes: 4 of 4 and 2 of 12 are 6 of 16, not the mean of 1 and 1/6."""
     found = [caption_row(4, blind=False), caption_row(2, objects=3, blind=False)]
-    assert mean_scores(found) == {"caption": 6 / 16}
+    assert means(found) == {"caption": 6 / 16}
 
 
 def test_mean_scores_counts_an_object_too_many_against_other_captions() -> None:
     extra = caption_row(4, blind=False)
     extra["prediction"] += " and a blue star" * 6
-    assert mean_scores([extra, caption_row(4, blind=False)]) == {"caption": (4 - 6 + 4) / 8}
+    assert means([extra, caption_row(4, blind=False)]) == {"caption": (4 - 6 + 4) / 8}
 
 
 def test_mean_scores_leaves_out_aligned_and_blind() -> None:
@@ -130,5 +144,5 @@ def test_mean_scores_leaves_out_aligned_and_blind() -> None:
         {"kind": "ocr", "score": 0.0, "blind": True},
         {"kind": "ocr", "score": 0.0, "blind": False, "aligned": True},
     ]
-    assert mean_scores(found) == {"ocr": 1.0}
-    assert mean_scores(found, blind=True) == {"ocr": 0.0}
+    assert means(found) == {"ocr": 1.0}
+    assert means(found, blind=True) == {"ocr": 0.0}

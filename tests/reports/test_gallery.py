@@ -18,7 +18,16 @@ from mono_internvl.reports.gallery import (
     make_gallery,
     verdict_on,
 )
+from mono_internvl.reports.kinds import Kind, Words
 from mono_internvl.runs.schemas import Answer
+
+WORDS = Words(
+    kinds=(
+        Kind("caption", "Caption", "words", is_graded=True),
+        Kind("grounding", "Grounding", "overlap", full_marks=0.5),
+        Kind("ocr", "Reading", "letters", is_graded=True),
+    )
+)
 
 
 def _answer(kind: str, index: int, score: float) -> Answer:
@@ -33,31 +42,31 @@ def _answers(kind: str, num_right: int, num_wrong: int) -> list[Answer]:
 def test_choose_shows_errors_that_rounding_by_kind_would_hide() -> None:
     kinds = ("colour", "shape", "count", "position", "existence", "naming", "novel", "chart")
     answers = [answer for kind in kinds for answer in _answers(kind, 85, 15)]
-    chosen = choose(answers, 24)
+    chosen = choose(answers, 24, WORDS)
     assert Counter(answer.kind for answer in chosen) == dict.fromkeys(kinds, 3)
-    assert sum(verdict_on(answer) == WRONG for answer in chosen) == 4  # 15 % of 24 is 3.6
+    assert sum(verdict_on(answer, WORDS) == WRONG for answer in chosen) == 4  # 15 % of 24 is 3.6
 
 
 @pytest.mark.parametrize("num_wrong", [0, 3, 10])
 def test_choose_is_exact_at_the_ends_and_between(num_wrong: int) -> None:
-    chosen = choose(_answers("colour", 10 - num_wrong, num_wrong), 10)
-    assert sum(verdict_on(answer) == WRONG for answer in chosen) == num_wrong
+    chosen = choose(_answers("colour", 10 - num_wrong, num_wrong), 10, WORDS)
+    assert sum(verdict_on(answer, WORDS) == WRONG for answer in chosen) == num_wrong
 
 
 def test_choose_does_not_depend_on_the_order_of_the_file() -> None:
     answers = _answers("colour", 30, 20) + _answers("shape", 10, 40)
     shuffled = random.Random(0).sample(answers, len(answers))
-    assert choose(shuffled, 12) == choose(answers, 12)
+    assert choose(shuffled, 12, WORDS) == choose(answers, 12, WORDS)
 
 
 def test_choose_fills_up_from_larger_kinds() -> None:
-    chosen = choose(_answers("colour", 1, 0) + _answers("shape", 50, 0), 8)
+    chosen = choose(_answers("colour", 1, 0) + _answers("shape", 50, 0), 8, WORDS)
     assert Counter(answer.kind for answer in chosen) == {"colour": 1, "shape": 7}
-    assert choose([], 8) == []
+    assert choose([], 8, WORDS) == []
 
 
 def test_choose_repeats_no_answer() -> None:
-    chosen = choose(_answers("ocr", 3, 20), 20)
+    chosen = choose(_answers("ocr", 3, 20), 20, WORDS)
     assert len({answer.id for answer in chosen}) == 20
 
 
@@ -74,11 +83,11 @@ def test_choose_repeats_no_answer() -> None:
     ],
 )
 def test_verdict_follows_the_kind(kind: str, score: float, verdict: str) -> None:
-    assert verdict_on(_answer(kind, 0, score)) == verdict
+    assert verdict_on(_answer(kind, 0, score), WORDS) == verdict
 
 
 def test_gallery_states_the_share_over_all_answers(tmp_path: Path) -> None:
-    gallery = make_gallery(_answers("colour", 30, 10), tmp_path, 8)
+    gallery = make_gallery(_answers("colour", 30, 10), tmp_path, 8, WORDS)
     assert gallery.num_answers == 40
     assert gallery.right_share == pytest.approx(0.75)
     assert gallery.counts == {RIGHT: 6, WRONG: 2}

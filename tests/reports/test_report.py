@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mono_internvl.errors import MonoInternVLError
+from mono_internvl.miniature.report_words import WORDS
 from mono_internvl.reports.report import write_report
 
 _VOID = {"meta", "img", "br", "link", "input"}
@@ -50,7 +51,7 @@ class _Page(HTMLParser):
 
 
 def _page(run: Path) -> _Page:
-    return _Page(write_report(run).read_text(encoding="utf-8"))
+    return _Page(write_report(run, WORDS).read_text(encoding="utf-8"))
 
 
 def _change(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -74,7 +75,7 @@ def test_report_holds_every_section(run: Path) -> None:
 
 
 def test_report_asks_the_network_for_nothing(run: Path) -> None:
-    path = write_report(run)
+    path = write_report(run, WORDS)
     html = path.read_text(encoding="utf-8")
     assert path == run / "report.html"
     assert "http://" not in html
@@ -89,8 +90,8 @@ def test_report_asks_the_network_for_nothing(run: Path) -> None:
 
 
 def test_report_is_deterministic(run: Path) -> None:
-    first = write_report(run).read_bytes()
-    assert write_report(run).read_bytes() == first
+    first = write_report(run, WORDS).read_bytes()
+    assert write_report(run, WORDS).read_bytes() == first
     assert list(run.glob("*.partial")) == []
 
 
@@ -190,5 +191,5 @@ def test_report_begins_text_with_the_language_model_if_no_start_was_measured(run
 
 def test_report_needs_the_metrics(tmp_path: Path) -> None:
     with pytest.raises(MonoInternVLError, match=r"metrics\.json: not found"):
-        write_report(tmp_path)
+        write_report(tmp_path, WORDS)
     assert list(tmp_path.iterdir()) == []

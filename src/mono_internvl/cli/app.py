@@ -344,6 +344,9 @@ def evaluate(
     data: Annotated[
         Path, typer.Option(metavar="FILE.jsonl", help="Records with a kind and its answer.")
     ],
+    benchmark: Annotated[
+        str, typer.Option(help="How to ask and score: records (your own) or miniature.")
+    ] = "records",
     blind: Annotated[bool, typer.Option("--blind", help="Hide the images.")] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl", help="Predictions; beside the model.")
@@ -361,20 +364,24 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score the answers to the records of a file."""
+    from mono_internvl.cli.benchmarks import BENCHMARKS
+    from mono_internvl.evaluation.benchmark import named
     from mono_internvl.evaluation.evaluate import evaluate as run_evaluation
 
     quieten()
+    chosen = named(BENCHMARKS, benchmark)
     found = run_evaluation(
         model,
         data,
+        benchmark=chosen,
+        protocol=chosen.protocol.changed(
+            attention=attention, max_tiles=max_tiles, precision=precision
+        ),
         blind=blind,
         device=device,
-        precision=precision,
-        attention=attention,
         threads=threads,
         out=out,
         per_kind=per_kind,
-        max_tiles=max_tiles,
         on_plan=_say_plan,
     )
     if as_json:
@@ -382,6 +389,8 @@ def evaluate(
         return
     for kind, mean in found.scores.items():
         typer.echo(f"{kind:<20} {100 * mean:5.1f} %  of {found.items[kind]}")
+    for one in chosen.published:
+        typer.echo(f"published: {one.model} {one.score:g} ({one.source})")
     typer.echo(f"predictions: {found.predictions}")
 
 

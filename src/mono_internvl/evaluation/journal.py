@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.evaluation.runner import Question
+from mono_internvl.evaluation.questions import Question
 from mono_internvl.runs.json_lines import read_lines, to_line
+from mono_internvl.training.distributed import barrier, rank
 
 _DIGEST_BYTES = 16
 
 
 class AnswerJournal:
-    """The answers of an evaluation that has not ended, in a hidden file beside its predictions.
+    """The answers of an evaluation that has not ended, in hidden files beside its predictions.
 
-    One that was begun with the same settings is gone on with; another one is begun anew.
+    Every process writes a file of its own and reads those of all, so that another number of
+    processes goes on as well. Files of other settings do not count: that evaluation begins anew.
 
     Args:
         predictions: The file that the evaluation will write.
@@ -32,42 +34,59 @@ class AnswerJournal:
     """
 
     def __init__(self, predictions: Path, settings: Mapping[str, Any]):
-        self.file = predictions.with_name(f".{predictions.name}.answers")
-        self.answers: dict[str, str] = {}
+        self.predictions, self.first_line = predictions, to_line(settings)
+        own = str(rank()) if rank() else ""
+        self.file = predictions.with_name(f".{predictions.name}.answers{own}")
         try:
             if predictions.exists() and not predictions.is_file():
                 raise OSError("is no file")
             predictions.parent.mkdir(parents=True, exist_ok=True)
-            self._begin(to_line(settings))
+            self.answers = self.read()
+            barrier()  # before anybody writes
+            answers = self._read_file(self.file) if self.file.is_file() else {}
+            rows = (to_line({key: text}) for key, text in answers.items())
+            self.file.write_text(self.first_line + "".join(rows), encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"out={str(predictions)!r}: not a file to write to ({error}); choose another one"
             ) from error
 
-    def _begin(self, first_line: str) -> None:
-        lines = read_lines(self.file) if self.file.is_file() else []
-        if lines[:1] == [first_line.removesuffix("\n")]:
+    def read(self) -> dict[str, str]:
+        """The answers of all processes that are on disk."""
+        answers: dict[str, str] = {}
+        for file in self._files():
+            answers |= self._read_file(file)
+        return answers
+
+    def _files(self) -> list[Path]:
+        folder, name = self.predictions.parent, f".{self.predictions.name}.answers"
+        return sorted(f for f in folder.iterdir() if f.name.startswith(name) and f.is_file())
+
+    def _read_file(self, file: Path) -> dict[str, str]:
+        answers: dict[str, str] = {}
+        lines = read_lines(file)
+        if lines[:1] == [self.first_line.removesuffix("\n")]:
             for line in lines[1:]:
                 try:
-                    self.answers.update(json.loads(line))
+                    answers.update(json.loads(line))
                 except ValueError:  # cut in two by a kill
                     continue
-        rows = (to_line({key: text}) for key, text in self.answers.items())
-        self.file.write_text(first_line + "".join(rows), encoding="utf-8")
+        return answers
 
     def add(self, answers: Mapping[str, str]) -> None:
         """Write answers down, by key of their questions."""
-        self.answers.update(answers)
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(to_line({key: text}) for key, text in answers.items())
 
     def close(self) -> None:
-        """Remove the file: the predictions are written."""
-        self.file.unlink()
+        """Remove the files of all processes: the predictions are written."""
+        for file in self._files():
+            file.unlink()
 
 
 def key_of(question: Question) -> str:
-    """What a question is known by: its record, and size and time of its images."""
-    seen = [question.record, [image.version() for image in question.sample.images]]
+    """What a question is known by: its record, which version of its images, whether it is blind."""
+    images = [image.version() for image in question.sample.images]
+    seen = [question.record, images, question.is_blind]
     text = json.dumps(seen, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=_DIGEST_BYTES).hexdigest()

@@ -1,49 +1,44 @@
 """How an answer is scored: pure functions of strings and numbers, no model and no files.
 
-`score` looks at a record's `kind` and calls the right one; every score is between 0 and 1 and every
-item counts, an unreadable answer as 0.
+Every score is between 0 and 1 and every item counts, an unreadable answer as 0. A `Metric` says
+which field of a record holds its truth; `METRICS` names those that any record may ask for.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
-from mono_internvl.errors import SampleError
 from mono_internvl.processing.prompts import parse_boxes
+from mono_internvl.runs.predictions import Prediction
 
-_PHRASE = re.compile(
-    r"^(?:an? )?(?:(?P<size>large|small|\w+(?= \w+ (?!at the )\w+)) )?"
-    r"(?:(?P<colour>\w+) )?(?P<shape>\w+)(?: at the (?P<position>.+))?$"
-)
-_BETWEEN_PHRASES = re.compile(r"\s*,\s*|\s+and\s+")
-_MAX_PHRASES = 32  # a caption that repeats itself without end is cut here
-_NUM_ATTRIBUTES = 4
 
-Attributes = Sequence[str | None]
-"""Size, colour, shape and position of one object; None where a caption does not say."""
+def mean_of_scores(predictions: Sequence[Prediction]) -> float:
+    """Return the mean over all answers."""
+    return sum(one.score for one in predictions) / len(predictions)
 
 
 @dataclass(frozen=True)
-class AttributeCount:
-    """What a caption got right, to be added up over captions.
+class Metric:
+    """A way to score answers.
 
     Attributes:
-        correct: attributes named rightly, after the best matching of objects, less one for every
-            object too many (may be negative for one caption).
-        total: attributes of the true objects.
+        name: of the metric.
+        field: of a record, which holds the truth.
+        expected: what that has to be, in words.
+        is_sound: whether a truth is that.
+        score: an answer and its truth to [0, 1].
+        mean: the answers of one kind to what a model reaches on all of them.
     """
 
-    correct: int
-    total: int
-
-    @property
-    def score(self) -> float:
-        """Correct over total, not below 0."""
-        return max(0, self.correct) / self.total if self.total else 0.0
+    name: str
+    field: str
+    expected: str
+    is_sound: Callable[[object], bool]
+    score: Callable[[str, Any], float]
+    mean: Callable[[Sequence[Prediction]], float] = mean_of_scores
 
 
 def normalise(text: str) -> str:
@@ -109,111 +104,8 @@ def grounding_score(prediction: str, box: Sequence[float]) -> float:
     return intersection_over_union(predicted[0], box) if predicted else 0.0
 
 
-def parse_caption(text: str) -> list[Attributes]:
-    """Read the objects out of a caption such as `a large red circle at the top left and a ...`.
-
-    Args:
-        text: the caption.
-
-    Returns:
-        Size, colour, shape and position of each phrase. Words are not checked; a phrase that has
-        another form counts as an object of which nothing is known.
-    """
-    phrases = [part for part in _BETWEEN_PHRASES.split(normalise(text)) if part]
-    objects: list[Attributes] = []
-    for phrase in phrases[:_MAX_PHRASES]:
-        found = _PHRASE.match(phrase)
-        names = ("size", "colour", "shape", "position")
-        objects.append([found[name] for name in names] if found else [None] * _NUM_ATTRIBUTES)
-    return objects
-
-
-def caption_attributes(prediction: str, truth: Sequence[Attributes]) -> AttributeCount:
-    """Count the attributes that a caption names rightly.
-
-    Args:
-        prediction: the caption.
-        truth: size, colour, shape and position of each true object.
-
-    Returns:
-        Right and all attributes, under the matching of named to true objects that is best for the
-        caption. Each object named beyond the number of true ones takes one off.
-    """
-    named = parse_caption(prediction)
-    best = {0: 0}  # true objects matched so far, as bits -> most attributes right
-    for attributes in named:
-        after = dict(best)
-        for matched, correct in best.items():
-            for index, true in enumerate(truth):
-                if matched >> index & 1:
-                    continue
-                pairs = zip(attributes, true, strict=True)
-                right = correct + sum(word is not None and word == want for word, want in pairs)
-                key = matched | 1 << index
-                after[key] = max(after.get(key, 0), right)
-        best = after
-    extra = max(0, len(named) - len(truth))
-    return AttributeCount(max(best.values()) - extra, _NUM_ATTRIBUTES * len(truth))
-
-
-def score(record: Mapping[str, object], prediction: str) -> float:
-    """Score an answer to an evaluation record.
-
-    Args:
-        record: with `kind` and what that kind needs: `attributes` for `caption`, `box` for
-            `grounding`, `answer` for `ocr` and for every other kind (exact match).
-        prediction: the model's answer.
-
-    Returns:
-        0 to 1.
-
-    Raises:
-        SampleError: if the record lacks the key that its kind needs, or what is there is no text,
-            box or list of attributes.
-    """
-    kind = record.get("kind")
-    needed = {"caption": "attributes", "grounding": "box"}.get(str(kind), "answer")
-    truth = record.get(needed)
-    if kind is None or truth is None:
-        missing = "kind" if kind is None else needed
-        raise SampleError(
-            f"{record.get('id', 'record')}: no `{missing}` for scoring kind {kind!r}; "
-            "add the key to the record"
-        )
-    is_sound, expected = _SOUND_TRUTHS[needed]
-    if not is_sound(truth):
-        raise SampleError(
-            f"{record.get('id', 'record')}: `{needed}` is {truth!r:.80}; expected {expected}, "
-            "correct the record"
-        )
-    if needed == "attributes":
-        return caption_attributes(prediction, cast(list[Attributes], truth)).score
-    if needed == "box":
-        return grounding_score(prediction, cast(list[float], truth))
-    scorer = reading_score if kind == "ocr" else exact_match
-    return scorer(prediction, cast(str, truth))
-
-
-def mean_score(rows: Sequence[Mapping[str, object]]) -> float:
-    """Return what a model reaches on all records of one kind.
-
-    Captions are pooled: right attributes of all captions over the attributes of all true objects,
-    so that a scene of three things weighs three times as much as a scene of one, and an object too
-    many in one caption takes off as much as a wrong word in another.
-
-    Args:
-        rows: records with the answer's `score`; captions with the `prediction` itself.
-
-    Returns:
-        0 to 1.
-    """
-    if rows[0]["kind"] != "caption":
-        return sum(cast(float, row["score"]) for row in rows) / len(rows)
-    counts = [
-        caption_attributes(cast(str, row["prediction"]), cast(list[Attributes], row["attributes"]))
-        for row in rows
-    ]
-    return AttributeCount(sum(c.correct for c in counts), sum(c.total for c in counts)).score
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def _is_box(value: object) -> bool:
@@ -225,22 +117,14 @@ def _is_box(value: object) -> bool:
     return bool(value[0] < value[2] and value[1] < value[3])
 
 
-def _are_attributes(value: object) -> bool:
-    """Whether a value is objects of four words each, a word possibly None."""
-    return (
-        isinstance(value, list | tuple)
-        and len(value) > 0
-        and all(
-            isinstance(one, list | tuple)
-            and len(one) == _NUM_ATTRIBUTES
-            and all(word is None or isinstance(word, str) for word in one)
-            for one in value
-        )
-    )
-
-
-_SOUND_TRUTHS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "answer": (lambda value: isinstance(value, str), "text"),
-    "box": (_is_box, "four numbers, left < right and top < bottom"),
-    "attributes": (_are_attributes, "a list of objects, each size, colour, shape and position"),
-}
+EXACT = Metric("exact", "answer", "text", _is_text, exact_match)
+READING = Metric("ocr", "answer", "text", _is_text, reading_score)
+GROUNDING = Metric(
+    "grounding",
+    "box",
+    "four numbers, left < right and top < bottom",
+    _is_box,
+    grounding_score,
+)
+METRICS = {metric.name: metric for metric in (EXACT, READING, GROUNDING)}
+"""Metrics by name: exact match ignoring case, 1 - character error rate, overlap of boxes."""

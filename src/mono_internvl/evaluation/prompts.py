@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mono_internvl.data.records import MOST_CHARACTERS_OF_TOKEN, count_characters
 from mono_internvl.errors import ImageError, PromptError, SampleError
+from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.generation.request import Request
 from mono_internvl.generation.sampling import Sampling
 from mono_internvl.processing.processor import MonoInternVLProcessor
@@ -21,19 +22,12 @@ class PromptEncoder:
     Args:
         processor: Of the model.
         most_tokens: Of prompt and answer.
-        max_new_tokens: Longest answer.
-        max_tiles: Most tiles per image; the processor's own unless given.
+        protocol: Longest answer and most tiles.
     """
 
-    def __init__(
-        self,
-        processor: MonoInternVLProcessor,
-        most_tokens: int,
-        max_new_tokens: int,
-        max_tiles: int | None,
-    ):
-        self.processor, self.max_tiles = processor, max_tiles
-        self.most, self.max_new_tokens = most_tokens, max_new_tokens
+    def __init__(self, processor: MonoInternVLProcessor, most_tokens: int, protocol: Protocol):
+        self.processor, self.max_tiles = processor, protocol.max_tiles
+        self.most, self.max_new_tokens = most_tokens, protocol.max_new_tokens
 
     def check_text(self, turns: Sequence[Turn], where: str) -> None:
         """Refuse text that is too long whatever its images are; they are not opened.

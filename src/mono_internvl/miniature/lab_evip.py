@@ -34,13 +34,13 @@ from mono_internvl.miniature.lab_pages import Figure, MeasuredRun, evip_page
 from mono_internvl.miniature.language_model import give_eyes
 from mono_internvl.miniature.quickstart import (
     FULL,
-    METRICS,
     QUICK,
     SETTINGS,
     SHIPPED_LANGUAGE_MODEL,
-    START,
     Plan,
+    check_protocol,
     collect,
+    predictions_of,
     train_and_evaluate,
 )
 from mono_internvl.miniature.recipes import seeded
@@ -53,7 +53,8 @@ from mono_internvl.runs.folder import (
     resumable,
     write_whole,
 )
-from mono_internvl.runs.provenance import Origin, command
+from mono_internvl.runs.provenance import command
+from mono_internvl.runs.schemas import METRICS, START, cpu_minutes, read_metrics
 from mono_internvl.training.distributed import run_processes, run_side_by_side
 from mono_internvl.training.progress import lines_of
 from mono_internvl.training.recipe import Recipe
@@ -162,6 +163,10 @@ def compare_pretraining(
             precision = str(first.stage["precision"])
             compute = compute.with_precision(precision, reason="as in the quickstart")
         compute = keep_plan(run, compute, precision)
+        if against is not None:
+            for stage in (START, *(stage.name for stage in plan.recipe.stages)):
+                again = f"delete {against / stage / 'text.json'} and let that quickstart ask anew"
+                check_protocol(predictions_of(against, stage), compute, again)
         places = [(run / "data" / f"seed{seed}", plan.size, seed) for seed in range(seeds)]
         run_side_by_side(miniature.write_world, places, processes)
         worlds = [miniature.write_world(*place) for place in places]
@@ -253,34 +258,33 @@ def _run(task: _Task) -> None:
     with lines_of(f"{task.arm.name} seed {task.seed}"):
         arguments = (plan, task.world, folder, task.compute)
         run_processes(train_and_evaluate, 1, *arguments, threads=task.compute.threads)
-    metrics = collect(folder, plan, task.quick, task.compute, time.perf_counter() - began)
-    metrics["was_interrupted"] = was_interrupted
-    write_whole(folder / METRICS, json.dumps(metrics, indent=2))
+    seconds = time.perf_counter() - began
+    metrics = collect(folder, plan, task.quick, task.compute, seconds, task.seed)
+    dataclasses.replace(metrics, was_interrupted=was_interrupted).write(folder)
 
 
 def _measured(arm: Arm, seed: int, folder: Path) -> MeasuredRun:
     """What a finished run says, whether this pipeline or the quickstart made it."""
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    metrics = read_metrics(folder)
     stages = {}
-    for stage in metrics["stages"]:
+    for stage in metrics.stages:
         figures = {
-            kind: Figure(score["score"], score["items"]) for kind, score in stage["scores"].items()
+            kind: Figure(score.value, score.items)
+            for kind, score in stage.scores.items()
+            if score.value is not None
         }
-        figures |= {f"text: {name}": Figure(value) for name, value in stage["text"].items()}
-        figures["text-only logits as before"] = Figure(float(stage["text_logits_identical"]))
-        figures["samples"] = Figure(stage["samples"])
-        if not metrics.get("was_interrupted", False):
-            minutes = _training_minutes(folder / stage["name"])
+        figures |= {f"text: {name}": Figure(value) for name, value in stage.text.items()}
+        figures["text-only logits as before"] = Figure(float(stage.is_text_identical is True))
+        figures["samples"] = Figure(stage.samples or 0)
+        if not metrics.was_interrupted:
+            minutes = cpu_minutes(folder / stage.name, "trained")
             figures["training, CPU minutes"] = Figure(minutes)
-        stages[stage["name"]] = figures
-    names = [field.name for field in dataclasses.fields(Origin) if field.name in metrics]
-    origin = {name: metrics[name] for name in names}
-    quick = metrics["quick"]
+        stages[stage.name] = figures
     return MeasuredRun(
-        arm=arm.name, title=arm.title, seed=seed, quick=quick, stages=stages, **origin
+        arm=arm.name,
+        title=arm.title,
+        seed=seed,
+        quick=metrics.is_quick,
+        stages=stages,
+        **metrics.origin,
     )
-
-
-def _training_minutes(folder: Path) -> float:
-    costs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("cost*.json")]
-    return float(sum(cost.get("trained", 0.0) for cost in costs)) / 60

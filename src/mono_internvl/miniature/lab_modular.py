@@ -14,30 +14,37 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mono_internvl import miniature
 from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.costs.inference import parameter_table, prompt_costs
 from mono_internvl.errors import ConfigError
-from mono_internvl.evaluation.evaluate import evaluate
+from mono_internvl.evaluation.questions import first_of_each_kind
+from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import WorldFiles, WorldSize
-from mono_internvl.miniature.lab_pages import origin_of, twin_page
+from mono_internvl.miniature.lab_pages import (
+    Comparison,
+    KindRow,
+    ModelRow,
+    origin_of,
+    twin_page,
+)
 from mono_internvl.miniature.language_model import give_eyes
 from mono_internvl.miniature.quickstart import (
-    METRICS,
     SETTINGS,
     SHIPPED_LANGUAGE_MODEL,
-    read_rows,
+    check_protocol,
+    predictions_of,
 )
 from mono_internvl.miniature.recipes_modular import (
     MINIATURE_MODULAR,
     QUICK_MINIATURE_MODULAR,
     VISION_TOWER,
 )
-from mono_internvl.miniature.targets import mean_scores
+from mono_internvl.miniature.scoring import BENCHMARK, PROTOCOL, mean_scores
 from mono_internvl.released.keys import read_config
 from mono_internvl.runs.folder import (
     begin,
@@ -46,7 +53,9 @@ from mono_internvl.runs.folder import (
     resumable,
     write_whole,
 )
-from mono_internvl.runs.provenance import Origin, origin
+from mono_internvl.runs.predictions import Prediction, read_predictions
+from mono_internvl.runs.provenance import origin
+from mono_internvl.runs.schemas import METRICS, read_metrics
 from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.recipe import Recipe
 from mono_internvl.training.run import train_stages
@@ -80,61 +89,6 @@ FULL = ModularPlan(miniature.FULL, MINIATURE_MODULAR)
 QUICK = ModularPlan(miniature.QUICK, QUICK_MINIATURE_MODULAR, 20, 20, 24)
 
 
-@dataclass(frozen=True)
-class ModelRow:
-    """One of the two models in numbers.
-
-    Attributes:
-        parameters: In total.
-        eyes: Of them, what reads images: embedding, tower, projector, visual experts.
-        prefill_flops: Of one image and `TEXT_TOKENS`.
-    """
-
-    parameters: int
-    eyes: int
-    prefill_flops: int
-
-
-@dataclass(frozen=True)
-class KindRow:
-    """One kind of held-out question.
-
-    Attributes:
-        kind: Of the records.
-        items: Records that the means are over.
-        modular: Mean score of the twin.
-        monolithic: Mean score of the quickstart's model on the same records; None without one.
-        blind: Mean score of the twin with the images hidden, on its own selection of records.
-    """
-
-    kind: str
-    items: int
-    modular: float
-    monolithic: float | None
-    blind: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison(Origin):
-    """What `comparison.json` holds.
-
-    Attributes:
-        quick: Whether it is a check that everything runs; its scores then mean nothing.
-        seed: Of the world.
-        modular: The twin's size.
-        monolithic: The quickstart's model's size; None without one.
-        kinds: Scores, by kind.
-        against: What made the quickstart's model; None without one.
-    """
-
-    quick: bool
-    seed: int
-    modular: ModelRow
-    monolithic: ModelRow | None
-    kinds: tuple[KindRow, ...]
-    against: str | None
-
-
 def modular_twin(
     run: Path = Path("runs/modular"),
     *,
@@ -161,16 +115,15 @@ def modular_twin(
 
     Raises:
         ConfigError: `run` was begun with other settings, or `against` is no finished quickstart of
-            the same world and language model.
+            the same world, language model and protocol.
     """
     plan = QUICK if quick else FULL
     settings = {"quick": quick, "seed": seed}
-    other_rows = None
     if against is not None:
         check_settings(against / SETTINGS, {**settings, "llm": "shipped"}, _OTHER_RUN)
-        other_rows = _last_predictions(against, plan)
     batch = math.gcd(*(stage.batch_size for stage in plan.recipe.stages))
     compute = make_plan(device, precision, processes=processes, batch_size=batch)
+    other: list[Prediction] = []
     with exclusive(run), resumable(run):
         begin(run / "lab.json", settings)
         compute = keep_plan(run, compute, precision)
@@ -179,81 +132,82 @@ def modular_twin(
             marker = world.root / "world.json"
             made = json.loads(marker.read_text(encoding="utf-8"))
             check_settings(against / "data" / marker.name, made, _OTHER_RUN)
+            other = _last_predictions(against, plan, compute)
         start = run / "start" / "checkpoint"
         if not start.exists():
             give_eyes(SHIPPED_LANGUAGE_MODEL, start, visual_experts=(), vision=VISION_TOWER)
-        arguments = (plan.recipe, start, world.root, run, compute)
-        run_processes(train_stages, compute.processes, *arguments, threads=compute.threads)
-        model = run / plan.recipe.stages[-1].name / "checkpoint"
-        rows = _answers(model, world, run, plan, compute)
+        arguments = (plan, start, world, run, compute)
+        run_processes(_train_and_ask, compute.processes, *arguments, threads=compute.threads)
         comparison = Comparison(
             quick=quick,
             seed=seed,
-            modular=_model_row(model),
+            modular=_model_row(_last_checkpoint(run, plan)),
             monolithic=None if against is None else _model_row(against / "model"),
-            kinds=_kind_rows(rows, other_rows),
-            against=None
-            if against is None
-            else origin_of(json.loads((against / METRICS).read_text(encoding="utf-8"))),
-            **origin(compute),
+            kinds=_kind_rows(read_predictions(_answers(run)), other),
+            against=None if against is None else origin_of(read_metrics(against).origin),
+            **origin(compute, PROTOCOL.planned(compute).to_dict()),
         )
         write_whole(run / "comparison.json", json.dumps(dataclasses.asdict(comparison), indent=2))
-        write_whole(run / "table.md", twin_page(dataclasses.asdict(comparison)))
+        write_whole(run / "table.md", twin_page(comparison))
         return comparison
 
 
-def _answers(
-    model: Path, world: WorldFiles, run: Path, plan: ModularPlan, compute: ComputePlan
-) -> list[dict[str, Any]]:
-    """Rows of the three evaluations: held-out, the same blind, and text probes."""
-    rows = []
-    for name, data, blind, per_kind in (
-        ("heldout", world.heldout, False, plan.per_kind),
-        ("blind", world.heldout, True, plan.per_kind_blind),
-        ("probes", world.probes_heldout, False, plan.text_per_kind),
-    ):
-        out = run / "predictions" / f"{name}.jsonl"
-        evaluate(
-            model,
-            data,
-            blind=blind,
-            device=compute.device,
-            precision=compute.precision,
-            out=out,
-            per_kind=per_kind,
-        )
-        rows += read_rows(out)
-    return rows
+def _last_checkpoint(run: Path, plan: ModularPlan) -> Path:
+    return run / plan.recipe.stages[-1].name / "checkpoint"
 
 
-def _last_predictions(quickstart_run: Path, plan: ModularPlan) -> list[dict[str, Any]]:
-    file = quickstart_run / "predictions" / f"{plan.recipe.stages[-1].name}.jsonl"
+def _answers(run: Path) -> Path:
+    return predictions_of(run, "modular")
+
+
+def _train_and_ask(
+    plan: ModularPlan, start: Path, world: WorldFiles, run: Path, compute: ComputePlan
+) -> None:
+    """In every process: the stages, then held-out questions, some of them blind, and probes."""
+    train_stages(plan.recipe, start, world.root, run, compute)
+    heldout = BENCHMARK.questions(world.heldout)
+    sighted = first_of_each_kind(heldout, plan.per_kind)
+    blind = [q.without_images() for q in first_of_each_kind(heldout, plan.per_kind_blind)]
+    text = first_of_each_kind(BENCHMARK.questions(world.probes_heldout), plan.text_per_kind)
+    subject = Subject.load(_last_checkpoint(run, plan), compute)
+    ask(subject, BENCHMARK, PROTOCOL, sighted, blind, text, out=_answers(run))
+
+
+def _last_predictions(
+    quickstart_run: Path, plan: ModularPlan, compute: ComputePlan
+) -> list[Prediction]:
+    """A finished quickstart's answers, if they were given as the twin's will be."""
+    stage = plan.recipe.stages[-1].name
+    file = predictions_of(quickstart_run, stage)
     for needed in (file, quickstart_run / METRICS):
         if not needed.is_file():
             raise ConfigError(
                 f"{needed}: not there; let the quickstart of that folder finish first"
             )
-    return read_rows(file)
+    again = quickstart_run / stage / "text.json"
+    check_protocol(file, compute, f"delete {again} and let that quickstart ask anew")
+    return read_predictions(file)
 
 
 def _kind_rows(
-    rows: list[dict[str, Any]], other_rows: list[dict[str, Any]] | None
+    predictions: Sequence[Prediction], others: Sequence[Prediction]
 ) -> tuple[KindRow, ...]:
-    """Means by kind; with another model's rows, over the records that both answered."""
-    sighted, other = [row for row in rows if not row["blind"]], []
-    if other_rows is not None:
-        ids = {row["id"] for row in sighted}
-        other = [row for row in other_rows if not row["blind"] and row["id"] in ids]
-        ids = {row["id"] for row in other}
-        sighted = [row for row in sighted if row["id"] in ids]
-    means, other_means, blind = mean_scores(sighted), mean_scores(other), mean_scores(rows, True)
+    """Means by kind; with another model's answers, over the records that both answered."""
+    sighted = [one for one in predictions if not one.is_blind]
+    if others:
+        ids = {one.record["id"] for one in sighted}
+        others = [one for one in others if not one.is_blind and one.record["id"] in ids]
+        ids = {one.record["id"] for one in others}
+        sighted = [one for one in sighted if one.record["id"] in ids]
+    means, other_means = mean_scores(sighted), mean_scores(others)
+    blind = mean_scores(predictions, blind=True)
     return tuple(
         KindRow(
             kind=kind,
-            items=sum(kind in mean_scores([row]) for row in sighted),
-            modular=mean,
-            monolithic=other_means.get(kind),
-            blind=blind.get(kind),
+            items=mean.items,
+            modular=mean.score,
+            monolithic=other_means[kind].score if kind in other_means else None,
+            blind=blind[kind].score if kind in blind else None,
         )
         for kind, mean in means.items()
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from mono_internvl.reports.markdown import head as table_head
 from mono_internvl.reports.markdown import line as table_line
 from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import Origin, place_of
+from mono_internvl.runs.schemas import stage_label
 
 RUNS_FILE, TWIN_FILE = "evip-plus-plus.jsonl", "modular.json"
 IMAGES_FILE = "images.jsonl"
@@ -58,9 +58,59 @@ class MeasuredRun(Origin):
     stages: Mapping[str, Mapping[str, Figure]]
 
 
-def stage_label(stage: str) -> str:
-    """A stage as the paper writes it: "s12" is S1.2."""
-    return "S" + ".".join(stage[1:]) if re.fullmatch(r"s\d+", stage) else stage
+@dataclass(frozen=True)
+class ModelRow:
+    """One of the two models in numbers.
+
+    Attributes:
+        parameters: In total.
+        eyes: Of them, what reads images: embedding, tower, projector, visual experts.
+        prefill_flops: Of one image and a short question.
+    """
+
+    parameters: int
+    eyes: int
+    prefill_flops: int
+
+
+@dataclass(frozen=True)
+class KindRow:
+    """One kind of held-out question.
+
+    Attributes:
+        kind: Of the records.
+        items: Records that the means are over.
+        modular: Mean score of the twin.
+        monolithic: Mean score of the quickstart's model on the same records; None without one.
+        blind: Mean score of the twin with the images hidden, on its own selection of records.
+    """
+
+    kind: str
+    items: int
+    modular: float
+    monolithic: float | None
+    blind: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Origin):
+    """What `comparison.json` holds.
+
+    Attributes:
+        quick: Whether it is a check that everything runs; its scores then mean nothing.
+        seed: Of the world.
+        modular: The twin's size.
+        monolithic: The quickstart's model's size; None without one.
+        kinds: Scores, by kind.
+        against: What made the quickstart's model; None without one.
+    """
+
+    quick: bool
+    seed: int
+    modular: ModelRow
+    monolithic: ModelRow | None
+    kinds: tuple[KindRow, ...]
+    against: str | None
 
 
 def origin_of(made: Mapping[str, Any]) -> str:
@@ -73,6 +123,20 @@ def origin_of(made: Mapping[str, Any]) -> str:
     count = f"{made['processes']} process{many} a model"
     of = in_words(made["versions"])
     return f"`{made['command']}`, {count}, {place_of(made)}, {of}, {made['date']}"
+
+
+def check_one_protocol(runs: Sequence[Origin], where: str) -> None:
+    """Refuse figures for one table whose models were asked in different ways.
+
+    Raises:
+        ConfigError: They were.
+    """
+    for run in runs[1:]:
+        if run.protocol != runs[0].protocol:
+            raise ConfigError(
+                f"{where}: figures under {run.protocol} beside such under {runs[0].protocol} (None "
+                "is unknown); measure them again under one protocol"
+            )
 
 
 def read_runs(file: Path) -> list[MeasuredRun]:
@@ -96,6 +160,25 @@ def read_runs(file: Path) -> list[MeasuredRun]:
                 "runs.jsonl that `mono-internvl lab evip-plus-plus` writes"
             ) from error
     return runs
+
+
+def read_comparison(file: Path) -> Comparison:
+    """A `comparison.json`.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        row = json.loads(file.read_text("utf-8"))
+        kinds = tuple(KindRow(**kind) for kind in row.pop("kinds"))
+        modular, monolithic = ModelRow(**row.pop("modular")), row.pop("monolithic")
+        other = None if monolithic is None else ModelRow(**monolithic)
+        return Comparison(kinds=kinds, modular=modular, monolithic=other, **row)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{file}: {type(error).__name__}: {error}; expected the comparison.json of "
+            "`mono-internvl lab modular`"
+        ) from error
 
 
 # ----------------------------------------------------------------------------- EViP and EViP++
@@ -162,6 +245,7 @@ def comparison_page(runs: Sequence[MeasuredRun], shows: str) -> str:
         runs: Of all arms and seeds, the arm that the others are held against first.
         shows: What the comparison shows and what it cannot, for the end of the page.
     """
+    check_one_protocol(runs, RUNS_FILE)
     arms = _Arms(runs)
     said = {1: "one seed", 2: "two seeds", 3: "three seeds"}
     count = said.get(len(arms.seeds), f"{len(arms.seeds)} seeds")
@@ -242,32 +326,27 @@ def _origins(arms: _Arms) -> list[str]:
 # ------------------------------------------------------------------------------ the modular twin
 
 
-def twin_page(comparison: Mapping[str, Any]) -> str:
-    """Markdown: the scores of both models, their sizes, and what that can show.
-
-    Args:
-        comparison: What `comparison.json` holds.
-    """
-    has_other = comparison["monolithic"] is not None
-    names = ["modular", "monolithic"] if has_other else ["modular"]
-    lines = [QUICK_NOTE] if comparison["quick"] else []
-    head = ["held-out, one seed", "records", *names, "modular, image hidden"]
-    lines += table_head(head)
-    for row in comparison["kinds"]:
-        cells = [_share(row[name]) for name in (*names, "blind")]
-        lines.append(table_line([row["kind"].replace("_", " "), str(row["items"]), *cells]))
-    lines += ["", *table_head(["", *names])]
-    for label, field in (
-        ("parameters", "parameters"),
-        ("of them: patch embedding, tower, projector, visual experts", "eyes"),
-        ("operations (MFLOP) to read one image and a short question", "prefill_flops"),
+def twin_page(comparison: Comparison) -> str:
+    """Markdown: the scores of both models, their sizes, and what that can show."""
+    models = {"modular": comparison.modular}
+    if comparison.monolithic is not None:
+        models["monolithic"] = comparison.monolithic
+    lines = [QUICK_NOTE] if comparison.quick else []
+    lines += table_head(["held-out, one seed", "records", *models, "modular, image hidden"])
+    for row in comparison.kinds:
+        cells = [_share(getattr(row, name)) for name in (*models, "blind")]
+        lines.append(table_line([row.kind.replace("_", " "), str(row.items), *cells]))
+    lines += ["", *table_head(["", *models])]
+    for label, field, scale in (
+        ("parameters", "parameters", 1),
+        ("of them: patch embedding, tower, projector, visual experts", "eyes", 1),
+        ("operations (MFLOP) to read one image and a short question", "prefill_flops", 1e6),
     ):
-        scale = 1e6 if field == "prefill_flops" else 1
-        cells = [f"{comparison[name][field] / scale:,.0f}" for name in names]
+        cells = [f"{getattr(model, field) / scale:,.0f}" for model in models.values()]
         lines.append(table_line([label, *cells]))
-    origin = f"{origin_of(comparison)}."
-    if has_other:
-        origin += f" The monolithic model: {comparison['against']}."
+    origin = f"{origin_of(vars(comparison))}."
+    if comparison.monolithic is not None:
+        origin += f" The monolithic model: {comparison.against}."
     lines += [
         "",
         origin,
@@ -310,17 +389,10 @@ def twin_block(results: Path) -> str:
     file = results / TWIN_FILE
     if not file.is_file():
         return NOTHING
-    try:
-        comparison = json.loads(file.read_text("utf-8"))
-        page = twin_page(comparison)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{file}: {type(error).__name__}: {error}; expected the comparison.json of "
-            "`mono-internvl lab modular`"
-        ) from error
-    if comparison["quick"]:
+    comparison = read_comparison(file)
+    if comparison.quick:
         raise ConfigError(f"{file}: a quick run; commit the comparison.json of a full lab")
-    return page + "\n"
+    return twin_page(comparison) + "\n"
 
 
 LAB_BLOCKS: dict[str, Callable[[Path], str]] = {

@@ -16,22 +16,21 @@ from statistics import fmean
 
 from mono_internvl import miniature
 from mono_internvl.compute import make_plan
-from mono_internvl.evaluation.runner import answer_all, mean_scores, read_questions
+from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import WorldFiles
 from mono_internvl.miniature.language_model import give_eyes
 from mono_internvl.miniature.quickstart import (
     FULL,
-    LONGEST_ANSWER,
     QUICK,
     SHIPPED_LANGUAGE_MODEL,
-    START,
+    predictions_of,
 )
 from mono_internvl.miniature.recipes import RATE_FACTORS
-from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.miniature.scoring import BENCHMARK, PROTOCOL, mean_scores
 from mono_internvl.reports.markdown import NOTHING, in_words, table
 from mono_internvl.runs.folder import begin, exclusive, write_whole
 from mono_internvl.runs.provenance import Origin, origin
+from mono_internvl.runs.schemas import START
 from mono_internvl.training.distributed import run_side_by_side
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe
@@ -119,14 +118,17 @@ def _run(
     for stage in recipe.stages:
         folder = row.parent / stage.name
         checkpoint = train_stage(stage, checkpoint, world.root, folder, plan=compute).checkpoint
-    model = MonoInternVLForConditionalGeneration.from_pretrained(
-        checkpoint, attn_implementation="eager"
+    subject = Subject.load(checkpoint, compute)
+    questions = BENCHMARK.questions(world.validation)
+    out = predictions_of(row.parent, "validation")
+    answers = ask(subject, BENCHMARK, PROTOCOL, questions, out=out)
+    made = RatesRun(
+        factor=factor,
+        quick=quick,
+        seed=seed,
+        scores={kind: mean.score for kind, mean in mean_scores(answers).items()},
+        **origin(compute, PROTOCOL.planned(compute).to_dict()),
     )
-    processor = MonoInternVLProcessor.from_pretrained(checkpoint)
-    questions = read_questions(world.validation)
-    answers = answer_all(model, processor, questions, max_new_tokens=LONGEST_ANSWER)
-    scores = {kind: mean for kind, (mean, _) in sorted(mean_scores(answers).items())}
-    made = RatesRun(factor=factor, quick=quick, seed=seed, scores=scores, **origin(compute))
     write_whole(row, json.dumps(asdict(made)))
 
 

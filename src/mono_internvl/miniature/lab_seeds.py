@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from mono_internvl.errors import ConfigError
-from mono_internvl.miniature.quickstart import METRICS, quickstart
+from mono_internvl.miniature.lab_pages import check_one_protocol
+from mono_internvl.miniature.quickstart import quickstart
 from mono_internvl.miniature.recipes import SEEDS
 from mono_internvl.reports.markdown import NOTHING, in_words, table
+from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import Origin
+from mono_internvl.runs.schemas import METRICS, RunMetrics, Target, read_metrics
 from mono_internvl.training.distributed import run_side_by_side
 
 RUNS = "quickstart-seeds.jsonl"
@@ -41,8 +42,22 @@ class SeedRun(Origin):
     seed: int
     precision: str
     instructions: str
-    targets: Sequence[Mapping[str, Any]]
-    scores: Mapping[str, float]
+    targets: Sequence[Target]
+    scores: Mapping[str, float | None]
+
+    def to_row(self) -> dict[str, Any]:
+        """As it stands in files."""
+        return {**asdict(self), "targets": [target.to_row() for target in self.targets]}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> SeedRun:
+        """What `to_row` gives, read again.
+
+        Raises:
+            KeyError, TypeError: It is no such row.
+        """
+        targets = [Target.from_row(target) for target in row["targets"]]
+        return cls(**{**row, "targets": targets})
 
 
 def compare_seeds(
@@ -70,29 +85,25 @@ def compare_seeds(
     left = [place for place in places if not (place[0] / METRICS).exists()]
     run_side_by_side(_run, left, processes)
     finished = sorted(run.glob("*-seed*/" + METRICS))
-    rows = [json.dumps(asdict(_measured(json.loads(file.read_text())))) for file in finished]
+    rows = [json.dumps(_measured(read_metrics(file.parent)).to_row()) for file in finished]
     (run / RUNS).write_text("\n".join(rows) + "\n", encoding="utf-8")
     return run / RUNS
 
 
 def _run(folder: Path, seed: int, precision: str) -> None:
     quickstart(folder, seed=seed, precision=precision, processes=1, ask=False)
-    file = folder / METRICS
-    metrics = json.loads(file.read_text(encoding="utf-8"))
-    metrics["instructions"] = torch.backends.cpu.get_cpu_capability()
-    file.write_text(json.dumps(metrics, indent=2), encoding="utf-8")
 
 
-def _measured(metrics: Mapping[str, Any]) -> SeedRun:
-    origin = {field.name: metrics[field.name] for field in fields(Origin)}
-    last = metrics["stages"][-1]["scores"]
+def _measured(metrics: RunMetrics) -> SeedRun:
+    if metrics.seed is None or metrics.plan is None:
+        raise ConfigError(f"{metrics.name}: its metrics.json has no seed or plan; run it again")
     return SeedRun(
-        seed=metrics["seed"],
-        precision=metrics["plan"]["precision"],
-        instructions=metrics["instructions"],
-        targets=metrics["targets"],
-        scores={kind: score["score"] for kind, score in last.items()},
-        **origin,
+        seed=metrics.seed,
+        precision=metrics.plan["precision"],
+        instructions=metrics.plan["cpu_capability"],
+        targets=metrics.targets,
+        scores={kind: one.value for kind, one in metrics.stages[-1].scores.items()},
+        **metrics.origin,
     )
 
 
@@ -105,8 +116,8 @@ def read_seed_runs(file: Path) -> list[SeedRun]:
     if not file.is_file():
         return []
     try:
-        return [SeedRun(**json.loads(line)) for line in file.read_text("utf-8").splitlines()]
-    except (TypeError, ValueError) as error:
+        return [SeedRun.from_row(json.loads(line)) for line in read_lines(file)]
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: {error}; expected the rows of `lab seeds`") from error
 
 
@@ -118,33 +129,35 @@ def seeds_block(results: Path) -> str:
     groups: dict[tuple[str, str], list[SeedRun]] = {}
     for one in sorted(runs, key=lambda one: one.seed):
         groups.setdefault((one.precision, one.instructions), []).append(one)
+    for group in groups.values():
+        check_one_protocol(group, str(results / RUNS))
     heads = [
         f"{precision} on {instructions}: mean ({', '.join(str(one.seed) for one in group)})"
         for (precision, instructions), group in groups.items()
     ]
     rows = []
     for target in runs[0].targets:
-        cells = [_cell(target["name"], group) for group in groups.values()]
-        rows.append((target["name"], _bound(target), *cells))
+        cells = [_cell(target.name, group) for group in groups.values()]
+        rows.append((target.name, _bound(target), *cells))
     return table(("held-out figure", "must", *heads), rows) + _origins(runs)
 
 
 def _cell(name: str, runs: Sequence[SeedRun]) -> str:
-    found = [next(t for t in one.targets if t["name"] == name) for one in runs]
-    values = [target["value"] for target in found]
-    if None in values:
+    found = [next(t for t in one.targets if t.name == name) for one in runs]
+    values = [target.value for target in found if isinstance(target.value, float)]
+    if len(values) < len(found):
         return "not measured"
     each = [
-        f"{target['value']:.3g}" if target["met"] else f"**{target['value']:.3g}**"
-        for target in found
+        f"{value:.3g}" if target.is_met else f"**{value:.3g}**"
+        for target, value in zip(found, values, strict=True)
     ]
     return f"{fmean(values):.3g} ({', '.join(each)})"
 
 
-def _bound(target: Mapping[str, Any]) -> str:
-    if target["must"] is None:
+def _bound(target: Target) -> str:
+    if target.must is None:
         return ""
-    return f"{'≤' if target['better'] == 'lower' else '≥'} {target['must']:.3g}"
+    return f"{'≥' if target.higher_is_better else '≤'} {target.must:.3g}"
 
 
 def _origins(runs: Sequence[SeedRun]) -> str:

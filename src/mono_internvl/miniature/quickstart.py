@@ -7,13 +7,11 @@ three questions answered on the screen. What is there already is skipped: a kill
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +19,10 @@ import torch
 from rich.console import Console
 
 from mono_internvl import miniature
-from mono_internvl.checkpoints.loading import load_planned
 from mono_internvl.compute import ComputePlan, make_plan
-from mono_internvl.evaluation.runner import (
-    Question,
-    answer_all,
-    perplexity,
-    read_questions,
-    write_predictions,
-)
+from mono_internvl.evaluation.perplexity import perplexity
+from mono_internvl.evaluation.questions import Question, first_of_each_kind
+from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import WorldFiles, WorldSize
 from mono_internvl.miniature.english import ASSETS
 from mono_internvl.miniature.language_model import give_eyes, make_language_model
@@ -40,6 +33,8 @@ from mono_internvl.miniature.recipes import (
     QUICK_MINIATURE,
     seeded,
 )
+from mono_internvl.miniature.report_words import WORDS
+from mono_internvl.miniature.scoring import BENCHMARK, PROTOCOL, TEXT_KINDS, mean_scores
 from mono_internvl.miniature.targets import (
     CHANCE,
     FULL_BOUNDS,
@@ -47,16 +42,22 @@ from mono_internvl.miniature.targets import (
     Bound,
     bounds_in,
     judge,
-    mean_scores,
-    to_rows,
 )
 from mono_internvl.miniature.text_tasks import english_records
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.reports.report import write_report
-from mono_internvl.runs.folder import begin, exclusive, resumable, write_whole
-from mono_internvl.runs.json_lines import read_lines
+from mono_internvl.runs.folder import begin, exclusive, resumable
+from mono_internvl.runs.predictions import Prediction, read_predictions
 from mono_internvl.runs.provenance import origin
+from mono_internvl.runs.schemas import (
+    START,
+    RunMetrics,
+    Score,
+    StageResult,
+    TextMeasures,
+    add_cost,
+    cpu_minutes,
+)
 from mono_internvl.serving.loading import load
 from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
 from mono_internvl.training.estimate import Estimate, estimate, in_minutes
@@ -65,10 +66,7 @@ from mono_internvl.training.recipe import Recipe, Stage
 from mono_internvl.training.state import keep_plan
 
 SHIPPED_LANGUAGE_MODEL = ASSETS / "language_model"
-START = "start"
-SETTINGS, METRICS = "quickstart.json", "metrics.json"
-TEXT_KINDS = ("name_qa", "fact_cloze", "reading_qa", "copying", "lookup")
-LONGEST_ANSWER = 64  # tokens; a caption of three things has about 40
+SETTINGS = "quickstart.json"
 
 
 @dataclass(frozen=True)
@@ -173,12 +171,11 @@ def quickstart(
         arguments = (plan, world, run, compute, expected)
         run_processes(train_and_evaluate, compute.processes, *arguments, threads=compute.threads)
         console.print("[bold]4/5[/] the report", soft_wrap=True)
-        metrics = collect(run, plan, quick, compute, time.perf_counter() - began)
-        metrics["seed"] = seed
-        write_whole(run / METRICS, json.dumps(metrics, indent=2))
+        metrics = collect(run, plan, quick, compute, time.perf_counter() - began, seed)
+        metrics.write(run)
         last = run / plan.recipe.stages[-1].name / "checkpoint"
         shutil.copytree(last, run / "model", dirs_exist_ok=True)
-        report = write_report(run)
+        report = write_report(run, WORDS)
         _show_targets(console, metrics, llm)
         if ask:
             console.print("[bold]5/5[/] three questions", soft_wrap=True)
@@ -265,49 +262,45 @@ def _evaluate(
     is_last: bool,
 ) -> None:
     """Answers and text measures of one checkpoint, shared out over the processes."""
-    done = run / name / "text.json"
+    done, answers = run / name / "text.json", predictions_of(run, name)
     if done.exists():
+        check_protocol(answers, compute, f"delete {done} to ask anew, or choose another folder")
         return
     with _Cost(run / name, "evaluated"):
-        model = load_planned(checkpoint, compute, autocasts=True)
-        processor = MonoInternVLProcessor.from_pretrained(checkpoint)
-        sighted = read_questions(
-            world.heldout, per_kind=plan.per_kind if is_last else plan.per_kind_between
-        )
-        blind = read_questions(
-            world.heldout, per_kind=plan.per_kind_blind_last if is_last else plan.per_kind_blind
+        subject = Subject.load(checkpoint, compute)
+        heldout = BENCHMARK.questions(world.heldout)
+        sighted = first_of_each_kind(heldout, plan.per_kind if is_last else plan.per_kind_between)
+        blind = first_of_each_kind(
+            heldout, plan.per_kind_blind_last if is_last else plan.per_kind_blind
         )
         if not is_last:
             sighted = [q for q in sighted if not q.record.get("aligned")]
-        text = read_questions(world.probes_heldout, per_kind=plan.text_per_kind)
-        answer = partial(
-            answer_all,
-            model,
-            processor,
-            max_new_tokens=LONGEST_ANSWER,
-            precision=compute.precision,
-        )
-        found = answer(_share(sighted)) + answer(_share(blind), blind=True) + answer(_share(text))
-        write_predictions(run / name / f"predictions.{rank()}.jsonl", found)
-        barrier()
+        text = first_of_each_kind(BENCHMARK.questions(world.probes_heldout), plan.text_per_kind)
+        hidden = [question.without_images() for question in blind]
+        ask(subject, BENCHMARK, PROTOCOL, sighted, hidden, text, out=answers)
         if rank() == 0:
-            parts = [run / name / f"predictions.{i}.jsonl" for i in range(world_size())]
-            merged = run / "predictions" / f"{name}.jsonl"
-            merged.parent.mkdir(exist_ok=True)
-            write_whole(merged, "".join(part.read_text() for part in parts).rstrip("\n"))
-            for part in parts:
-                part.unlink()
-            measures = {
-                "perplexity": perplexity(model, processor, _english(world, plan.english_records)),
-                "logits_identical": _same_text_logits(model, processor, run, text),
-            }
-            write_whole(done, json.dumps(measures))
+            english = _english(world, plan.english_records)
+            TextMeasures(
+                perplexity=perplexity(subject.model, subject.processor, english),
+                logits_identical=_same_text_logits(subject, run, text),
+            ).write(done)
         barrier()
 
 
-def _share(questions: Sequence[Question]) -> list[Question]:
-    """This process's share, dealt out in turn."""
-    return list(questions[rank() :: world_size()])
+def predictions_of(run: Path, stage: str) -> Path:
+    """The file of a stage's answers."""
+    return run / "predictions" / f"{stage}.jsonl"
+
+
+def check_protocol(answers: Path, compute: ComputePlan, next_step: str) -> None:
+    """Refuse answers that were not given as those of this run are.
+
+    Raises:
+        ConfigError: They name another protocol, or none.
+        SampleError: They cannot be read.
+    """
+    for one in read_predictions(answers):
+        PROTOCOL.planned(compute).check_same(one.protocol, str(answers), next_step)
 
 
 def _english(world: WorldFiles, count: int) -> list[list[dict[str, Any]]]:
@@ -320,13 +313,9 @@ def _english(world: WorldFiles, count: int) -> list[list[dict[str, Any]]]:
 
 
 @torch.inference_mode()
-def _same_text_logits(
-    model: MonoInternVLForConditionalGeneration,
-    processor: MonoInternVLProcessor,
-    run: Path,
-    questions: Sequence[Question],
-) -> bool:
+def _same_text_logits(subject: Subject, run: Path, questions: Sequence[Question]) -> bool:
     """Whether text-only logits equal, bit for bit, those of the model before the first stage."""
+    model = subject.model
     before: MonoInternVLForConditionalGeneration = (
         MonoInternVLForConditionalGeneration.from_pretrained(
             run / START / "checkpoint",
@@ -337,7 +326,8 @@ def _same_text_logits(
     before.to(model.device).eval()
     model.eval()
     for question in questions[:: max(1, len(questions) // 16)]:
-        ids = processor.encode_conversation(question.sample.turns).input_ids[None].to(model.device)
+        ids = subject.processor.encode_conversation(question.sample.turns).input_ids[None]
+        ids = ids.to(model.device)
         if not torch.equal(model(ids).logits, before(ids).logits):
             return False
     return True
@@ -354,76 +344,67 @@ class _Cost:
         self.began = 0.0 if self.from_process_start else time.process_time()
 
     def __exit__(self, *exception: object) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        costs = json.loads(self.file.read_text()) if self.file.exists() else {}
-        costs[self.key] = costs.get(self.key, 0.0) + time.process_time() - self.began
-        write_whole(self.file, json.dumps(costs))
+        add_cost(self.file, self.key, time.process_time() - self.began)
 
 
 def collect(
-    run: Path, plan: Plan, quick: bool, compute: ComputePlan, seconds: float
-) -> dict[str, Any]:
+    run: Path, plan: Plan, quick: bool, compute: ComputePlan, seconds: float, seed: int
+) -> RunMetrics:
     """Everything that was measured, from the files of a finished run: `metrics.json`."""
     names = (START, *(stage.name for stage in plan.recipe.stages))
-    rows = {name: read_rows(run / "predictions" / f"{name}.jsonl") for name in names}
-    text = {name: json.loads((run / name / "text.json").read_text()) for name in names}
-    costs = {name: _cpu_minutes(run / name) for name in names}
-    cpu_minutes = sum(costs.values())
-    targets = judge(
-        bounds_in(compute.precision, plan.bounds),
-        rows,
-        {name: text[name]["perplexity"] for name in names},
-        {name: text[name]["logits_identical"] for name in names},
-        cpu_minutes,
-    )
+    predictions = {name: read_predictions(predictions_of(run, name)) for name in names}
+    text = {name: TextMeasures.read(run / name / "text.json") for name in names}
+    costs = {name: cpu_minutes(run / name) for name in names}
+    minutes = sum(costs.values())
+    bounds = bounds_in(compute.precision, plan.bounds)
     stages: dict[str, Stage] = {stage.name: stage for stage in plan.recipe.stages}
-    return {
-        "name": "quickstart",
-        "quick": quick,
-        "cpu_minutes": cpu_minutes,
-        "minutes": seconds / 60,
-        **origin(compute),
-        "targets": to_rows(targets),
-        "stages": [
-            _stage_row(name, stages.get(name), rows[name], text[name], costs[name])
+    return RunMetrics(
+        name="quickstart",
+        is_quick=quick,
+        seed=seed,
+        cpu_minutes=minutes,
+        minutes=seconds / 60,
+        targets=judge(bounds, predictions, text, minutes),
+        stages=[
+            _stage_result(name, stages.get(name), predictions[name], text[name], costs[name])
             for name in names
         ],
-    }
+        **origin(compute, PROTOCOL.planned(compute).to_dict()),
+    )
 
 
-def _stage_row(
+def _stage_result(
     name: str,
     stage: Stage | None,
-    rows: list[dict[str, Any]],
-    text: dict[str, Any],
+    predictions: Sequence[Prediction],
+    text: TextMeasures,
     cpu_minutes: float,
-) -> dict[str, Any]:
-    sighted, blind = mean_scores(rows), mean_scores(rows, blind=True)
-    items = [row["kind"] for row in rows if not row["blind"] and not row.get("aligned")]
-    said = {kind: value for kind, value in sighted.items() if kind.startswith("facts_")}
-    said |= {kind: sighted[kind] for kind in TEXT_KINDS if kind in sighted}
-    aligned = mean_scores([{**row, "aligned": False} for row in rows if row.get("aligned")])
-    return {
-        "name": name,
-        "title": stage.title if stage else "before the first stage",
-        "steps": stage.steps if stage else 0,
-        "samples": stage.steps * stage.batch_size if stage else 0,
-        "cpu_minutes": cpu_minutes,
-        "trains": _trains(stage),
-        "scores": {
-            kind: {
-                "score": value,
-                "blind": blind.get(kind),
-                "chance": CHANCE.get(kind),
-                "items": items.count(kind),
-                "aligned": aligned.get(kind),
-            }
-            for kind, value in sighted.items()
-            if kind not in TEXT_KINDS and not kind.startswith("facts_")
+) -> StageResult:
+    sighted, blind = mean_scores(predictions), mean_scores(predictions, blind=True)
+    aligned = mean_scores(predictions, aligned=True)
+    facts = [kind for kind in sighted if kind.startswith("facts_")]
+    said = {kind: sighted[kind].score for kind in (*facts, *TEXT_KINDS) if kind in sighted}
+    return StageResult(
+        name=name,
+        title=stage.title if stage else "before the first stage",
+        trains=_trains(stage),
+        steps=stage.steps if stage else 0,
+        samples=stage.steps * stage.batch_size if stage else 0,
+        cpu_minutes=cpu_minutes,
+        scores={
+            kind: Score(
+                value=mean.score,
+                blind=blind[kind].score if kind in blind else None,
+                chance=CHANCE.get(kind),
+                items=mean.items,
+                aligned=aligned[kind].score if kind in aligned else None,
+            )
+            for kind, mean in sighted.items()
+            if kind not in said
         },
-        "text": {"perplexity": text["perplexity"], **said},
-        "text_logits_identical": text["logits_identical"],
-    }
+        text={"perplexity": text.perplexity, **said},
+        is_text_identical=text.logits_identical,
+    )
 
 
 def _trains(stage: Stage | None) -> str:
@@ -433,25 +414,15 @@ def _trains(stage: Stage | None) -> str:
     return ", ".join(f"{rule.pattern} at {rule.learning_rate:g}" for rule in learned)
 
 
-def _cpu_minutes(folder: Path) -> float:
-    files = folder.glob("cost*.json")
-    return sum(sum(json.loads(file.read_text()).values()) for file in files) / 60
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The predictions in a file, as they are written."""
-    return [json.loads(line) for line in read_lines(file)]
-
-
-def _show_targets(console: Console, metrics: dict[str, Any], llm: str) -> None:
-    for target in metrics["targets"]:
-        value = "-" if target["value"] is None else f"{target['value']:.2f}"
-        sign = ">=" if target["better"] == "higher" else "<="
-        bound = f"must be {sign} {target['must']:g}" if target["must"] is not None else "reported"
-        mark = "[green]ok[/]" if target["met"] else "[red]missed[/]"
-        if target["value"] is None:
+def _show_targets(console: Console, metrics: RunMetrics, llm: str) -> None:
+    for target in metrics.targets:
+        value = "-" if target.value is None else f"{target.value:.2f}"
+        sign = ">=" if target.higher_is_better else "<="
+        bound = f"must be {sign} {target.must:g}" if target.must is not None else "reported"
+        mark = "[green]ok[/]" if target.is_met else "[red]missed[/]"
+        if target.value is None:
             mark = "[yellow]not measured[/]"
-        console.print(f"  {target['name']:<55} {value:>7}  ({bound}) {mark}", soft_wrap=True)
+        console.print(f"  {target.name:<55} {value:>7}  ({bound}) {mark}", soft_wrap=True)
     if llm not in ("shipped", "scratch"):
         console.print(
             "  The bounds were chosen for the shipped language model. What another one keeps is "
@@ -463,14 +434,13 @@ def _show_targets(console: Console, metrics: dict[str, Any], llm: str) -> None:
 def _ask_three(console: Console, run: Path, world: WorldFiles) -> None:
     """Three held-out pictures, asked through the same session as `mono-internvl chat`."""
     chat = load(run / "model", device="cpu", precision="fp32")
-    questions = read_questions(world.heldout, per_kind=1)
+    questions = first_of_each_kind(BENCHMARK.questions(world.heldout), 1)
     chosen = {q.kind: q for q in questions if q.kind in ("caption", "colour", "grounding")}
     for kind in ("caption", "colour", "grounding"):
         question = chosen[kind]
-        text = question.record["conversations"][0]["value"].removeprefix("<image>\n")
-        image = world.heldout.parent / question.record["image"]
+        text, image = question.text, world.heldout.parent / question.record["image"]
         chat.reset()
-        answer = chat.ask(text, images=[image], max_new_tokens=LONGEST_ANSWER)
+        answer = chat.ask(text, images=[image], max_new_tokens=PROTOCOL.max_new_tokens)
         console.print(f"  [dim]{image}[/]", soft_wrap=True)
         console.print(
             f"  Q: {text}\n  A: {answer.text}\n  (truth: {question.record['answer']})", markup=False

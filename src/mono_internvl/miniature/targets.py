@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from mono_internvl.evaluation.metrics import mean_score
 from mono_internvl.miniature.lexicon import COLOURS, NOVEL_PAIRS, POSITIONS, SEEN_PAIRS, SHAPES
+from mono_internvl.miniature.scoring import mean_scores
+from mono_internvl.runs.predictions import Prediction
+from mono_internvl.runs.schemas import START, Target, TextMeasures
 
 QUESTION_KINDS = ("colour", "shape", "count", "position")
 LAST_STAGE = "s2"
@@ -33,25 +34,6 @@ class Bound:
     must: float | None
     aim: float | None
     better: Literal["higher", "lower"] = "higher"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A bound with what was reached.
-
-    Attributes:
-        name: Of the figure.
-        must, aim, better: See `Bound`.
-        value: What was reached; None if it was not measured.
-        met: Whether the must is met (true where there is none).
-    """
-
-    name: str
-    must: float | None
-    aim: float | None
-    value: float | None
-    met: bool
-    better: str
 
 
 CHANCE = {
@@ -124,38 +106,28 @@ def bounds_in(precision: str, bounds: Mapping[str, Bound]) -> dict[str, Bound]:
     return {**bounds, CPU_MINUTES: Bound(must, aim, minutes.better)}
 
 
-def mean_scores(rows: Iterable[Mapping[str, Any]], blind: bool = False) -> dict[str, float]:
-    """Score by kind of prediction rows; the aligned ones are reported elsewhere."""
-    by_kind: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if bool(row["blind"]) == blind and not row.get("aligned"):
-            kind = row["kind"]
-            if kind == "fact_cloze":
-                kind = "facts_replayed" if row["is_replayed"] else "facts_never_replayed"
-            by_kind[kind].append(row)
-    return {kind: mean_score(found) for kind, found in sorted(by_kind.items())}
-
-
 def judge(
     bounds: Mapping[str, Bound],
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
-    perplexity: Mapping[str, float],
-    identical: Mapping[str, bool],
+    predictions: Mapping[str, Sequence[Prediction]],
+    text: Mapping[str, TextMeasures],
     cpu_minutes: float,
 ) -> list[Target]:
     """Hold what was measured against the bounds.
 
     Args:
         bounds: By name of the figure.
-        rows: Prediction rows by stage; `start` is the model before the first stage.
-        perplexity: On held-out English, by stage.
-        identical: Whether the text-only logits equal the starting model's, by stage.
+        predictions: By stage; `start` is the model before the first stage.
+        text: What became of the language, by stage.
         cpu_minutes: Of the whole run.
     """
-    start = mean_scores(rows["start"])
-    last, last_blind = mean_scores(rows[LAST_STAGE]), mean_scores(rows[LAST_STAGE], blind=True)
 
-    def share(kind: str) -> float | None:
+    def scores(stage: str, blind: bool = False) -> dict[str, float]:
+        means = mean_scores(predictions[stage], blind=blind)
+        return {kind: mean.score for kind, mean in means.items()}
+
+    start, last, last_blind = scores(START), scores(LAST_STAGE), scores(LAST_STAGE, blind=True)
+
+    def ratio(kind: str) -> float | None:
         return last[kind] / start[kind] if start.get(kind) and kind in last else None
 
     def above(kind: str) -> float | None:
@@ -174,11 +146,11 @@ def judge(
         "chart questions": last.get("chart"),
         "naming of unseen pairs": last.get("novel"),
         "text-only logits bit-identical after S1.1 and S1.2": float(
-            all(identical.get(stage, False) for stage in FROZEN_STAGES)
+            all(stage in text and text[stage].logits_identical for stage in FROZEN_STAGES)
         ),
-        "perplexity, after S2 / start": perplexity[LAST_STAGE] / perplexity["start"],
-        "facts replayed in S2, after / start": share("facts_replayed"),
-        "facts never replayed, after / start": share("facts_never_replayed"),
+        "perplexity, after S2 / start": text[LAST_STAGE].perplexity / text[START].perplexity,
+        "facts replayed in S2, after / start": ratio("facts_replayed"),
+        "facts never replayed, after / start": ratio("facts_never_replayed"),
         "CPU minutes": cpu_minutes,
     }
     return [_target(name, bound, values[name]) for name, bound in bounds.items()]
@@ -191,9 +163,4 @@ def _target(name: str, bound: Bound, value: float | None) -> Target:
         met = False
     else:
         met = value >= bound.must if bound.better == "higher" else value <= bound.must
-    return Target(name, bound.must, bound.aim, value, met, bound.better)
-
-
-def to_rows(targets: Iterable[Target]) -> list[dict[str, Any]]:
-    """Plain data for `metrics.json`."""
-    return [asdict(target) for target in targets]
+    return Target(name, bound.must, bound.aim, value, met, bound.better == "higher")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mono_internvl.processing.prompts import parse_boxes as parse_edges
+from mono_internvl.processing.prompts import parse_boxes
 
 BOX_SCALE = 1000
 """Edges are thousandths of the image's width and height."""
@@ -39,7 +39,7 @@ class Box:
         return self.y2 - self.y1
 
 
-def parse_boxes(text: str) -> tuple[Box, ...]:
+def boxes_to_draw(text: str) -> tuple[Box, ...]:
     """Return the boxes in an answer, in the order in which they are written.
 
     Reads `<ref>red circle</ref><box>[[x1, y1, x2, y2]]</box>`, several boxes behind one name, and
@@ -64,7 +64,7 @@ def parse_boxes(text: str) -> tuple[Box, ...]:
 
 def _bare_boxes(label: str, text: str) -> list[Box]:
     boxes = []
-    for edges in parse_edges(text):
+    for edges in parse_boxes(text):
         x1, y1, x2, y2 = (min(edge, BOX_SCALE) for edge in edges)
         if x1 < x2 and y1 < y2:
             boxes.append(Box(label, x1, y1, x2, y2))

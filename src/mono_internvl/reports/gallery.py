@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mono_internvl.errors import ImageError
 from mono_internvl.processing.image_files import load_image
-from mono_internvl.reports.boxes import Box, parse_boxes
-from mono_internvl.reports.kinds import Kind, in_order, kind_named
+from mono_internvl.reports.boxes import Box, boxes_to_draw
+from mono_internvl.reports.kinds import Kind, Words
 from mono_internvl.runs.schemas import Answer
 
 logger = logging.getLogger(__name__)
@@ -85,15 +85,15 @@ class Gallery:
         return Counter(sample.verdict for sample in self.samples)
 
 
-def verdict_on(answer: Answer) -> str:
-    """Return whether an answer is `right`, `partly right` or `wrong`."""
-    kind = kind_named(answer.kind)
+def verdict_on(answer: Answer, words: Words) -> str:
+    """Return whether an answer is `right`, `partly right` or `wrong` by its kind."""
+    kind = words.kind_named(answer.kind)
     if answer.score >= kind.full_marks:
         return RIGHT
     return PARTLY if kind.is_graded and answer.score > 0 else WRONG
 
 
-def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
+def choose(answers: Sequence[Answer], count: int, words: Words) -> list[Answer]:
     """Choose answers of all kinds that are as often right as all the answers are.
 
     The kinds share the places evenly. How many places go to answers that are not right is computed
@@ -104,6 +104,7 @@ def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
     Args:
         answers: what to choose from.
         count: number of places.
+        words: what is known of their kinds.
 
     Returns:
         At most `count` answers, kind by kind; the same for the same answers, in whatever order.
@@ -111,10 +112,13 @@ def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
     by_kind: dict[str, list[Answer]] = defaultdict(list)
     for answer in sorted(answers, key=_hash):
         by_kind[answer.kind].append(answer)
-    kinds = [kind.name for kind in in_order(by_kind)]
+    kinds = [kind.name for kind in words.in_order(by_kind)]
     places = _share_places([len(by_kind[kind]) for kind in kinds], count)
-    right = {kind: [a for a in by_kind[kind] if verdict_on(a) == RIGHT] for kind in kinds}
-    other = {kind: [a for a in by_kind[kind] if verdict_on(a) != RIGHT] for kind in kinds}
+    right: dict[str, list[Answer]] = defaultdict(list)
+    other: dict[str, list[Answer]] = defaultdict(list)
+    for kind in kinds:
+        for answer in by_kind[kind]:
+            (right if verdict_on(answer, words) == RIGHT else other)[kind].append(answer)
     expected = [
         number * len(other[kind]) / len(by_kind[kind])
         for kind, number in zip(kinds, places, strict=True)
@@ -130,23 +134,24 @@ def choose(answers: Sequence[Answer], count: int) -> list[Answer]:
     return chosen
 
 
-def make_gallery(answers: Sequence[Answer], data_root: Path, count: int) -> Gallery:
+def make_gallery(answers: Sequence[Answer], data_root: Path, count: int, words: Words) -> Gallery:
     """Choose samples and load their pictures.
 
     Args:
         answers: what to choose from.
         data_root: folder that the paths of the images are relative to.
         count: number of samples.
+        words: what is known of their kinds.
 
     Returns:
         The gallery; without samples if there are no answers.
     """
-    chosen = choose(answers, count)
+    chosen = choose(answers, count, words)
     totals = Counter(answer.kind for answer in answers)
-    right = Counter(answer.kind for answer in answers if verdict_on(answer) == RIGHT)
+    right = Counter(answer.kind for answer in answers if verdict_on(answer, words) == RIGHT)
     shares = [right[answer.kind] / totals[answer.kind] for answer in chosen]
     return Gallery(
-        samples=[_sample(answer, data_root) for answer in chosen],
+        samples=[_sample(answer, data_root, words) for answer in chosen],
         num_answers=len(answers),
         right_share=sum(shares) / len(shares) if shares else 0.0,
     )
@@ -182,14 +187,14 @@ def load_picture(data_root: Path, name: str) -> Picture | None:
     return Picture(f"data:{media_type};base64,{encoded}", *image.size)
 
 
-def _sample(answer: Answer, data_root: Path) -> Sample:
-    said_boxes, true_boxes = parse_boxes(answer.text), parse_boxes(answer.truth)
+def _sample(answer: Answer, data_root: Path, words: Words) -> Sample:
+    said_boxes, true_boxes = boxes_to_draw(answer.text), boxes_to_draw(answer.truth)
     return Sample(
-        kind=kind_named(answer.kind),
+        kind=words.kind_named(answer.kind),
         question=answer.question.replace("<ref>", "").replace("</ref>", ""),
         said=_in_short(answer.text, said_boxes),
         truth=_in_short(answer.truth, true_boxes),
-        verdict=verdict_on(answer),
+        verdict=verdict_on(answer, words),
         score=answer.score,
         picture=load_picture(data_root, answer.image),
         said_boxes=said_boxes,

@@ -1,9 +1,12 @@
-"""What the kinds of held-out tasks are called, how they are scored, and their order."""
+"""What a report says about its run: kinds of tasks, measures of language, and the page's own words.
+
+The report knows none of them; whoever asks for it gives them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -25,34 +28,60 @@ class Kind:
     is_graded: bool = False
 
 
-_KINDS = (
-    Kind("caption", "Caption", "true attributes named", is_graded=True),
-    Kind("colour", "Colour", "exact match"),
-    Kind("shape", "Shape", "exact match"),
-    Kind("count", "Count", "exact match"),
-    Kind("position", "Position", "exact match"),
-    Kind("existence", "Existence", "yes or no"),
-    Kind("naming", "Naming", "exact match"),
-    Kind("novel", "Unseen pairs", "pairs never trained on"),
-    Kind("grounding", "Grounding", "mean IoU of the box", full_marks=0.5),
-    Kind("ocr", "Reading (OCR)", "1 − char. error rate", is_graded=True),
-    Kind("chart", "Charts", "exact match"),
-)
-TEXT_KINDS = frozenset({"name_qa", "fact_cloze", "reading_qa", "copying", "lookup"})
-"""Kinds without an image; they tell how the language is."""
+@dataclass(frozen=True)
+class TextChart:
+    """A measure of language that gets a chart.
 
-_BY_NAME = {kind.name: kind for kind in _KINDS}
+    Attributes:
+        name: the measure.
+        title: heading.
+        note: what it means.
+        top: upper end of the axis; None fits it to the values.
+        decimals: of the last value.
+    """
 
-
-def kind_named(name: str) -> Kind:
-    """Return the kind of that name; one that nobody described gets its own name as its title."""
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    return Kind(name, name.replace("_", " ").capitalize(), "score")
+    name: str
+    title: str
+    note: str
+    top: float | None
+    decimals: int
 
 
-def in_order(names: Iterable[str]) -> list[Kind]:
-    """Return the kinds of these names: the described ones first, the others by name."""
-    rank = {kind.name: position for position, kind in enumerate(_KINDS)}
-    ordered = sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))
-    return [kind_named(name) for name in ordered]
+@dataclass(frozen=True)
+class Words:
+    """What a report says about its run.
+
+    Attributes:
+        title: of the page; behind it stands the name of the run.
+        headline: what happened, in a few words.
+        lead: the same in a paragraph; HTML.
+        quick_note: said of a quick run; HTML.
+        right_note: which answers count as right.
+        limits: what the run does and does not show; HTML.
+        kinds: of tasks, in the order in which they are shown.
+        text_measures: measures of language, in order, and what they are called.
+        text_charts: those of them that get a chart.
+    """
+
+    title: str = "A run"
+    headline: str = "A run"
+    lead: str = ""
+    quick_note: str = "<strong>Quick run.</strong>"
+    right_note: str = ""
+    limits: str = ""
+    kinds: Sequence[Kind] = ()
+    text_measures: Mapping[str, str] = field(default_factory=dict)
+    text_charts: Sequence[TextChart] = ()
+
+    def kind_named(self, name: str) -> Kind:
+        """The kind of that name; one that nobody described gets its own name as its title."""
+        for kind in self.kinds:
+            if kind.name == name:
+                return kind
+        return Kind(name, name.replace("_", " ").capitalize(), "score")
+
+    def in_order(self, names: Iterable[str]) -> list[Kind]:
+        """The kinds of these names: the described ones first, the others by name."""
+        rank = {kind.name: index for index, kind in enumerate(self.kinds)}
+        ordered = sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))
+        return [self.kind_named(name) for name in ordered]

@@ -115,24 +115,16 @@ width="{{ box.width }}" height="{{ box.height }}"/>{% endfor %}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; {# -#}
 style-src 'unsafe-inline'; img-src data:">
-<title>{{ run.name }}: Mono-InternVL in miniature</title>
+<title>{{ run.name }}: {{ words.title }}</title>
 <style>{{ style }}</style>
 </head>
 <body>
 <main>
 <header>
-<p class="eyebrow">Mono-InternVL in miniature · {{ run.name }}</p>
-<h1>A small language model learns to see</h1>
-<p class="lead">A text-only language model was turned into one that answers questions about images,
-in the four stages of the Mono-InternVL paper. The model is <em>monolithic</em>: it has no separate
-vision encoder. Patches of the image become tokens and pass through the same decoder as the words;
-attention is shared, but in every layer a visual token takes a feed-forward network of its own, the
-<em>visual expert</em>, which began as a copy of the text expert. <em>EViP</em>, endogenous visual
-pre-training, teaches these new parts from coarse to fine while the language model stays as it was
-(S1.1 noisy captions, S1.2 clean captions), then opens its attention as well (S1.3 captions, boxes,
-reading); S2 trains everything on questions and dialogue.</p>
-{% if run.is_quick %}<p class="notice"><strong>Quick run.</strong> Less data, fewer steps and lower
-bounds than the full run: it shows that every part works, not how well the model can do.</p>
+<p class="eyebrow">{{ words.title }} · {{ run.name }}</p>
+<h1>{{ words.headline }}</h1>
+<p class="lead">{{ words.lead|safe }}</p>
+{% if run.is_quick %}<p class="notice">{{ words.quick_note|safe }}</p>
 {% endif %}
 <dl class="strip">
 {% if run.targets %}<div><dt>targets met</dt><dd class="{{ 'good' if num_met == run.targets|length
@@ -244,8 +236,8 @@ Where the stage trains shared parts, they are expected to change.</p>{% endif %}
 <p>Chosen by a fixed rule, not by hand, from {{ gallery.num_answers }} held-out answers of the model
 after {{ gallery_label }}: every kind, right and wrong in proportion. Here {% for verdict in
 verdicts %}{{ gallery.counts[verdict] }} {{ verdict }}{{ ", " if not loop.last }}{% endfor %};
-over all answers {{ (100 * gallery.right_share)|round|int }}&nbsp;% are right (a box with an IoU
-of at least 0.5 counts as right).</p>
+over all answers {{ (100 * gallery.right_share)|round|int }}&nbsp;% are right{{
+" (%s)"|format(words.right_note) if words.right_note }}.</p>
 {% if has_boxes %}<div class="key" aria-hidden="true">
 <span><svg viewBox="0 0 30 10"><path class="truth" d="M0 5H30"/></svg>true box</span>
 <span><svg viewBox="0 0 30 10"><path class="said" d="M0 5H30"/></svg>the model's box</span></div>
@@ -289,12 +281,7 @@ preserveAspectRatio="none" aria-hidden="true">{{ boxes(sample.true_boxes, "halo"
 
 <section>
 <h2>What this does and does not show</h2>
-<p>It shows that the whole path works on one machine, from files on disk through the four stages to
-measured answers: a monolithic model learns to see from its own visual experts, and its language can
-be watched through every stage. It is one run with one seed in a small rendered world of a few
-colours, shapes, words and charts, and its language model is tiny. It says nothing about photographs
-or public benchmarks, does not show that one way of training is better than another, and its figures
-must not be set beside those of the paper.</p>
+<p>{{ words.limits|safe }}</p>
 </section>
 </main>
 </body>

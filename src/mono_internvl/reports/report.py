@@ -12,7 +12,7 @@ from markupsafe import Markup
 from mono_internvl.reports import page
 from mono_internvl.reports.charts import Curve, Progress, loss_chart, progress_chart
 from mono_internvl.reports.gallery import PARTLY, RIGHT, WRONG, Gallery, make_gallery
-from mono_internvl.reports.kinds import TEXT_KINDS, Kind, in_order
+from mono_internvl.reports.kinds import Kind, TextChart, Words
 from mono_internvl.runs.schemas import (
     START,
     RunMetrics,
@@ -28,15 +28,6 @@ from mono_internvl.runs.schemas import (
 _NUM_SAMPLES = 24
 _NOT_KNOWN = "–"
 _NOT_SCORED = Score(value=None, blind=None, chance=None, items=None)
-_TEXT_MEASURES = {
-    "perplexity": "perplexity (lower is better)",
-    "facts_replayed": "facts replayed in S2",
-    "facts_never_replayed": "facts never replayed",
-    "name_qa": "naming from a description",
-    "reading_qa": "questions about a text",
-    "copying": "copying from the context",
-    "lookup": "looking up one of several things in the context",
-}
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ class Row:
     items: float | None = None
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, words: Words | None = None) -> Path:
     """Write `report.html` into the folder of a run.
 
     The page is one file with inline styles, charts and pictures; it makes no request and needs no
@@ -82,6 +73,7 @@ def write_report(run: Path) -> Path:
     Args:
         run: folder with `metrics.json` and, where they exist, `<stage>/metrics.jsonl`,
             `predictions/<stage>.jsonl` and `data/` with the images.
+        words: what is said about it; its bare figures unless given.
 
     Returns:
         The path of the page.
@@ -90,16 +82,17 @@ def write_report(run: Path) -> Path:
         TrainingStateError: if `metrics.json` is absent or malformed.
         SampleError: if a line of the steps or the predictions is malformed.
     """
-    metrics = read_metrics(run)
+    metrics, words = read_metrics(run), words or Words()
     curves = [Curve(stage.label, read_losses(run, stage.name)) for stage in metrics.stages]
     curves = [curve for curve in curves if curve.losses]
-    label, gallery = _gallery(run, metrics)
+    label, gallery = _gallery(run, metrics, words)
     html = (
         _environment()
         .from_string(page.PAGE)
         .render(
             style=Markup(page.STYLE),
             run=metrics,
+            words=words,
             num_met=sum(target.is_met for target in metrics.targets),
             num_aims=sum(target.is_met and target.reaches_aim for target in metrics.targets),
             loss_wide=loss_chart(curves) if curves else "",
@@ -108,8 +101,8 @@ def write_report(run: Path) -> Path:
             gallery_label=label,
             has_boxes=any(sample.true_boxes or sample.said_boxes for sample in gallery.samples),
             verdicts=[verdict for verdict in (RIGHT, PARTLY, WRONG) if gallery.counts[verdict]],
-            **_seeing(metrics.stages),
-            **_language(metrics),
+            **_seeing(metrics.stages, words),
+            **_language(metrics, words),
         )
     )
     path = run / "report.html"
@@ -119,21 +112,21 @@ def write_report(run: Path) -> Path:
     return path
 
 
-def _gallery(run: Path, metrics: RunMetrics) -> tuple[str, Gallery]:
+def _gallery(run: Path, metrics: RunMetrics, words: Words) -> tuple[str, Gallery]:
     """Return the last stage that kept answers, and samples of them."""
     for stage in reversed(metrics.stages):
         answers = read_answers(run, stage.name)
         if answers:
-            return stage.label, make_gallery(answers, run / "data", _NUM_SAMPLES)
+            return stage.label, make_gallery(answers, run / "data", _NUM_SAMPLES, words)
     return "", Gallery((), 0, 0.0)
 
 
-def _seeing(stages: Sequence[StageResult]) -> dict[str, object]:
+def _seeing(stages: Sequence[StageResult], words: Words) -> dict[str, object]:
     """Return what the section on images needs: stages that have scores, panels, rows."""
-    tested = [stage for stage in stages if _seen_kinds([stage])]
+    tested = [stage for stage in stages if _seen_kinds([stage], words)]
     labels = [stage.label for stage in tested]
     panels, rows = [], []
-    for kind in _seen_kinds(tested):
+    for kind in _seen_kinds(tested, words):
         scores = [stage.scores.get(kind.name, _NOT_SCORED) for stage in tested]
         values = [score.value for score in scores]
         blind = [score.blind for score in scores]
@@ -146,18 +139,15 @@ def _seeing(stages: Sequence[StageResult]) -> dict[str, object]:
     return {"stage_labels": labels, "panels": panels, "score_rows": rows}
 
 
-def _seen_kinds(stages: Iterable[StageResult]) -> list[Kind]:
-    """Return the kinds scored on images; the text measures have a section of their own."""
+def _seen_kinds(stages: Iterable[StageResult], words: Words) -> list[Kind]:
+    """Return the kinds that have scores."""
     names = {
-        name
-        for stage in stages
-        for name, score in stage.scores.items()
-        if score.value is not None and name not in TEXT_KINDS
+        name for stage in stages for name, score in stage.scores.items() if score.value is not None
     }
-    return in_order(names)
+    return words.in_order(names)
 
 
-def _language(metrics: RunMetrics) -> dict[str, object]:
+def _language(metrics: RunMetrics, words: Words) -> dict[str, object]:
     """Return what the section on text needs: columns, panels, rows and the marks of identity."""
     columns: list[tuple[str, Mapping[str, float], bool | None]] = [
         (stage.label, stage.text, stage.is_text_identical)
@@ -169,33 +159,29 @@ def _language(metrics: RunMetrics) -> dict[str, object]:
         columns.insert(0, (START, metrics.language, None))
     labels = [label for label, _, _ in columns]
     measured = {name for _, text, _ in columns for name in text}
-    ordered = [name for name in _TEXT_MEASURES if name in measured]
-    rows = [
-        Row(_TEXT_MEASURES[name], [text.get(name) for _, text, _ in columns]) for name in ordered
-    ]
+    titles = words.text_measures or {name: name.replace("_", " ") for name in sorted(measured)}
+    rows = {
+        name: Row(title, [text.get(name) for _, text, _ in columns])
+        for name, title in titles.items()
+        if name in measured
+    }
     identical = [is_identical for _, _, is_identical in columns]
     return {
         "text_labels": labels,
-        "text_rows": rows,
-        "text_panels": _text_panels(labels, dict(zip(ordered, rows, strict=True))),
+        "text_rows": list(rows.values()),
+        "text_panels": [
+            _text_panel(chart, labels, rows[chart.name])
+            for chart in words.text_charts
+            if chart.name in rows
+        ],
         "identical": identical,
         "has_identity": any(is_identical is not None for is_identical in identical),
     }
 
 
-def _text_panels(labels: Sequence[str], rows: Mapping[str, Row]) -> list[Panel]:
-    shown = (
-        ("perplexity", "Perplexity", "held-out English; lower is better", None, 1),
-        ("facts_replayed", "Facts, replayed", "known facts that S2 repeats", 1.0, 2),
-        ("facts_never_replayed", "Facts, never replayed", "known facts no stage repeats", 1.0, 2),
-    )
-    return [
-        Panel(
-            title, note, progress_chart(Progress(labels, rows[name].values, top=top), title, digits)
-        )
-        for name, title, note, top, digits in shown
-        if name in rows
-    ]
+def _text_panel(chart: TextChart, labels: Sequence[str], row: Row) -> Panel:
+    progress = Progress(labels, row.values, top=chart.top)
+    return Panel(chart.title, chart.note, progress_chart(progress, chart.title, chart.decimals))
 
 
 def _last(values: Sequence[float | None]) -> float | None:

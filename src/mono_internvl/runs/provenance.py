@@ -82,6 +82,8 @@ class Origin:
         date: Day, as 2026-01-31.
         plan: What it was computed with, as `ComputePlan.to_dict` gives it: precision, threads, what
             bf16 costs on the machine, ...; None for figures older than plans.
+        protocol: How the model was asked, as `Protocol.to_dict` gives it; None where it was not
+            asked, and for figures older than protocols.
     """
 
     command: str
@@ -90,13 +92,15 @@ class Origin:
     versions: Mapping[str, str]
     date: str
     plan: Mapping[str, Any] | None = None
+    protocol: Mapping[str, Any] | None = None
 
 
-def origin(plan: ComputePlan) -> dict[str, Any]:
+def origin(plan: ComputePlan, protocol: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The fields of an `Origin`, as they are now.
 
     Args:
         plan: What is computed with.
+        protocol: How the model was asked; None if it was not.
     """
     made_by = {**versions(), "commit": commit()}
     return vars(
@@ -107,6 +111,7 @@ def origin(plan: ComputePlan) -> dict[str, Any]:
             versions=made_by,
             date=today(),
             plan=plan.to_dict(),
+            protocol=protocol,
         )
     )
 

@@ -65,6 +65,15 @@ def from_first(text: str) -> str:
     return said[0]
 
 
+def gathered(value: Any) -> list[Any]:
+    """What every process says, in the order of their numbers; it must be picklable."""
+    if not dist.is_initialized():
+        return [value]
+    said = [None] * dist.get_world_size()
+    dist.all_gather_object(said, value)
+    return said
+
+
 def own_device(device: str) -> str:
     """The device of this process: "cuda" or "xpu" is one for each process here, in turn.
 

@@ -1,0 +1,108 @@
+"""Records as questions: what is asked, what is hidden, and in which order."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mono_internvl.data.records import Record
+from mono_internvl.data.sources import JsonlSource
+from mono_internvl.errors import SampleError
+from mono_internvl.processing.image_files import load_image
+from mono_internvl.processing.prompts import ImagePart, Turn
+
+
+@dataclass(frozen=True)
+class Question:
+    """One record to ask.
+
+    Attributes:
+        sample: Its conversation; the last turn is the true answer.
+        is_blind: Whether its images are hidden: what remains is what the question gives away.
+    """
+
+    sample: Record
+    is_blind: bool = False
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The raw record; its `kind` says which mean it counts in."""
+        return self.sample.fields
+
+    @property
+    def kind(self) -> str:
+        """What is asked for."""
+        return str(self.record["kind"])
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        """The conversation up to the answer, with hidden images if it is blind."""
+        turns = self.sample.turns[:-1]
+        return _hide_images(turns) if self.is_blind else turns
+
+    @property
+    def text(self) -> str:
+        """The last question, without its images."""
+        return self.sample.turns[-2].text.lstrip("\n")
+
+    def without_images(self) -> Question:
+        """The same question, asked blind."""
+        return dataclasses.replace(self, is_blind=True)
+
+
+def read_records(file: Path) -> Iterator[Question]:
+    """The records of a JSON lines file; image paths are relative to the file's folder.
+
+    Raises:
+        SampleError: A record is malformed or has no `kind`.
+    """
+    source = JsonlSource(file, file.parent)
+    for index in range(len(source)):
+        found = source.record(index)
+        kind = found.fields.get("kind")
+        if not isinstance(kind, str):
+            raise SampleError(f"{found.where}: kind={kind!r}; expected the name of a kind")
+        yield Question(found)
+
+
+def first_of_each_kind(questions: Iterable[Question], count: int | None) -> list[Question]:
+    """The first `count` questions of each kind; None is all."""
+    seen: dict[str, int] = defaultdict(int)
+    chosen = []
+    for question in questions:
+        seen[question.kind] += 1
+        if count is None or seen[question.kind] <= count:
+            chosen.append(question)
+    return chosen
+
+
+def in_order(questions: Sequence[Question]) -> list[int]:
+    """By kind and length of the true answer, but questions on the same images one after another."""
+    keys = [(question.kind, len(question.sample.turns[-1].text)) for question in questions]
+    first: dict[Any, tuple[str, int]] = {}  # images -> least key of a question on them
+    images = [question.sample.images or number for number, question in enumerate(questions)]
+    for key, shown in zip(keys, images, strict=True):
+        first[shown] = min(key, first.get(shown, key))
+    numbers = {shown: number for number, shown in enumerate(dict.fromkeys(images))}
+    return sorted(
+        range(len(questions)), key=lambda i: (first[images[i]], numbers[images[i]], keys[i])
+    )
+
+
+def _hide_images(turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """The same turns with every image at its mean colour."""
+    return tuple(Turn(turn.role, tuple(map(_hidden, turn.parts))) for turn in turns)
+
+
+def _hidden(part: str | ImagePart) -> str | ImagePart:
+    if isinstance(part, str):
+        return part
+    image = load_image(part.source)
+    mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
+    return ImagePart(Image.new("RGB", image.size, mean))
