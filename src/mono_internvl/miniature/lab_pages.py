@@ -245,7 +245,7 @@ def comparison_page(runs: Sequence[MeasuredRun], shows: str) -> str:
         runs: Of all arms and seeds, the arm that the others are held against first.
         shows: What the comparison shows and what it cannot, for the end of the page.
     """
-    check_one_protocol(runs, RUNS_FILE)
+    check_one_protocol(runs, "the runs that are compared")
     arms = _Arms(runs)
     said = {1: "one seed", 2: "two seeds", 3: "three seeds"}
     count = said.get(len(arms.seeds), f"{len(arms.seeds)} seeds")
