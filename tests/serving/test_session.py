@@ -10,9 +10,12 @@ import torch
 from PIL import Image
 
 from mono_internvl import ChatSession, load
+from mono_internvl.configuration.model import MonoInternVLConfig
 from mono_internvl.errors import CheckpointError, ConfigError, ImageError, PromptError
 from mono_internvl.experts import Routing
-from mono_internvl.generation.sampling import Sampling
+from mono_internvl.generation import engine as engine_module
+from mono_internvl.generation.prefix import signature_of
+from mono_internvl.generation.sampling import Sampling, choose_tokens
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
 
@@ -59,7 +62,20 @@ def golden_chat(turn):
 def script(session, monkeypatch, *ids):
     """Let the model say these ids."""
     queue = list(ids)
-    monkeypatch.setattr(session, "_choose", lambda *_: queue.pop(0))
+    monkeypatch.setattr(engine_module, "choose_tokens", lambda *_: [queue.pop(0)])
+
+
+@pytest.fixture
+def chosen_from(monkeypatch):
+    """The logits that tokens are chosen from, one after another."""
+    found = []
+
+    def choose(logits, *rest):
+        found.append(logits)
+        return choose_tokens(logits, *rest)
+
+    monkeypatch.setattr(engine_module, "choose_tokens", choose)
+    return found
 
 
 def ids_of(session, text):
@@ -70,8 +86,9 @@ def control(session, name):
     return session.processor.tokenizer.control_id(name)
 
 
-def assert_cache_is_full_prefill(session, pixel_values, generated_contexts=()):
-    """The cache holds what one pass over all ids and all images gives."""
+def assert_kept_is_full_prefill(session, pixel_values, generated_contexts=()):
+    """The engine keeps what one pass over all ids and all images gives, but for the last token or
+    two, which nothing was decoded behind."""
     ids = torch.tensor([session.ids])
     is_visual = ids == session.processor.image_token_id
     is_visual[0, list(generated_contexts)] = False
@@ -79,10 +96,14 @@ def assert_cache_is_full_prefill(session, pixel_values, generated_contexts=()):
         full = session.model(
             ids, pixel_values=pixel_values, visual_token_mask=is_visual, use_cache=True
         )
-    assert session.cache.get_seq_length() == len(session.ids)
-    for ours, theirs in zip(session.cache.layers, full.past_key_values.layers, strict=True):
-        torch.testing.assert_close(ours.keys, theirs.keys, atol=TOLERANCE, rtol=0)
-        torch.testing.assert_close(ours.values, theirs.values, atol=TOLERANCE, rtol=0)
+    session.engine.step()
+    per_tile = session.processor.tokens_per_tile
+    signature = signature_of(ids[0], is_visual[0], pixel_values, per_tile)
+    length, kept = session.engine.prefixes.find(signature)
+    assert length >= len(session.ids) - 2
+    theirs = [x[0] for one in full.past_key_values.layers for x in (one.keys, one.values)]
+    for x, expected in zip(kept, theirs, strict=True):
+        torch.testing.assert_close(x[:, :length], expected[:, :length], atol=TOLERANCE, rtol=0)
 
 
 # ------------------------------------------------------------------------------- the reference
@@ -115,15 +136,11 @@ def test_session_history_encodes_to_the_reference_second_turn(session, picture, 
 # ------------------------------------------------------------------------------- the cache
 
 
-def test_session_later_image_equals_full_prefill(session, picture, monkeypatch):
-    logits = []
-    read_prompt = session._read_prompt
-    monkeypatch.setattr(
-        session, "_read_prompt", lambda *a: logits.append(read_prompt(*a)) or logits[-1]
-    )
+def test_session_later_image_equals_full_prefill(session, picture, chosen_from):
     other = Image.open(PYTHON / "chat_b.png").convert("RGB")
     session.ask("Hello?")
     session.ask("What is this?", [picture])
+    chosen_from.clear()
     answer = session.ask("And this?", [other], max_tiles=1)
     pixels = torch.cat(
         [
@@ -132,11 +149,11 @@ def test_session_later_image_equals_full_prefill(session, picture, monkeypatch):
         ]
     )
     assert answer.tokens.cached > 0
-    assert_cache_is_full_prefill(session, pixels)
+    assert_kept_is_full_prefill(session, pixels)
     with torch.inference_mode():
         ids = torch.tensor([session.ids[: answer.tokens.prompt]])
         full = session.model(ids, pixel_values=pixels, logits_to_keep=1).logits[:, -1]
-    torch.testing.assert_close(logits[-1], full, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(chosen_from[0], full, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +184,11 @@ def test_session_with_image_options_holds_what_one_pass_gives(
             session.processor.image_processor([other], max_tiles=1)["pixel_values"],
         ]
     )
-    assert_cache_is_full_prefill(session, pixels)
+    assert_kept_is_full_prefill(session, pixels)
     for name in options:
         monkeypatch.setattr(session.model.config, name, {"image_attention": "causal"}.get(name, 1))
     with pytest.raises(AssertionError, match="not close"):
-        assert_cache_is_full_prefill(session, pixels)
+        assert_kept_is_full_prefill(session, pixels)
 
 
 def _interrupt(*_):
@@ -185,7 +202,7 @@ def test_session_cache_check_rejects_an_image_read_as_text(session, picture, mon
         session.ask("What is this?", [picture])
     pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
     with pytest.raises(AssertionError, match="not close"):
-        assert_cache_is_full_prefill(session, pixels)
+        assert_kept_is_full_prefill(session, pixels)
 
 
 def test_session_later_turn_reads_only_its_own_tokens(session, monkeypatch):
@@ -197,8 +214,64 @@ def test_session_later_turn_reads_only_its_own_tokens(session, monkeypatch):
         _counting(session.model.model.language_model.forward, read),
     )
     second = session.ask("Again?")
-    assert second.tokens.cached == first.tokens.prompt + first.tokens.generated + 1
-    assert sum(read) == second.tokens.prompt - second.tokens.cached + second.tokens.generated + 1
+    assert (first.finish_reason, second.finish_reason) == ("length", "length")
+    assert second.tokens.cached == first.tokens.prompt + first.tokens.generated - 1
+    assert sum(read) == second.tokens.prompt - second.tokens.cached + second.tokens.generated - 1
+
+
+def _random_model(checkpoint, **text_fields):
+    """Of the checkpoint's shape, with other fields of its language model."""
+    config = MonoInternVLConfig.from_pretrained(checkpoint)
+    text = config.text_config
+    config.text_config = type(text)(**{**text.to_dict(), **text_fields})
+    torch.manual_seed(0)
+    return MonoInternVLForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sliding_layers": [1, 0, 1], "sliding_window": 24},
+        *(
+            {
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6},
+                "max_position_embeddings": most,
+            }
+            for most in (60, 75, 115, 150)
+        ),
+    ],
+    ids=["plain", "sliding", *(f"dynamic, {most}" for most in (60, 75, 115, 150))],
+)
+def test_session_turns_equal_generate_over_the_whole_conversation(checkpoint, picture, fields):
+    """Whether scaling sets in before a turn, within an answer or never."""
+    model = _random_model(checkpoint, **fields)
+    processor = MonoInternVLProcessor.from_pretrained(checkpoint)
+    session = ChatSession(model, processor, max_tiles=2, sampling=Sampling(max_new_tokens=10))
+    pixels = processor.image_processor([picture], max_tiles=2)["pixel_values"]
+    for question, images in (("Hello?", []), ("What is this?", [picture]), ("Sure?", [])):
+        answer = session.ask(question, images)
+        prompt = torch.tensor([session.ids[: answer.tokens.prompt]])
+        is_visual = prompt == processor.image_token_id
+        tiles = {"pixel_values": pixels} if bool(is_visual.any()) else {}
+        out = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            **tiles,
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=sorted(processor.stop_token_ids),
+        )
+        found = [*answer.ids, *([] if answer.finish_reason == "length" else [out[0, -1].item()])]
+        assert found == out[0, prompt.shape[1] :].tolist(), question
+
+
+def test_session_answers_within_the_memory_of_its_engine(session):
+    session.engine.cache.max_tokens = 100
+    answer = session.ask("Hello?", max_new_tokens=500)
+    assert answer.finish_reason == "length" and len(session.ids) == 100
+    with pytest.raises(PromptError, match="the model reads 100 with the answer"):
+        session.ask("Again?")
 
 
 def _counting(forward, read):
@@ -222,7 +295,7 @@ def test_session_answer_is_closed_as_the_template_does(session, picture, monkeyp
     whole = session.processor.encode_prompt([*session.history, following], max_tiles=2)
     suffix = session.processor.encode_turn(following, close_previous=False)
     assert [*session.ids, *suffix["input_ids"][0].tolist()] == whole["input_ids"][0].tolist()
-    assert_cache_is_full_prefill(session, whole["pixel_values"])
+    assert_kept_is_full_prefill(session, whole["pixel_values"])
 
 
 def test_session_empty_answer_is_closed(session, monkeypatch):
@@ -230,7 +303,7 @@ def test_session_empty_answer_is_closed(session, monkeypatch):
     answer = session.ask("Nothing?")
     assert (answer.text, answer.tokens.generated, answer.finish_reason) == ("", 0, "stop")
     assert session.ids[-1] == control(session, "<|im_end|>")
-    assert_cache_is_full_prefill(session, None)
+    assert_kept_is_full_prefill(session, None)
 
 
 def test_session_keeps_generated_ids_where_text_would_tokenize_otherwise(session, monkeypatch):
@@ -249,7 +322,7 @@ def test_session_generated_context_token_is_text(session, picture, monkeypatch):
     assert answer.text == "a"
     pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
     at = answer.tokens.prompt
-    assert_cache_is_full_prefill(session, pixels, generated_contexts=(at, at + 2))
+    assert_kept_is_full_prefill(session, pixels, generated_contexts=(at, at + 2))
 
 
 def test_session_reset_forgets(session):
@@ -338,9 +411,9 @@ def test_session_interrupted_answer_is_kept_and_closed(session, picture):
     assert session.history[-1]["content"].startswith("".join(seen))
     assert session.ids[-1] == control(session, "<|im_end|>")
     pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
-    assert_cache_is_full_prefill(session, pixels)
+    assert_kept_is_full_prefill(session, pixels)
     session.ask("Go on?")
-    assert_cache_is_full_prefill(session, pixels)
+    assert_kept_is_full_prefill(session, pixels)
 
 
 def test_session_closed_stream_is_kept_and_closed(session):
@@ -348,7 +421,7 @@ def test_session_closed_stream_is_kept_and_closed(session):
     next(stream)
     stream.close()
     assert len(session.history) == 2
-    assert_cache_is_full_prefill(session, None)
+    assert_kept_is_full_prefill(session, None)
 
 
 @pytest.mark.parametrize("turn", [1, 2])
@@ -370,7 +443,7 @@ def test_session_failure_between_layers_leaves_no_trace(session, picture, parts,
         hook.remove()
     assert session.ids == before and session.history == history
     session.ask("Still there?")
-    assert_cache_is_full_prefill(session, None)
+    assert_kept_is_full_prefill(session, None)
 
 
 def test_session_interrupt_between_layers_while_decoding_keeps_the_answer(session, parts):
@@ -388,7 +461,7 @@ def test_session_interrupt_between_layers_while_decoding_keeps_the_answer(sessio
     finally:
         hook.remove()
     assert len(session.history) == 2
-    assert_cache_is_full_prefill(session, None)
+    assert_kept_is_full_prefill(session, None)
 
 
 def test_session_refuses_a_second_answer_while_one_streams(session):
@@ -451,7 +524,6 @@ def test_session_bad_image_leaves_it_unchanged(session, picture, tmp_path):
         with pytest.raises(ImageError, match=bad.name):
             session.ask("What is this?", [picture, bad])
     assert session.ids == before and session.history == history
-    assert session.cache.get_seq_length() == len(before)
 
 
 def test_session_overflow_is_refused_and_answers_stop_in_time(session, monkeypatch):
@@ -501,13 +573,10 @@ def test_session_refuses_logits_that_are_not_numbers(checkpoint, temperature):
     assert session.ids == ()
 
 
-def test_sampling_least_temperature_in_half_precision(parts):
+def test_sampling_least_temperature_in_half_precision():
     options = Sampling(temperature=1e-4, seed=2**64 - 1, max_new_tokens=3)
-    model, processor = parts
-    session = ChatSession(model, processor, sampling=options)
     logits = torch.tensor([[-60.0, 50.0, 60.0]], dtype=torch.float16)
-    chosen = session._choose(logits, options.logits_processors(), True, None)
-    assert chosen == 2
+    assert choose_tokens(logits.float(), [options], [()], [None]) == [2]
 
 
 def test_sampling_seed_repeats_an_answer(parts):
@@ -587,7 +656,7 @@ def test_session_reset_reads_the_same_image_once(session, picture):
     image_tokens = session.ids.count(session.processor.image_token_id)
     assert embedded == [] and again.tokens.cached > image_tokens > 0
     pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
-    assert_cache_is_full_prefill(session, pixels)
+    assert_kept_is_full_prefill(session, pixels)
     session.reset()
     same = session.ask("What is this?", [picture])
     assert same.ids == fresh.ids and same.tokens.prompt == fresh.tokens.prompt
@@ -601,25 +670,25 @@ def test_session_reset_reads_another_image_of_the_same_size(session, picture):
     first_image = session.ids.index(session.processor.image_token_id)
     assert 0 < answer.tokens.cached <= first_image
     pixels = session.processor.image_processor([other], max_tiles=2)["pixel_values"]
-    assert_cache_is_full_prefill(session, pixels)
+    assert_kept_is_full_prefill(session, pixels)
 
 
 def test_session_reset_after_a_failed_question_starts_anew(session, picture, monkeypatch):
     session.ask("What is this?", [picture])
     session.reset()
     with monkeypatch.context() as fault:
-        fault.setattr(session, "_choose", lambda *_: 1 / 0)
+        fault.setattr(engine_module, "choose_tokens", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             session.ask("What is this?", [picture])
-    assert session.ids == () and session.cache.get_seq_length() == 0
+    assert session.ids == ()
     session.ask("What is this?", [picture])
     pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
-    assert_cache_is_full_prefill(session, pixels)
+    assert_kept_is_full_prefill(session, pixels)
 
 
 @pytest.mark.parametrize(("limit", "is_shared"), [(16, False), (108, False), (4096, True)])
 def test_session_reset_reads_anew_what_dynamic_scaling_turns_by_the_length(
-    parts, picture, monkeypatch, limit, is_shared
+    parts, picture, monkeypatch, chosen_from, limit, is_shared
 ):
     """Of 93 and 109 tokens: both beyond the limit, only the second, none."""
     text = parts[0].config.get_text_config()
@@ -631,14 +700,15 @@ def test_session_reset_reads_anew_what_dynamic_scaling_turns_by_the_length(
         ChatSession(*parts, max_tiles=2, sampling=Sampling(max_new_tokens=4)) for _ in range(2)
     )
     expected = fresh.ask(question, [picture])
+    logits = chosen_from[0]
     assert session.ask("What?", [picture]).tokens.prompt == 93
     session.reset()
+    chosen_from.clear()
     found = session.ask(question, [picture])
     assert found.tokens.prompt == 109
     assert (found.tokens.cached > 0) == is_shared
     assert found.ids == expected.ids
-    for one, other in zip(session.cache.layers, fresh.cache.layers, strict=True):
-        torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(chosen_from[0], logits, rtol=0, atol=TOLERANCE)
 
 
 def test_session_and_answer_print_in_one_line(session):

@@ -85,9 +85,7 @@ class BatchCache:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of a row over another row."""
-        for layer in self._layers:
-            for x in layer:
-                x[target, :, :length] = x[source, :, :length]
+        self.begin(target, self.row(source), length)
 
     def blank(self, row: int) -> None:
         """Set a row to zeros: it holds what is no number, and a later row in its place sees it."""
@@ -95,15 +93,19 @@ class BatchCache:
             for x in layer:
                 x[row] = 0
 
-    def beginning(self, row: int, length: int) -> list[Tensor]:
-        """A copy of the first `length` columns of a row, (K, length, d) per layer, keys, values."""
-        return [x[row, :, :length].clone() for layer in self._layers for x in layer]
+    def row(self, row: int) -> list[Tensor]:
+        """Keys and values of a row as they lie there, (K, C, d) per layer, keys before values."""
+        return [x[row] for layer in self._layers for x in layer]
 
-    def put_beginning(self, row: int, tensors: Sequence[Tensor]) -> None:
-        """Begin a row with what `beginning` gave."""
-        into = (x for layer in self._layers for x in layer)
-        for x, copied in zip(into, tensors, strict=True):
-            x[row, :, : copied.shape[1]] = copied
+    def begin(self, row: int, tensors: Sequence[Tensor], length: int) -> None:
+        """Begin a row with the first `length` columns of tensors as `row` gives them."""
+        for x, source in zip(self.row(row), tensors, strict=True):
+            x[:, :length] = source[:, :length]
+
+    def release(self) -> None:
+        """Let go of all rows and their memory."""
+        for layer in self._layers:
+            layer[:] = [x.new_empty(0, x.shape[1], 0, x.shape[3]) for x in layer]
 
     def rows(self, first: int, starts: Sequence[int], tokens: int) -> Rows:
         """The rows from `first` on, for one pass of `tokens` more tokens each, behind `starts`."""

@@ -1,7 +1,8 @@
 """Many requests at once: they join and leave a batch between its steps.
 
-A step reads the prompts for which there is room, then decodes one token of every request in one
-pass. What a request gets does not depend on who is beside it.
+A step reads the prompts for which there is room or, where there are none, decodes one token of
+every request in one pass. What a request gets does not depend on who is beside it. What its prompt
+has in common with one that is being answered, or was before, is copied instead of read.
 """
 
 from __future__ import annotations
@@ -9,20 +10,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
+from torch import Tensor
 
 from mono_internvl.compute import available_bytes
+from mono_internvl.configuration.text_fields import is_scaled_dynamically
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.generation.cache import BatchCache
 from mono_internvl.generation.finite_logits import check_finite
 from mono_internvl.generation.prefix import (
-    Beginning,
     PrefixCache,
-    depends_on_the_beginning_alone,
-    find_beginnings,
+    end_of_images,
+    num_shared,
+    signature_of,
 )
-from mono_internvl.generation.reading import Prompt, Reader, Row
+from mono_internvl.generation.reading import ATTENTIONS, MOST_PADDING, Prompt, Reader, Row
 from mono_internvl.generation.request import Generation, Request, Result
 from mono_internvl.generation.sampling import choose_tokens
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
@@ -38,11 +42,14 @@ class _Entry(Row):
 
     Attributes:
         generation: What its caller holds.
-        beginnings: What of its prompt may be there already, shortest first.
+        signature: Of its prompt, as the prefix cache compares it; None where keys of this prompt
+            are not those of another, however it begins.
+        is_sound: Whether its keys and values are numbers.
     """
 
     generation: Generation = field(kw_only=True)
-    beginnings: Sequence[Beginning] = field(kw_only=True)
+    signature: Tensor | None = field(kw_only=True)
+    is_sound: bool = True
 
     @property
     def columns(self) -> int:
@@ -62,12 +69,13 @@ class Engine:
     calls it, from one thread at a time.
 
     Args:
-        model: On any device, in any dtype, with eager, sdpa or blocked attention.
+        model: On any device, in any dtype; with eager, sdpa or blocked attention if several
+            requests are answered at once.
         max_rows: Most requests that are answered at once; others wait, in their order.
         kv_bytes: Most bytes of keys and values of these requests; half of what the device has free
             unless given.
-        prefix_bytes: Most bytes of keys and values of beginnings that are kept for later requests;
-            0 keeps none.
+        prefix_bytes: Most bytes of keys and values that are kept for requests that begin alike; 0
+            reads every prompt whole.
 
     Raises:
         ConfigError: A number is out of range, or the model's attention cannot do it.
@@ -87,8 +95,13 @@ class Engine:
                 "at least 1, 1 and 0"
             )
         text, device = model.config.text_config, model.device
+        if max_rows > 1 and text._attn_implementation not in ATTENTIONS:
+            raise ConfigError(
+                f"attn_implementation={text._attn_implementation!r}; answering several requests at "
+                f"once needs one of {', '.join(ATTENTIONS)}: call model.set_attn_implementation"
+            )
         if kv_bytes is None:
-            kv_bytes = _free_bytes(device) // 2
+            kv_bytes = free_bytes(device) // 2
         self.max_rows, self.kv_bytes = max_rows, kv_bytes
         self.bytes_per_token = (
             2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
@@ -119,9 +132,7 @@ class Engine:
                 and values than there will ever be.
         """
         prompt = self._reader.prompt_of(request)
-        entry = _Entry(
-            prompt, generation=Generation(request), beginnings=self._beginnings_of(prompt)
-        )
+        entry = _Entry(prompt, generation=Generation(request), signature=self._signature_of(prompt))
         if entry.most_columns > self.cache.max_tokens:
             raise PromptError(
                 f"a prompt of {len(prompt)} tokens and {request.sampling.max_new_tokens} new ones "
@@ -132,7 +143,7 @@ class Engine:
         return entry.generation
 
     def step(self) -> list[Generation]:
-        """Read prompts for which there is room, decode one token of every request.
+        """Read prompts for which there is room; where there are none, decode a token of each row.
 
         An error of a request's own functions (`decode`, `on_text`), and logits that are no numbers,
         cancel that request; the error is raised when the step is complete. One in a pass over
@@ -142,8 +153,7 @@ class Engine:
             Requests that have ended since the last step, cancelled ones too.
         """
         self._leave()
-        self._join()
-        if self._rows:
+        if not self._join() and self._rows:
             self._make_room([])
             for entry in self._rows:  # also where the step before broke off with a token unchosen
                 entry.length = entry.columns
@@ -171,21 +181,12 @@ class Engine:
 
     # ------------------------------------------------------------------ joining
 
-    def _beginnings_of(self, prompt: Prompt) -> Sequence[Beginning]:
-        if (
-            prompt.pixel_values is None
-            or not self.prefixes.max_bytes
-            or not depends_on_the_beginning_alone(self.model.config, len(prompt))
-        ):
-            return ()
-        per_tile = self.model.config.num_image_tokens_per_tile
-        return find_beginnings(prompt.input_ids, prompt.is_visual, prompt.pixel_values, per_tile)
-
-    def _join(self) -> None:
-        """Take in waiting requests, in their order, as far as there is room."""
+    def _join(self) -> bool:
+        """Take in waiting requests, in their order, as far as there is room; whether there was."""
         joining: list[_Entry] = []
         while self._waiting and self._has_room(joining, self._waiting[0]):
             joining.append(self._waiting.popleft())
+        has_joined = bool(joining)
         try:
             while joining:
                 group = self._next_group(joining)
@@ -193,6 +194,7 @@ class Engine:
                 self._read(group)
         finally:  # those whose turn did not come, because a pass failed
             self._waiting.extendleft(reversed(joining))
+        return has_joined
 
     def _has_room(self, joining: Sequence[_Entry], entry: _Entry) -> bool:
         """Whether a request fits, were all of them to become as long as the longest."""
@@ -203,19 +205,18 @@ class Engine:
 
     def _next_group(self, joining: Sequence[_Entry]) -> list[_Entry]:
         """Those that one pass can read; who begins like one of them waits for what it reads."""
-        group: list[_Entry] = []
-        read_now: set[bytes] = set()
         for entry in joining:
-            known = (one.num_tokens for one in entry.beginnings if one.key in self.prefixes)
-            entry.length = max(known, default=0)
-            will_be_known = any(
-                one.key in read_now for one in entry.beginnings if one.num_tokens > entry.length
-            )
-            if will_be_known or not self._reader.fit_together([*group, entry]):
+            entry.length = self._known(entry)[0]
+        group: list[_Entry] = []
+        for entry in sorted(joining, key=lambda one: one.length):
+            start = group[0].length if group else entry.length
+            if any(self._is_worth_waiting(entry, one) for one in group):
                 continue
-            group.append(entry)
-            if entry.beginnings and self._can_be_kept(entry.beginnings[-1]):
-                read_now.add(entry.beginnings[-1].key)
+            some = entry.prompt.is_visual[start : entry.length]
+            if len(some) <= MOST_PADDING and not some.any():  # cheaper than a pass more
+                entry.length = min(entry.length, start)
+            if self._reader.fit_together([*group, entry]):
+                group.append(entry)
         return group
 
     def _read(self, group: list[_Entry]) -> None:
@@ -224,17 +225,15 @@ class Engine:
         try:
             self._make_room(group)
             for row, entry in enumerate(group, first):
-                if entry.length:
-                    used = next(b for b in entry.beginnings if b.num_tokens == entry.length)
-                    self.cache.put_beginning(row, self.prefixes.take(used.key))
                 entry.generation.num_cached = entry.length
+                if entry.length:
+                    self.cache.begin(row, self._known(entry)[1], entry.length)
             logits = self._reader.read_prompts(first, group)
             for row, (entry, is_finite) in enumerate(
                 zip(group, _finite_rows(logits), strict=True), first
             ):
-                longest = entry.beginnings[-1] if entry.beginnings and is_finite else None
-                if longest is not None and self._can_be_kept(longest):
-                    self.prefixes.put(longest.key, self.cache.beginning(row, longest.num_tokens))
+                entry.is_sound = is_finite
+                self._keep_prompt(row, entry)
         except BaseException:
             for entry in group:
                 entry.generation.cancel()
@@ -258,9 +257,61 @@ class Engine:
             max(entry.most_columns for entry in (*self._rows, *group)),
         )
 
-    def _can_be_kept(self, beginning: Beginning) -> bool:
-        num_bytes = beginning.num_tokens * self.bytes_per_token
-        return beginning.key not in self.prefixes and self.prefixes.can_hold(num_bytes)
+    # ------------------------------------------------------------------ what begins alike
+
+    def _is_shareable(self, num_tokens: int) -> bool:
+        """Not where dynamic scaling turns every key by an angle of the whole prompt."""
+        text = self.model.config.text_config
+        return self.prefixes.max_bytes > 0 and not is_scaled_dynamically(text, num_tokens)
+
+    def _signature_of(self, prompt: Prompt) -> Tensor | None:
+        if not self._is_shareable(len(prompt)):
+            return None
+        per_tile = self.model.config.num_image_tokens_per_tile
+        return signature_of(prompt.input_ids, prompt.is_visual, prompt.pixel_values, per_tile)
+
+    def _known(self, entry: _Entry) -> tuple[int, Sequence[Tensor]]:
+        """Tokens of a prompt that need no reading, and keys and values to copy them from."""
+        if entry.signature is None:
+            return 0, []
+        length, tensors = self.prefixes.find(entry.signature)
+        found: tuple[int, Sequence[Tensor]] = length, tensors
+        for row, other in enumerate(self._rows):
+            if (shared := _num_shared(entry, other)) > found[0]:
+                found = shared, self.cache.row(row)
+        return found
+
+    def _is_worth_waiting(self, entry: _Entry, other: _Entry) -> bool:
+        """Whether another prompt spares a request much of what it still has to read."""
+        rest = len(entry.prompt) - entry.length
+        return _num_shared(entry, other) - entry.length >= min(rest / 2, MOST_PADDING)
+
+    def _keep_prompt(self, row: int, entry: _Entry) -> None:
+        """Keep a prompt up to its last image, and what those who wait will read of it."""
+        if entry.signature is None or entry.generation.request.is_continued:
+            return  # the latter is kept as a whole when it ends
+        shared = [
+            _num_shared(one, entry)
+            for one in islice(self._waiting, self.max_rows)
+            if self._is_worth_waiting(one, entry)
+        ]
+        self._keep(row, entry, entry.signature[: max([end_of_images(entry.signature), *shared])])
+
+    def _keep_whole(self, row: int, entry: _Entry) -> None:
+        """Keep prompt and answer of a request that a later one goes on from."""
+        if entry.generation.request.is_continued and self._is_shareable(entry.columns):
+            assert entry.signature is not None
+            answer = torch.tensor(entry.generation.ids[:-1], dtype=torch.int64)
+            self._keep(row, entry, torch.cat((entry.signature, answer)))
+
+    def _keep(self, row: int, entry: _Entry, signature: Tensor) -> None:
+        length = len(signature)
+        if entry.is_sound and length:
+            self.prefixes.keep(
+                signature,
+                length * self.bytes_per_token,
+                lambda: [x[:, :length].clone() for x in self.cache.row(row)],
+            )
 
     # ------------------------------------------------------------------ choosing and leaving
 
@@ -288,6 +339,7 @@ class Engine:
                 continue  # cancelled from another thread meanwhile
             try:
                 if not is_finite[number]:
+                    entries[number].is_sound = False
                     self.cache.blank(self._rows.index(entries[number]))
                     check_finite(logits[number : number + 1])
                 generation.take(token, logprobs.get(number))
@@ -308,10 +360,19 @@ class Engine:
             entry = self._rows[row]
             if entry.generation.finish_reason is not None:
                 self._ended.append(entry.generation)
+                self._keep_whole(row, entry)
                 last = self._rows.pop()
                 if last is not entry:
                     self.cache.move(len(self._rows), row, last.columns)
                     self._rows[row] = last
+        if not self._rows:
+            self.cache.release()
+
+
+def _num_shared(entry: _Entry, other: _Entry) -> int:
+    if entry.signature is None or other.signature is None:
+        return 0
+    return num_shared(entry.signature, other.signature)
 
 
 def _finite_rows(logits: torch.Tensor) -> list[bool]:
@@ -320,7 +381,8 @@ def _finite_rows(logits: torch.Tensor) -> list[bool]:
     return found
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that a device has free."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return available_bytes() or _UNKNOWN_BYTES

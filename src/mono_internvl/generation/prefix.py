@@ -1,37 +1,19 @@
-"""What prompts begin with, read once: system message and images of earlier requests.
+"""What prompts begin with, read once: system message, images, the earlier turns of a conversation.
 
-Attention is causal and the images come first, so their keys and values do not depend on the
-question. A beginning is known by its tokens and the pixels of its tiles, and ends with an image.
+Attention is causal, so keys and values of a beginning do not depend on what follows. Beginnings
+are compared by signature: a text token counts by its id, a visual one by the pixels of its tile.
+An image is shared whole or not at all, as its tokens may attend to each other both ways.
+
+Legend: T tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-
-from mono_internvl.attention.image_layout import has_image_layout
-from mono_internvl.configuration.model import MonoInternVLConfig
-from mono_internvl.configuration.text_fields import is_scaled_dynamically
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """A part of a prompt, from its first token to the end of one of its images.
-
-    Attributes:
-        key: Fingerprint of tokens and pixels.
-        num_tokens: Its length.
-        num_tiles: Tiles of its images.
-    """
-
-    key: bytes
-    num_tokens: int
-    num_tiles: int
 
 
 class PrefixCache:
@@ -43,57 +25,59 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self._kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._kept
+        self._kept: list[tuple[Tensor, list[Tensor]]] = []  # what was asked for last stands last
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def take(self, key: bytes) -> list[Tensor]:
-        """The tensors kept under a key, which was asked for just now."""
-        self._kept.move_to_end(key)
-        return self._kept[key]
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values that are kept."""
+        return sum(_num_bytes(tensors) for _, tensors in self._kept)
 
-    def can_hold(self, num_bytes: int) -> bool:
-        """Whether so much may be kept at all."""
-        return num_bytes <= self.max_bytes
+    def find(self, signature: Tensor) -> tuple[int, list[Tensor]]:
+        """The longest beginning of a prompt that is kept.
 
-    def put(self, key: bytes, tensors: list[Tensor]) -> None:
-        """Keep tensors that `can_hold` allows."""
-        self.num_bytes += _num_bytes(tensors)
-        self._kept[key] = tensors
-        while self.num_bytes > self.max_bytes:
-            self.num_bytes -= _num_bytes(self._kept.popitem(last=False)[1])
+        Args:
+            signature: (T,) of the prompt, see `signature_of`.
+
+        Returns:
+            Its tokens, and tensors of at least as many, which count as asked for; 0 and none where
+            nothing is shared.
+        """
+        lengths = [num_shared(signature, kept) for kept, _ in self._kept]
+        if not any(lengths):
+            return 0, []
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        self._kept.append(self._kept.pop(longest))
+        return lengths[longest], self._kept[-1][1]
+
+    def keep(self, signature: Tensor, num_bytes: int, copy: Callable[[], list[Tensor]]) -> None:
+        """Keep a beginning, unless it is too large or part of one that is kept.
+
+        Shorter ones that it begins with go, and as many old ones as it needs the room of.
+
+        Args:
+            signature: (T,).
+            num_bytes: Of its keys and values.
+            copy: Makes them, when there is room.
+        """
+        if num_bytes > self.max_bytes or any(_begins(kept, signature) for kept, _ in self._kept):
+            return
+        self._kept = [one for one in self._kept if not _begins(signature, one[0])]
+        while self.num_bytes + num_bytes > self.max_bytes:
+            del self._kept[0]
+        self._kept.append((signature, copy()))
 
     def clear(self) -> None:
         """Forget everything: the model's weights, or how it computes, have changed."""
         self._kept.clear()
-        self.num_bytes = 0
 
 
-def depends_on_the_beginning_alone(config: MonoInternVLConfig, num_tokens: int) -> bool:
-    """Whether the beginning of a prompt has the same keys and values whatever follows.
-
-    Not beyond the trained length with dynamic scaling, which turns every key by an angle of the
-    whole prompt. Nor where images move positions or attend both ways: then keys and values are not
-    all that must be known of them.
-
-    Args:
-        config: Of the model.
-        num_tokens: Length of the whole prompt.
-    """
-    return not has_image_layout(config) and not is_scaled_dynamically(
-        config.text_config, num_tokens
-    )
-
-
-def find_beginnings(
-    input_ids: Tensor, is_visual: Tensor, pixel_values: Tensor, tokens_per_tile: int
-) -> list[Beginning]:
-    """What a prompt begins with, up to each of its images; at least one token follows.
+def signature_of(
+    input_ids: Tensor, is_visual: Tensor, pixel_values: Tensor | None, tokens_per_tile: int
+) -> Tensor:
+    """(T,) int64: ids of text tokens, and below 0, for visual ones, a fingerprint of their tile.
 
     Args:
         input_ids: (T,).
@@ -101,25 +85,52 @@ def find_beginnings(
         pixel_values: (tiles, 3, S, S), as many as the visual tokens need.
         tokens_per_tile: Visual tokens of a tile.
     """
-    goes_on = torch.cat((is_visual[1:], is_visual.new_zeros(1)))
-    ends = ((is_visual & ~goes_on).nonzero().flatten() + 1).tolist()
-    fingerprint = hashlib.blake2b(digest_size=16)
-    found, begin, tile = [], 0, 0
-    for end in ends:
-        last_tile = int(is_visual[:end].sum()) // tokens_per_tile
-        fingerprint.update(digest(input_ids[begin:end]) + digest(pixel_values[tile:last_tile]))
-        if end < len(input_ids):
-            found.append(Beginning(fingerprint.digest(), end, last_tile))
-        begin, tile = end, last_tile
-    return found
+    if pixel_values is None:
+        return input_ids
+    tiles = torch.tensor([~_fingerprint(tile) for tile in pixel_values])
+    signature = input_ids.clone()
+    signature[is_visual] = tiles.repeat_interleave(tokens_per_tile)
+    return signature
 
 
-def digest(x: Tensor) -> bytes:
-    """A fingerprint of a tensor's values, shape and dtype."""
+def num_shared(prompt: Tensor, other: Tensor) -> int:
+    """Leading tokens that a prompt has in common with another; at least one of its own is left.
+
+    Args:
+        prompt: (T,) signature.
+        other: Signature of any length.
+    """
+    most = min(len(prompt) - 1, len(other))
+    differs = (prompt[:most] != other[:most]).nonzero()
+    shared = int(differs[0]) if len(differs) else most
+    if divides_image(prompt, shared) or divides_image(other, shared):
+        text = (prompt[:shared] >= 0).nonzero()
+        shared = int(text[-1]) + 1 if len(text) else 0
+    return shared
+
+
+def divides_image(signature: Tensor, length: int) -> bool:
+    """Whether a prompt's first tokens end within one of its images."""
+    return 0 < length < len(signature) and bool((signature[length - 1 : length + 1] < 0).all())
+
+
+def end_of_images(signature: Tensor) -> int:
+    """Tokens up to the end of the last image; 0 without images."""
+    visual = (signature < 0).nonzero()
+    return int(visual[-1]) + 1 if len(visual) else 0
+
+
+def _begins(signature: Tensor, other: Tensor) -> bool:
+    """Whether a signature begins with another."""
+    return torch.equal(signature[: len(other)], other)
+
+
+def _fingerprint(x: Tensor) -> int:
+    """63 bits of a tensor's values and dtype."""
     data = x.detach().cpu().contiguous()
-    found = hashlib.blake2b(repr((tuple(data.shape), data.dtype)).encode(), digest_size=16)
+    found = hashlib.blake2b(str(data.dtype).encode(), digest_size=8)
     found.update(data.view(torch.uint8).numpy().data)
-    return found.digest()
+    return int.from_bytes(found.digest()) >> 1
 
 
 def _num_bytes(tensors: Sequence[Tensor]) -> int:

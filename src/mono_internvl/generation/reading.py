@@ -27,7 +27,7 @@ from mono_internvl.attention.image_layout import (
     moves_positions,
 )
 from mono_internvl.configuration.text_fields import LAYER_TYPES, is_scaled_dynamically
-from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing
 from mono_internvl.generation.cache import BatchCache, Rows
 from mono_internvl.generation.few_rows import FewRows
@@ -82,21 +82,11 @@ class Reader:
     Args:
         model: In eval mode.
         cache: Of the same model.
-
-    Raises:
-        ConfigError: The model's attention cannot see a row's own mask.
     """
 
     def __init__(self, model: MonoInternVLForConditionalGeneration, cache: BatchCache) -> None:
-        attention = model.config.text_config._attn_implementation
-        if attention not in ATTENTIONS:
-            raise ConfigError(
-                f"attn_implementation={attention!r}; answering several requests at once needs one "
-                f"of {', '.join(ATTENTIONS)}: call model.set_attn_implementation"
-            )
         self.model, self.config, self.cache = model, model.config, cache
         self.device = model.device
-        self._moves_positions = moves_positions(model.config)
 
     def prompt_of(self, request: Request) -> Prompt:
         """The prompt of a request, on the host.
@@ -156,9 +146,12 @@ class Reader:
             [row.prompt.is_visual[row.length :] for row in rows], batch_first=True
         )
         features = self._features(rows)
-        layout = ImageLayout()
+        layout = ImageLayout()  # of whole prompts
         if has_image_layout(self.config):
-            layout = lay_out_images(self.config, is_visual, None, None)
+            whole = torch.nn.utils.rnn.pad_sequence(
+                [row.prompt.is_visual for row in rows], batch_first=True
+            )
+            layout = lay_out_images(self.config, whole, None, None)
         start, used, logits = rows[0].length, 0, ids.new_empty(0)
         last = torch.tensor([len(rest) - 1 for rest in rests])  # (B,)
         for begin, stop in pairwise((0, *self._chunk_ends(is_visual, start))):
@@ -174,14 +167,14 @@ class Reader:
                 x,
                 routing,
                 ImageLayout(
-                    _sliced(layout.image_numbers, 0, stop, self.device),
-                    _sliced(layout.positions, begin, stop, self.device),
+                    _sliced(layout.image_numbers, 0, start + stop, self.device),
+                    _sliced(layout.positions, start + begin, start + stop, self.device),
                 ),
                 last.clamp_max(stop - 1) - begin,
             )
         if layout.positions is not None:
             for number, row in enumerate(rows):
-                place = len(rests[number]) - 1
+                place = len(row.prompt) - 1
                 row.lag = math.floor(place - float(layout.positions[number, place]))
         return logits
 
@@ -194,7 +187,7 @@ class Reader:
             view = self.cache.rows(begin, [row.length for row in run], 1)
             ids = torch.tensor(tokens[begin:stop], device=self.device)[:, None]
             layout = ImageLayout()
-            if self._moves_positions:
+            if moves_positions(self.config):
                 lags = torch.tensor([row.lag for row in run], device=self.device)
                 layout = ImageLayout(positions=(view.columns - lags[:, None]).float())
             x = self.model.get_input_embeddings()(ids)

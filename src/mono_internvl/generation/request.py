@@ -6,14 +6,14 @@ Legend: T tokens of the prompt, S tile side.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mono_internvl.errors import ConfigError, PromptError
-from mono_internvl.generation.sampling import GREEDY, Sampling
+from mono_internvl.generation.sampling import GREEDY, LARGEST_SEED, Sampling
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -36,6 +36,8 @@ class Request:
         has_logprobs: Whether the logarithms of the chosen tokens' probabilities are wanted.
         visual_token_mask: (T,) bool, where the visual tokens go; wherever `<IMG_CONTEXT>` stands
             unless given. A prompt that repeats a *generated* one says so.
+        is_continued: Whether a later prompt will go on from this one and its answer: their keys and
+            values are kept.
 
     Raises:
         PromptError: The prompt is empty.
@@ -51,6 +53,7 @@ class Request:
     on_text: Callable[[str], object] | None = None
     has_logprobs: bool = False
     visual_token_mask: Tensor | None = None
+    is_continued: bool = False
 
     def __post_init__(self) -> None:
         if len(self.input_ids) == 0:
@@ -60,6 +63,23 @@ class Request:
             raise ConfigError(f"{name} without decode: the engine knows ids only; pass decode, too")
         if "" in self.stop_strings:
             raise ConfigError("stop_strings: one is empty, and would end every answer; drop it")
+
+    def samples(self, n: int) -> list[Request]:
+        """The same request n times, each with a seed of its own: answers to choose from.
+
+        The engine reads their prompt once.
+
+        Args:
+            n: How many. Seeds count on from that of the request; None stays torch's own state.
+
+        Raises:
+            ConfigError: n is below 1.
+        """
+        if n < 1:
+            raise ConfigError(f"n={n}; expected at least 1 sample")
+        seed = self.sampling.seed
+        seeds = [None if seed is None else (seed + i) % (LARGEST_SEED + 1) for i in range(n)]
+        return [replace(self, sampling=replace(self.sampling, seed=one)) for one in seeds]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """A conversation with a model: images in any turn, every token read once, an answer as it is made.
 
-The session keeps the keys and values of what was said, so a new question costs its own tokens only.
-The cache always holds the conversation as the chat template writes it, with the ids that were
-generated.
-
-Legend: V vocabulary.
+The session keeps what was said as the chat template writes it, with the ids that were generated,
+and asks an engine that keeps the keys and values: a new question costs its own tokens only.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -17,16 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature, LogitsProcessorList
-from transformers.cache_utils import DynamicCache
 
 from mono_internvl.compute import ComputePlan
-from mono_internvl.configuration.text_fields import is_scaled_dynamically
 from mono_internvl.errors import ConfigError, PromptError
 from mono_internvl.generation.context import most_tokens
-from mono_internvl.generation.finite_logits import check_finite
-from mono_internvl.generation.prefix import digest
-from mono_internvl.generation.request import TextStream
+from mono_internvl.generation.engine import Engine, free_bytes
+from mono_internvl.generation.request import Request
 from mono_internvl.generation.sampling import GREEDY, Sampling
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.image_files import ImageSource, is_one_image, load_image
@@ -77,34 +72,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class FirstQuestion:
-    """What a conversation began with.
+class _Said:
+    """A conversation, or a prompt of one.
 
     Attributes:
-        ids: Tokens of the prompt.
-        pictures: Fingerprint of its tiles, or None without images.
-        image_token: Id of `<IMG_CONTEXT>`.
-        cache: Keys and values of the conversation.
+        ids: Its tokens.
+        is_visual: Which of them stand for an image; a generated `<IMG_CONTEXT>` does not.
+        tiles: (tiles, 3, S, S) of every question with images.
     """
 
-    ids: tuple[int, ...]
-    pictures: bytes | None
-    image_token: int
-    cache: DynamicCache
-
-    def num_shared_with(self, past: "FirstQuestion") -> int:
-        """Leading tokens whose keys and values are those of `past`; at least one is left to read.
-
-        All images or none: those that are in part shared are read anew.
-        """
-        pairs = zip(self.ids[:-1], past.ids, strict=False)
-        shared = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
-        if shared is None:
-            shared = min(len(self.ids) - 1, len(past.ids))
-        if self.pictures != past.pictures or self.image_token in self.ids[shared:]:
-            images = [n for n, token in enumerate(self.ids[:shared]) if token == self.image_token]
-            shared = min([shared, *images[:1]])
-        return shared
+    ids: tuple[int, ...] = ()
+    is_visual: tuple[bool, ...] = ()
+    tiles: tuple[Tensor, ...] = ()
 
 
 class ChatSession:
@@ -124,10 +103,10 @@ class ChatSession:
     Raises:
         ConfigError: If model and processor do not belong together.
 
-    Source: `chat` of the released code. Differs: later turns reuse the cache with the ids that were
-        generated, where it reads the whole conversation again from re-tokenized text; `</s>` and
-        `<|im_start|>` end an answer too; an empty answer is closed like any other. As there, keys
-        cached before dynamic rotary scaling sets in keep the angles they were given.
+    Source: `chat` of the released code. Differs: later turns reuse keys and values, with the ids
+        that were generated, where it reads the whole conversation again from re-tokenized text (we
+        do so where dynamic rotary scaling has set in); `</s>` and `<|im_start|>` end an answer too;
+        an empty answer is closed like any other.
     """
 
     def __init__(
@@ -142,7 +121,10 @@ class ChatSession:
     ) -> None:
         _check_belong_together(model, processor)
         _check_max_tiles(max_tiles)
-        self.model = model.eval()
+        # A row as long as memory allows, and as much again for the earlier turns.
+        num_bytes = max(1, free_bytes(model.device) // 3)
+        self.engine = Engine(model, max_rows=1, kv_bytes=num_bytes, prefix_bytes=num_bytes)
+        self.model = model
         self.processor = processor
         self.system = system
         self.max_tiles = max_tiles
@@ -152,19 +134,13 @@ class ChatSession:
         self._turn_end = processor.turn_end_id
         self._image_token: int = processor.image_token_id
         self._stops = frozenset(processor.stop_token_ids)
-        self._clear()
-
-    def _clear(self) -> None:
         self._messages: list[dict[str, Any]] = []
-        self._ids: list[int] = []
-        self._first: FirstQuestion | None = None  # of this conversation
-        self._past: FirstQuestion | None = None  # of the one before, with its cache
-        self._cache = DynamicCache()  # whole in sliding layers too: it is cropped
+        self._said = _Said()
 
     def __repr__(self) -> str:
         model = self.model
         return (
-            f"<ChatSession: {len(self._messages)} messages, {len(self._ids)} tokens; "
+            f"<ChatSession: {len(self._messages)} messages, {len(self.ids)} tokens; "
             f"{model.num_parameters():,} parameters, {model.dtype} on {model.device}>"
         )
 
@@ -175,28 +151,20 @@ class ChatSession:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        """The tokens of the conversation, all of them in the cache."""
-        return tuple(self._ids)
-
-    @property
-    def cache(self) -> DynamicCache:
-        """Keys and values of `ids`; for looking, not for changing."""
-        return self._cache
+        """The tokens of the conversation."""
+        return self._said.ids
 
     def reset(self) -> None:
         """Forget the conversation.
 
-        Its keys and values are kept until the next question: what that has in common with the first
-        one, system message and image, is not read again.
+        Its keys and values are kept as long as there is room: what a later one begins with like it,
+        system message and images, is not read again.
 
         Raises:
             PromptError: An answer is being streamed.
         """
         with self._exclusive():
-            first, cache = (self._first if self._ids else None), self._cache
-            self._clear()
-            if first is not None:
-                self._past = dataclasses.replace(first, cache=cache)
+            self._messages, self._said = [], _Said()
 
     def ask(
         self,
@@ -266,146 +234,71 @@ class ChatSession:
     ) -> Generator[str, None, Answer]:
         start = time.perf_counter()
         message = _user_message(question, images)
-        batch = self._encode(message, self.max_tiles if max_tiles is None else max_tiles)
-        prompt: list[int] = batch["input_ids"][0].tolist()
-        pixels = batch.get("pixel_values")
-        before, num_messages = len(self._ids), len(self._messages)
-        num_prompt = before + len(prompt)
-        most = min(options.max_new_tokens, self._room_after(num_prompt))
-        if not before and (num_shared := self._begin(prompt, pixels)):
-            prompt = prompt[num_shared:]
-            pixels = pixels if self._image_token in prompt else None
-        cached = len(self._ids)
-        generated: list[int] = []
-        text = TextStream(self.processor.decode_answer)
-        is_settled = False
+        prompt = self._prompt_with(message, self.max_tiles if max_tiles is None else max_tiles)
+        most = min(options.max_new_tokens, self._room_after(len(prompt.ids)))
+        pieces: list[str] = []
+        generation = self.engine.submit(
+            Request(
+                prompt.ids,
+                torch.cat(prompt.tiles) if prompt.tiles else None,
+                dataclasses.replace(options, max_new_tokens=most),
+                stop_ids=self._stops,
+                decode=self.processor.decode_answer,
+                on_text=pieces.append,
+                visual_token_mask=torch.tensor(prompt.is_visual),
+                is_continued=True,
+            )
+        )
         try:
-            try:
-                yield from self._generate(prompt, pixels, generated, most, options, text)
-            except (KeyboardInterrupt, GeneratorExit):
-                if generated:
-                    self._close_turn(message, generated, num_prompt)
-                    is_settled = True
-                raise
-            self._close_turn(message, generated, num_prompt)
-            is_settled = True
+            while generation.finish_reason is None:
+                self.engine.step()
+                yield from pieces
+                pieces.clear()
+        except (KeyboardInterrupt, GeneratorExit):
+            if generation.ids:
+                self._close_turn(message, prompt, generation.ids)
+            raise
         finally:
-            if not is_settled:
-                self._crop(before)
-                del self._messages[num_messages:]
-        if rest := text.finish(generated):
-            yield rest
+            generation.cancel()
+        self._close_turn(message, prompt, generation.ids)
+        result = generation.result
+        assert result.text is not None and result.finish_reason != "cancelled"
         return Answer(
-            text=text.text,
-            boxes=tuple(parse_boxes(text.text)),
-            tokens=TokenCounts(num_prompt, cached, len(generated)),
+            text=result.text,
+            boxes=tuple(parse_boxes(result.text)),
+            tokens=TokenCounts(result.num_prompt, result.num_cached, len(result.ids)),
             seconds=time.perf_counter() - start,
-            finish_reason="length" if len(generated) == most else "stop",
-            ids=tuple(generated),
+            finish_reason=result.finish_reason,
+            ids=result.ids,
         )
 
-    def _generate(
-        self,
-        prompt: list[int],
-        pixel_values: Tensor | None,
-        generated: list[int],
-        most: int,
-        options: Sampling,
-        text: TextStream,
-    ) -> Generator[str, None, None]:
-        """Reads the prompt and appends at most `most` ids to `generated`; yields certain text."""
-        processors = options.logits_processors()
-        generator = None
-        if options.seed is not None:
-            generator = torch.Generator(self.model.device).manual_seed(options.seed)
-        logits = self._read_prompt(prompt, pixel_values)
-        while True:
-            token = self._choose(logits, processors, options.temperature > 0, generator)
-            if token in self._stops:
-                return
-            generated.append(token)
-            if piece := text.push(generated):
-                yield piece
-            if len(generated) == most:
-                return
-            logits = self._read([token])
+    def _prompt_with(self, message: Mapping[str, Any], max_tiles: int | None) -> _Said:
+        """The conversation up to the answer to a message."""
+        said = self._said
+        if said.ids:
+            batch = self.processor.encode_turn(message, close_previous=False, max_tiles=max_tiles)
+        else:
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            batch = self.processor.encode_prompt([*system, message], max_tiles=max_tiles)
+        ids = batch["input_ids"][0].tolist()
+        tiles = [batch["pixel_values"]] if "pixel_values" in batch else []
+        return _Said(
+            (*said.ids, *ids),
+            (*said.is_visual, *(token == self._image_token for token in ids)),
+            (*said.tiles, *tiles),
+        )
 
-    def _encode(self, message: Mapping[str, Any], max_tiles: int | None) -> BatchFeature:
-        if self._ids:
-            return self.processor.encode_turn(message, close_previous=False, max_tiles=max_tiles)
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return self.processor.encode_prompt([*system, message], max_tiles=max_tiles)
-
-    @torch.inference_mode()
-    def _choose(
-        self,
-        logits: Tensor,
-        processors: LogitsProcessorList,
-        is_random: bool,
-        generator: torch.Generator | None,
-    ) -> int:
-        """The next token from (1, V) logits."""
-        check_finite(logits)
-        if processors:
-            logits = processors(torch.tensor([self._ids], device=logits.device), logits.float())
-        if not is_random:
-            return int(logits.argmax(-1))
-        return int(torch.multinomial(logits.float().softmax(-1)[0], 1, generator=generator))
-
-    # ------------------------------------------------------------------ the cache
-
-    @torch.inference_mode()
-    def _read_prompt(self, ids: list[int], pixel_values: Tensor | None) -> Tensor:
-        """Reads a user's turn, with its images where their context tokens stand; as `_read`."""
-        device = self.model.device
-        tokens = torch.tensor([ids], device=device)
-        pixels = None if pixel_values is None else pixel_values.to(device)
-        out = self.model.prefill(tokens, self._cache, pixels)
-        self._ids += ids
-        return _last_logits(out.logits)
-
-    @torch.inference_mode()
-    def _read(self, ids: list[int]) -> Tensor:
-        """Reads generated tokens, each of them text. Returns (1, V) logits of what follows."""
-        tokens = torch.tensor([ids], device=self.model.device)
-        out = self.model(tokens, past_key_values=self._cache, logits_to_keep=1)
-        self._ids += ids
-        return _last_logits(out.logits)
-
-    def _begin(self, prompt: list[int], pixels: Tensor | None) -> int:
-        """Takes over what the conversation before began with; returns how many tokens that were."""
-        past, self._past = self._past, None
-        pictures = None if pixels is None else digest(pixels)
-        self._first = FirstQuestion(tuple(prompt), pictures, self._image_token, self._cache)
-        shared = 0 if past is None else self._first.num_shared_with(past)
-        longest = max(len(prompt), 0 if past is None else len(past.ids))
-        if is_scaled_dynamically(self.model.config.get_text_config(), longest):
-            shared = 0  # keys of another prompt length are turned by other angles
-        if past is not None and shared:
-            self._cache, self._ids = past.cache, prompt[:shared]
-            self._crop(shared)
-        return shared
-
-    def _close_turn(self, message: dict[str, Any], generated: list[int], num_prompt: int) -> None:
+    def _close_turn(self, message: dict[str, Any], prompt: _Said, generated: list[int]) -> None:
         """Ends the answer as the template does, and remembers both messages."""
-        self._crop(len(self._ids))
-        self._read([*generated[len(self._ids) - num_prompt :], self._turn_end])
         answer = self.processor.decode_answer(generated, keep_grounding=True)
+        new = (*generated, self._turn_end)
+        text = (False,) * len(new)
+        self._said = _Said((*prompt.ids, *new), (*prompt.is_visual, *text), prompt.tiles)
         self._messages += [message, {"role": "assistant", "content": answer}]
-
-    def _crop(self, length: int) -> None:
-        """Back to the first `length` tokens, also after a pass that broke off between layers."""
-        self._ids = self._ids[:length]
-        if not length:
-            self._cache = DynamicCache()
-            return
-        for layer in self._cache.layers:
-            layer.keys = layer.keys[..., :length, :]
-            layer.values = layer.values[..., :length, :]
 
     def _room_after(self, num_prompt: int) -> int:
         """How many tokens an answer may have, its end not counted."""
-        limit = most_tokens(self.model.config)
+        limit = min(most_tokens(self.model.config), self.engine.cache.max_tokens)
         if num_prompt + 2 > limit:
             raise PromptError(
                 f"the conversation has {num_prompt} tokens with this question, but the model reads "
@@ -433,11 +326,6 @@ def _user_message(question: str, images: ImageSource | Sequence[ImageSource]) ->
         raise PromptError(f"images is a {type(images).__name__}; expected an image or several")
     pictures = [{"type": "image", "image": load_image(image)} for image in several]
     return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}
-
-
-def _last_logits(logits: Tensor | None) -> Tensor:
-    assert logits is not None
-    return logits[:, -1]  # (1, V)
 
 
 def _check_max_tiles(max_tiles: Any) -> None:
