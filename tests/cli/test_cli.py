@@ -159,7 +159,7 @@ def test_chat_piped_lines_share_one_conversation(chat):
     assert (code, err) == (0, "")
     assert first["answer"] == golden_response("chat_turn1")
     assert first["images"] == [str(CHAT_A)] and second["images"] == [str(CHAT_B)]
-    assert second["tokens"]["cached"] == first["tokens"]["prompt"] + 12 + 1
+    assert second["tokens"]["cached"] == first["tokens"]["prompt"] + 12 - 1
     # A reset keeps what every conversation begins with, the system message, and no image.
     assert 0 < third["tokens"]["cached"] < third["tokens"]["prompt"]
     assert third["tokens"]["cached"] < first["tokens"]["prompt"] and third["images"] == []
