@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
+import mono_internvl
 from mono_internvl.errors import SampleError
+from mono_internvl.evaluation.metrics import METRICS
 from mono_internvl.miniature.scoring import BENCHMARK, caption_attributes
 
 CIRCLE = ["large", "red", "circle", "top left"]
@@ -94,3 +99,13 @@ def test_score_refuses_malformed_attributes(attributes: object) -> None:
 def test_score_refuses_an_unknown_kind() -> None:
     with pytest.raises(SampleError, match="kind='colors' is no metric of benchmark 'miniature'"):
         BENCHMARK.score({"kind": "colors", "answer": "red"}, "red")
+
+
+@pytest.mark.parametrize("room", ["evaluation", "reports", "runs"])
+def test_generic_rooms_do_not_name_the_miniature_s_kinds(room: str) -> None:
+    kinds = set(BENCHMARK.metrics) - set(METRICS) | {"facts_replayed", "miniature"}
+    for file in (Path(mono_internvl.__file__).parent / room).rglob("*.py"):
+        texts = {
+            n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)
+        }
+        assert not kinds & texts, f"{file} names {kinds & texts}"

@@ -19,7 +19,7 @@ from mono_internvl.reports.gallery import (
     verdict_on,
 )
 from mono_internvl.reports.kinds import Kind, Words
-from mono_internvl.runs.schemas import Answer
+from mono_internvl.runs.predictions import Answer
 
 WORDS = Words(
     kinds=(

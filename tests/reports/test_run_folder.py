@@ -8,14 +8,8 @@ from pathlib import Path
 import pytest
 
 from mono_internvl.errors import MonoInternVLError, SampleError, TrainingStateError
-from mono_internvl.runs.schemas import (
-    StageResult,
-    Target,
-    Threshold,
-    read_answers,
-    read_losses,
-    read_metrics,
-)
+from mono_internvl.runs.predictions import read_answers
+from mono_internvl.runs.schemas import StageResult, Target, Threshold, read_losses, read_metrics
 
 
 def test_read_metrics_reads_every_part(run: Path) -> None:

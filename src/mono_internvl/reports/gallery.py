@@ -15,7 +15,7 @@ from mono_internvl.errors import ImageError
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.reports.boxes import Box, boxes_to_draw
 from mono_internvl.reports.kinds import Kind, Words
-from mono_internvl.runs.schemas import Answer
+from mono_internvl.runs.predictions import Answer
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from mono_internvl.reports import page
 from mono_internvl.reports.charts import Curve, Progress, loss_chart, progress_chart
 from mono_internvl.reports.gallery import PARTLY, RIGHT, WRONG, Gallery, make_gallery
 from mono_internvl.reports.kinds import Kind, TextChart, Words
+from mono_internvl.runs.predictions import read_answers
 from mono_internvl.runs.schemas import (
     START,
     RunMetrics,
@@ -20,7 +21,6 @@ from mono_internvl.runs.schemas import (
     StageResult,
     Target,
     Threshold,
-    read_answers,
     read_losses,
     read_metrics,
 )

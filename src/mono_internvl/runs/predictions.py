@@ -66,6 +66,29 @@ class Prediction:
         return cls(record, str(row.get("question", "")), text, float(score), is_blind, protocol)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a held-out question about an image.
+
+    Attributes:
+        id: id of the record.
+        kind: kind of task.
+        image: path of the image relative to the data root.
+        question: what was asked.
+        truth: the true answer.
+        text: what the model said.
+        score: in [0, 1].
+    """
+
+    id: str
+    kind: str
+    image: str
+    question: str
+    truth: str
+    text: str
+    score: float
+
+
 def read_predictions(file: Path) -> list[Prediction]:
     """The answers in a file.
 
@@ -94,3 +117,37 @@ def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text("".join(to_line(p.to_row()) for p in predictions), encoding="utf-8")
     partial.replace(file)
+
+
+def read_answers(run: Path, stage: str) -> list[Answer]:
+    """Read the answers about images that a stage's model gave when it saw them.
+
+    Args:
+        run: the run folder.
+        stage: name of the stage.
+
+    Returns:
+        The answers, without those to text-only or blind questions; empty if there is no file.
+
+    Raises:
+        SampleError: if a line is no answer.
+    """
+    path = run / "predictions" / f"{stage}.jsonl"
+    answers = []
+    for one in read_predictions(path) if path.is_file() else ():
+        image = one.record.get("image")
+        if isinstance(image, str) and not one.is_blind:
+            answers.append(_answer(one, image))
+    return answers
+
+
+def _answer(one: Prediction, image: str) -> Answer:
+    return Answer(
+        id=str(one.record.get("id", "")),
+        kind=one.kind,
+        image=image,
+        question=one.question,
+        truth=str(one.record.get("answer", "")),
+        text=one.text,
+        score=one.score,
+    )

@@ -1,4 +1,4 @@
-"""What a run leaves behind, as it is written and as it is read: figures, costs, steps, answers."""
+"""What a run leaves behind, as it is written and read: figures, costs, steps of training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 from mono_internvl.errors import SampleError, TrainingStateError
 from mono_internvl.runs.folder import write_whole
 from mono_internvl.runs.json_lines import read_lines
-from mono_internvl.runs.predictions import Prediction, read_predictions
 from mono_internvl.runs.provenance import Origin
 
 METRICS = "metrics.json"
@@ -253,29 +252,6 @@ class TextMeasures:
         return cls(**_read_object(file))
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One answer to a held-out question about an image.
-
-    Attributes:
-        id: id of the record.
-        kind: kind of task.
-        image: path of the image relative to the data root.
-        question: what was asked.
-        truth: the true answer.
-        text: what the model said.
-        score: in [0, 1].
-    """
-
-    id: str
-    kind: str
-    image: str
-    question: str
-    truth: str
-    text: str
-    score: float
-
-
 def read_metrics(run: Path) -> RunMetrics:
     """Read `metrics.json` of a run.
 
@@ -370,40 +346,6 @@ def read_losses(run: Path, stage: str) -> list[float]:
         if step is not None and loss is not None:
             by_step[step] = loss
     return [loss for _, loss in sorted(by_step.items())]
-
-
-def read_answers(run: Path, stage: str) -> list[Answer]:
-    """Read the answers about images that a stage's model gave when it saw them.
-
-    Args:
-        run: the run folder.
-        stage: name of the stage.
-
-    Returns:
-        The answers, without those to text-only or blind questions; empty if there is no file.
-
-    Raises:
-        SampleError: if a line is no answer.
-    """
-    path = run / "predictions" / f"{stage}.jsonl"
-    answers = []
-    for one in read_predictions(path) if path.is_file() else ():
-        image = one.record.get("image")
-        if isinstance(image, str) and not one.is_blind:
-            answers.append(_answer(one, image))
-    return answers
-
-
-def _answer(one: Prediction, image: str) -> Answer:
-    return Answer(
-        id=_text(one.record.get("id")),
-        kind=one.kind,
-        image=image,
-        question=one.question,
-        truth=_text(one.record.get("answer")),
-        text=one.text,
-        score=one.score,
-    )
 
 
 def _json_lines(path: Path) -> list[Mapping[str, object]]:
