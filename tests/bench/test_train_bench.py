@@ -41,8 +41,8 @@ def test_owed_operations_are_those_executed(stage: Stage, variant: str) -> None:
     text = TINY.text_before + TINY.text_after
     names = [name for group in groups for name in group.names]
     owed = step_flops(model.config, names, SampleShape(TINY.visual_tokens, text, 3))
-    # Queries of the last layer are made from the first labelled row on, with a copy of all rows.
-    unread = {"v1": (1, 0), "v1.5": (text - 3, TINY.visual_tokens)}[variant]
+    # Queries of the last layer are made for all rows; owed are those of rows with a label.
+    unread = {"v1": (TINY.tokens - 3, 0), "v1.5": (text - 3, TINY.visual_tokens)}[variant]
     more = 0
     for rows, part in zip(unread, ("q_proj", "q_proj_visual"), strict=True):
         name = f"model.language_model.layers.1.self_attn.{part}.weight"

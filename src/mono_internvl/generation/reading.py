@@ -206,10 +206,9 @@ class Reader:
         last: Tensor | None = None,
     ) -> Tensor:
         """(B, V) logits behind token `last` (B,) of every row of (B, T, D)."""
-        tokens, keep, first = x.shape[1], None, 0
+        tokens, keep = x.shape[1], None
         if last is not None and tokens > 1:
             keep = (last + torch.arange(0, last.numel() * tokens, tokens)).to(self.device)
-            first = int(last.min())
         out = self.model.model.language_model(
             inputs_embeds=x,
             routing=routing,
@@ -218,7 +217,6 @@ class Reader:
             past_key_values=view,
             image_layout=layout,
             rows_to_keep=keep,
-            first_token_to_keep=first,
         )
         return self.model.lm_head(out.last_hidden_state.flatten(0, -2)).float()  # type: ignore[no-any-return]
 

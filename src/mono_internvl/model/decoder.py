@@ -26,7 +26,8 @@ from mono_internvl.configuration.text_fields import LAYER_TYPES
 from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing, check_implementation
 from mono_internvl.experts.registry import AUTO
-from mono_internvl.model.layers import DecoderLayer, KeptRows, RMSNorm, rotary_embeddings, slides
+from mono_internvl.model.last_layer import KeptRows, LastLayer
+from mono_internvl.model.layers import DecoderLayer, RMSNorm, rotary_embeddings, slides
 from mono_internvl.model.visual_tokens import PatchEmbedder
 from mono_internvl.released.whole import WholeCheckpointModel
 
@@ -61,7 +62,7 @@ class MonoInternVLPreTrainedModel(WholeCheckpointModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ("DecoderLayer",)
+    _no_split_modules: tuple[str, ...] = ("DecoderLayer", "LastLayer")
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -134,8 +135,10 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
     def __init__(self, config: MonoInternVLTextConfig, visual_experts: tuple[str, ...] = ()):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        last = config.num_hidden_layers - 1
         self.layers = nn.ModuleList(
-            DecoderLayer(config, i, visual_experts) for i in range(config.num_hidden_layers)
+            (LastLayer if i == last else DecoderLayer)(config, i, visual_experts)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -154,7 +157,6 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         rows_to_keep: Tensor | None = None,
-        first_token_to_keep: int = 0,
         image_layout: ImageLayout | None = None,
         **kwargs: Any,
     ) -> MonoInternVLOutput:
@@ -169,9 +171,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             output_hidden_states: Keep the output of every layer, whole.
             output_attentions: Keep the attention weights of every layer, whole.
             rows_to_keep: Rows of the B * T whose last hidden state is asked for; the result has
-                its shape, (..., D), and the last layer computes what these rows need. Not with
-                `output_hidden_states` or `output_attentions`.
-            first_token_to_keep: Place in the sequence before which none of them stands.
+                its shape, (..., D), see `last_layer`. Not with `output_hidden_states`.
             image_layout: What images mean for attention and positions; nothing unless given.
         """
         layout = image_layout if image_layout is not None else ImageLayout()
@@ -217,18 +217,16 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         # Kept only if asked for: a long prefill would otherwise hold every layer's activations.
         hidden_states: list[Tensor] = [x] if output_hidden_states else []
         attentions: list[Tensor | None] = []
-        kept = None
+        of_last = {}
         if rows_to_keep is not None:
-            kept_routing = routing.select(rows_to_keep.flatten())
-            kept = KeptRows(rows_to_keep, first_token_to_keep, kept_routing)
-        last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
+            of_last["kept"] = KeptRows(rows_to_keep, routing.select(rows_to_keep.flatten()))
+        for index, layer in enumerate(self.layers):
             x, weights = layer(
                 x,
                 routing,
-                kept if number == last else None,
+                **(of_last if layer is self.layers[-1] else {}),
                 position_embeddings=angles,
-                attention_mask=near if windows[number] else mask,
+                attention_mask=near if windows[index] else mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )

@@ -8,7 +8,6 @@ Legend: B batch, T tokens, N = B * T rows, D width, H heads, K key-value heads, 
 Source: arXiv 2410.08202, section 3.1; numbers as the released code gives them (`tests/parity`).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,28 +19,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mono_internvl.attention.blocked import BLOCKED
 from mono_internvl.configuration.model import MonoInternVLTextConfig
 from mono_internvl.configuration.text_fields import is_scaled_dynamically
 from mono_internvl.experts import Routing, run_implementation
-
-
-@dataclass(frozen=True)
-class KeptRows:
-    """The rows of the last layer whose output somebody reads; it computes no others.
-
-    Keys and values it computes for all rows: later tokens will read those.
-
-    Attributes:
-        rows: Indices into the N rows, int64; its shape is that of the output, without D. With two
-            dimensions, (B, T'), they are the last T' rows of every sequence.
-        first_token: Place in the sequence before which no row is kept.
-        routing: Of the kept rows.
-    """
-
-    rows: Tensor
-    first_token: int
-    routing: Routing
 
 
 def route(x: Tensor, routing: Routing, text: nn.Module, visual: nn.Module | None) -> Tensor:
@@ -118,21 +98,17 @@ def rotary_embeddings(
         kv_length: Tokens seen so far, this call included; decides dynamic scaling.
         dtype: Of the activations.
     """
-    rope, d = config.rope_parameters, config.head_dim
-    base, factor = rope["rope_theta"], rope.get("factor", 1.0)
-    if is_scaled_dynamically(config, kv_length):
-        stretch = factor * kv_length / config.max_position_embeddings - (factor - 1)
-        base = base * stretch ** (d / (d - 2))
-    magnitude = 1.0
-    if rope["rope_type"] in ("llama3", "yarn"):
-        scaled = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
-        frequencies, magnitude = scaled(config, position_ids.device)
+    rope, d, device = config.rope_parameters, config.head_dim, position_ids.device
+    kind, is_scaled = rope["rope_type"], is_scaled_dynamically(config, kv_length)
+    if kind in ("llama3", "yarn") or is_scaled:
+        seq_len = int(kv_length) if is_scaled else None
+        frequencies, magnitude = ROPE_INIT_FUNCTIONS[kind](config, device, seq_len=seq_len)
     else:
-        exponents = torch.arange(0, d, 2, device=position_ids.device, dtype=torch.float32) / d
-        frequencies = 1.0 / base**exponents
+        exponents = torch.arange(0, d, 2, device=device, dtype=torch.float32) / d
+        frequencies, magnitude = 1.0 / rope["rope_theta"] ** exponents, 1.0  # (d/2,)
     positions = position_ids.float()
-    if rope["rope_type"] == "linear":
-        positions = positions / factor
+    if kind == "linear":
+        positions = positions / rope["factor"]
     angles = positions[:, :, None] * frequencies  # (B, T, d/2)
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * magnitude).to(dtype), (angles.sin() * magnitude).to(dtype)
@@ -182,103 +158,63 @@ class Attention(nn.Module):
         width, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
         kv_width = config.num_key_value_heads * self.head_dim
 
-        def linears(suffix: str, names: str) -> None:
-            shapes = {"q": (width, q_width), "k": (width, kv_width), "v": (width, kv_width)}
-            shapes["o"] = (q_width, width)
-            for name in names:
-                bias = config.o_bias if name == "o" else config.qkv_bias
-                setattr(self, f"{name}_proj{suffix}", nn.Linear(*shapes[name], bias=bias))
-
-        linears("", "qkvo")
-        linears(
-            "_visual",
-            ("qkv" if "qkv" in visual_experts else "") + ("o" if "o" in visual_experts else ""),
-        )
-        self.q_norm = (
-            RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
-        self.k_norm = (
-            RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        )
-
-    def project(self, name: str, x: Tensor, routing: Routing) -> Tensor:
-        """Rows (N, ...) through projection `name`, each through its own expert if there is one."""
-        return route(x, routing, getattr(self, name), getattr(self, f"{name}_visual", None))
+        has_qkv, has_o = "qkv" in visual_experts, "o" in visual_experts
+        self.q_proj = nn.Linear(width, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, width, bias=config.o_bias)
+        self.q_proj_visual = nn.Linear(width, q_width, bias=config.qkv_bias) if has_qkv else None
+        self.k_proj_visual = nn.Linear(width, kv_width, bias=config.qkv_bias) if has_qkv else None
+        self.v_proj_visual = nn.Linear(width, kv_width, bias=config.qkv_bias) if has_qkv else None
+        self.o_proj_visual = nn.Linear(q_width, width, bias=config.o_bias) if has_o else None
+        eps = config.rms_norm_eps
+        self.q_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
 
     def forward(
+        self, x: Tensor, routing: Routing, **attention: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D), and the weights (B, H, T, T_kv) if any; see `attend`."""
+        y, weights = self.attend(x, routing, **attention)
+        return self.project_output(y, routing).view(x.shape), weights
+
+    def attend(
         self,
         x: Tensor,
         routing: Routing,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None,
         past_key_values: Cache | None,
-        kept: KeptRows | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows (B, T, D) -> (B, T, D), or those of `kept` alone, (R, D)."""
+        """(B, T, D) -> what all heads read, (N, H * d); attention weights if any."""
         batch, tokens, _ = x.shape
         rows = x.flatten(0, 1)  # (N, D)
-
-        def heads(y: Tensor, norm: nn.Module) -> Tensor:
-            y = y.view(batch, y.shape[0] // batch, -1, self.head_dim)
-            return norm(y).transpose(1, 2)  # (B, H or K, T, d)
-
-        cos, sin = position_embeddings
-        k = heads(self.project("k_proj", rows, routing), self.k_norm)
+        k = route(rows, routing, self.k_proj, self.k_proj_visual)  # (N, K * d)
+        v = route(rows, routing, self.v_proj, self.v_proj_visual)  # (N, K * d)
+        q = route(rows, routing, self.q_proj, self.q_proj_visual)  # (N, H * d)
+        q, k, v = (y.view(batch, tokens, -1, self.head_dim) for y in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H or K, T, d)
         if self.uses_rope:
-            k = rotate(k, cos, sin)
-        v = self.project("v_proj", rows, routing)
-        v = v.view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+            cos, sin = position_embeddings
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            k, v = past_key_values.update(k, v, self.layer_idx)  # (B, K, T_kv, d)
+        if self.sliding_window is not None:  # flash attention has no mask to see it in
+            kwargs["sliding_window"] = self.sliding_window
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attention_dropout if self.training else 0.0
-        first = 0 if kept is None else self._first_query(kept, tokens, k, attention_mask)
-        q = heads(self._query_rows(x, first, routing, kept), self.q_norm)
-        if self.uses_rope:
-            q = rotate(q, cos[:, first:], sin[:, first:])
-        if first and attention_mask is not None:
-            attention_mask = attention_mask[:, :, first:]
-        if self.sliding_window is not None:  # flash attention has no mask to see it in
-            kwargs["sliding_window"] = self.sliding_window
-        y, weights = attend(
+        y, weights = attention(
             self, q, k, v, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
         )  # (B, T, H, d)
-        if kept is None:
-            y = self.project("o_proj", y.reshape(batch * tokens, -1), routing)
-            return y.view(batch, tokens, -1), weights
-        flat = kept.rows.flatten()
-        flat = flat - first * (1 + flat // tokens)  # the same rows among those not cut off
-        y = y.reshape(batch * (tokens - first), -1).index_select(0, flat)
-        return self.project("o_proj", y, kept.routing), weights
+        return y.reshape(batch * tokens, -1), weights
 
-    def _query_rows(self, x: Tensor, first: int, routing: Routing, kept: KeptRows | None) -> Tensor:
-        """Queries of the tokens from `first` on, in rows.
-
-        Where queries have a visual copy, the routing of these rows is at hand only if they are the
-        kept ones; otherwise all rows are projected, and those before `first` dropped.
-        """
-        is_one_kind = not hasattr(self, "q_proj_visual")
-        if first and kept is not None and (is_one_kind or kept.rows.dim() == 2):
-            return self.project("q_proj", x[:, first:].flatten(0, 1), kept.routing)
-        q = self.project("q_proj", x.flatten(0, 1), routing)
-        return q.view(*x.shape[:2], -1)[:, first:].flatten(0, 1)
-
-    def _first_query(
-        self, kept: KeptRows, tokens: int, k: Tensor, attention_mask: Tensor | None
-    ) -> int:
-        """The first query that attention must see; 0 where it cannot do with a part of them.
-
-        Without a mask, sdpa takes several queries for the first ones of the keys, and a single one
-        sees every key: right if the keys end with it, wrong in a static cache.
-        """
-        name, last = self.config._attn_implementation, tokens - 1
-        if name == BLOCKED or (name in ("eager", "sdpa") and attention_mask is not None):
-            return min(kept.first_token, last)
-        is_single = kept.first_token >= last and k.shape[2] == tokens
-        return last if name == "sdpa" and is_single else 0
+    def project_output(self, y: Tensor, routing: Routing) -> Tensor:
+        """Rows (N, H * d) -> (N, D)."""
+        return route(y, routing, self.o_proj, self.o_proj_visual)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -299,19 +235,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm_visual = RMSNorm(width, eps) if norms else None
 
     def forward(
-        self, x: Tensor, routing: Routing, kept: KeptRows | None = None, **attention: Any
+        self, x: Tensor, routing: Routing, **attention: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D), or (..., D) of the `kept` rows; attention weights if any."""
-        shape: tuple[int, ...] = x.shape
+        """(B, T, D) -> (B, T, D), and attention weights if any."""
         rows = x.flatten(0, 1)  # (N, D)
         y = route(rows, routing, self.input_layernorm, self.input_layernorm_visual)
-        y, weights = self.self_attn(y.view(shape), routing, kept=kept, **attention)
-        if kept is not None:
-            shape, routing = (*kept.rows.shape, shape[-1]), kept.routing
-            rows = rows.index_select(0, kept.rows.flatten())
-        rows = rows + y.flatten(0, -2)
-        y = route(
-            rows, routing, self.post_attention_layernorm, self.post_attention_layernorm_visual
-        )
-        rows = rows + route(y, routing, self.mlp, self.mlp_visual)
-        return rows.view(shape), weights
+        y, weights = self.self_attn(y.view(x.shape), routing, **attention)
+        rows = rows + y.flatten(0, 1)
+        return self.feed_forward(rows, routing).view(x.shape), weights
+
+    def feed_forward(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Rows (N, D) -> (N, D): norm, one expert per row, residual."""
+        norm, norm_visual = self.post_attention_layernorm, self.post_attention_layernorm_visual
+        y = route(rows, routing, norm, norm_visual)
+        return rows + route(y, routing, self.mlp, self.mlp_visual)

