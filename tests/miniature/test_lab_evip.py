@@ -17,12 +17,12 @@ from test_quickstart import SMALLEST
 from mono_internvl.cli import app as cli
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import lab_evip as module
-from mono_internvl.miniature.lab_evip import arms_of, compare_pretraining
+from mono_internvl.miniature.lab_evip import compare_pretraining, pretraining_variants
 from mono_internvl.miniature.lab_pages import Figure, MeasuredRun, evip_page, read_runs
 from mono_internvl.miniature.recipes import MINIATURE
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
-ARMS = ("evip", "evip-plus-plus", "evip-plus-plus-42")
+VARIANTS = ("evip", "evip-plus-plus", "evip-plus-plus-42")
 MINUTES = "training, CPU minutes"
 
 
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _values(run: Path, measure: str) -> dict[tuple[str, str], float]:
     return {
-        (one.arm, stage): figures[measure].value
+        (one.variant, stage): figures[measure].value
         for one in read_runs(run / "runs.jsonl")
         for stage, figures in one.stages.items()
     }
@@ -51,7 +51,7 @@ def _values(run: Path, measure: str) -> dict[tuple[str, str], float]:
 def test_text_logits_of_evip_plus_plus_are_the_language_models_until_s2(run: Path) -> None:
     same = _values(run, "text-only logits as before")
     stages = ("start", "s11", "s12", "s13", "s2")
-    found = {arm: [same[arm, stage] for stage in stages] for arm in ARMS}
+    found = {variant: [same[variant, stage] for stage in stages] for variant in VARIANTS}
     assert found == {
         "evip": [1, 1, 1, 0, 0],
         "evip-plus-plus": [1, 1, 1, 1, 0],
@@ -61,17 +61,17 @@ def test_text_logits_of_evip_plus_plus_are_the_language_models_until_s2(run: Pat
 
 def test_arms_see_the_data_that_their_names_say(run: Path) -> None:
     samples = _values(run, "samples")
-    assert {arm: samples[arm, "s12"] for arm in ARMS} == {
+    assert {variant: samples[variant, "s12"] for variant in VARIANTS} == {
         "evip": 5 * 4,
         "evip-plus-plus": 5 * 4,
         "evip-plus-plus-42": 2 * 4,
     }
-    assert len({samples[arm, "s2"] for arm in ARMS}) == 1
+    assert len({samples[variant, "s2"] for variant in VARIANTS}) == 1
 
 
 def test_arms_of_a_seed_start_alike_but_for_their_experts(run: Path) -> None:
     load = MonoInternVLForConditionalGeneration.from_pretrained
-    starts = [load(run / arm / "seed0" / "start" / "checkpoint") for arm in ARMS]
+    starts = [load(run / variant / "seed0" / "start" / "checkpoint") for variant in VARIANTS]
     assert [m.config.visual_experts for m in starts] == [("ffn",), *[("ffn", "qkv", "o")] * 2]
     for name, p in starts[0].named_parameters():
         for other in starts[1:]:
@@ -80,9 +80,9 @@ def test_arms_of_a_seed_start_alike_but_for_their_experts(run: Path) -> None:
 
 def test_shared_attention_moves_in_s13_with_evip_alone(run: Path) -> None:
     load = MonoInternVLForConditionalGeneration.from_pretrained
-    for arm, moves in zip(ARMS, (True, False, False), strict=True):
+    for variant, moves in zip(VARIANTS, (True, False, False), strict=True):
         before, after = (
-            load(run / arm / "seed0" / stage / "checkpoint").model.language_model.layers[0]
+            load(run / variant / "seed0" / stage / "checkpoint").model.language_model.layers[0]
             for stage in ("start", "s13")
         )
         is_same = torch.equal(before.self_attn.q_proj.weight, after.self_attn.q_proj.weight)
@@ -114,9 +114,9 @@ def _lab(folder: Path, plan: Any) -> None:
     compare_pretraining(folder, seeds=1, quick=True)
 
 
-def _copy(run: Path, folder: Path, *arms: str) -> Path:
-    """A lab in which some arms are finished."""
-    for part in ("data", *arms):
+def _copy(run: Path, folder: Path, *variants: str) -> Path:
+    """A lab in which some variants are finished."""
+    for part in ("data", *variants):
         shutil.copytree(run / part, folder / part)
     return folder
 
@@ -129,17 +129,19 @@ def test_killed_lab_goes_on_to_the_same_end(
         for stage in _plan().recipe.stages
     )
     plan = dataclasses.replace(_plan(), recipe=dataclasses.replace(_plan().recipe, stages=stages))
-    folder = _copy(run, tmp_path / "lab", ARMS[0], ARMS[2])
-    arm = folder / ARMS[1] / "seed0"
+    folder = _copy(run, tmp_path / "lab", VARIANTS[0], VARIANTS[2])
+    variant = folder / VARIANTS[1] / "seed0"
     process = multiprocessing.get_context("spawn").Process(target=_lab, args=(folder, plan))
     process.start()
     until = time.monotonic() + 300
-    while not [*arm.glob("s13/step_*")]:
+    while not [*variant.glob("s13/step_*")]:
         assert process.is_alive() and time.monotonic() < until
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert (arm / "s12" / "checkpoint").exists() and not (arm / "s13" / "checkpoint").exists()
+    assert (variant / "s12" / "checkpoint").exists() and not (
+        variant / "s13" / "checkpoint"
+    ).exists()
 
     monkeypatch.setattr(module, "QUICK", plan)
     compare_pretraining(folder, seeds=1, quick=True)
@@ -157,7 +159,7 @@ def _but_minutes(figures: Mapping[str, Figure]) -> dict[str, Figure]:
 
 
 def _as_quickstart(run: Path, folder: Path) -> Path:
-    """The EViP arm of seed 0, as `mono-internvl quickstart` leaves it."""
+    """The EViP variant of seed 0, as `mono-internvl quickstart` leaves it."""
     shutil.copytree(run / "evip" / "seed0", folder)
     settings = {"quick": True, "llm": "shipped", "seed": 0}
     (folder / "quickstart.json").write_text(json.dumps(settings))
@@ -169,7 +171,7 @@ def test_finished_quickstart_stands_for_evip_of_seed_0(
 ) -> None:
     monkeypatch.setattr(module, "QUICK", _plan())
     monkeypatch.setattr(module, "_run", lambda _: pytest.fail("ran again"))
-    folder = _copy(run, tmp_path / "lab", *ARMS[1:])
+    folder = _copy(run, tmp_path / "lab", *VARIANTS[1:])
     other = _as_quickstart(run, tmp_path / "quickstart")
     metrics = json.loads((other / "metrics.json").read_text())
     (other / "metrics.json").write_text(json.dumps({**metrics, "command": "quickstart"}))
@@ -180,7 +182,7 @@ def test_finished_quickstart_stands_for_evip_of_seed_0(
     assert "- EViP (seed 0): `quickstart`" in (folder / "table.md").read_text()
 
 
-@pytest.mark.parametrize("part", ["settings", "unfinished", "weights", "stage", "data"])
+@pytest.mark.parametrize("part", ["settings", "unfinished", "weights", "stage", "data", "protocol"])
 def test_quickstart_of_something_else_is_refused(
     part: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,12 +198,16 @@ def test_quickstart_of_something_else_is_refused(
         (other / "metrics.json").unlink()
         message = r"metrics\.json: not readable .*let a quickstart"
     elif part == "weights":
-        shutil.copytree(run / ARMS[1] / "seed0" / "start", other / "start", dirs_exist_ok=True)
+        shutil.copytree(run / VARIANTS[1] / "seed0" / "start", other / "start", dirs_exist_ok=True)
     elif part == "data":
         file = other / "s12" / "checkpoint" / "training_state.json"
         state = json.loads(file.read_text())
         state["inputs"]["data content"] = "0"
         file.write_text(json.dumps(state))
+    elif part == "protocol":
+        file = other / "predictions" / "s12.jsonl"
+        file.write_text(file.read_text().replace('"max_new_tokens": 64', '"max_new_tokens": 96'))
+        message = r"s12\.jsonl: answered with max_new_tokens=96, expected 64"
     with pytest.raises(ConfigError, match=message):
         compare_pretraining(folder, seeds=1, quick=True, against=other)
 
@@ -219,8 +225,8 @@ def test_table_says_what_the_runs_say(run: Path) -> None:
     assert "its scores mean nothing" in text and "EViP++, 42 % of the pre-training data" in text
     scores, differences = text.split("seed by seed")
     caption = _values(run, "caption")
-    for arm in ARMS:
-        assert f"{caption[arm, 's2']:.3f}" in _line(scores, "caption (2)")
+    for variant in VARIANTS:
+        assert f"{caption[variant, 's2']:.3f}" in _line(scores, "caption (2)")
     minus = caption["evip-plus-plus", "s2"] - caption["evip", "s2"]
     assert _line(differences, "caption").startswith(f"| caption | {minus:+.3f} |")
 
@@ -230,19 +236,19 @@ def test_runs_name_no_folder_of_the_machine(run: Path) -> None:
 
 
 def _made_up(seeds: tuple[int, ...]) -> list[MeasuredRun]:
-    def figures(arm: int, seed: int) -> dict[str, Figure]:
+    def figures(variant: int, seed: int) -> dict[str, Figure]:
         return {
-            "caption": Figure(0.5 + 0.1 * seed + arm / 8, 40),
+            "caption": Figure(0.5 + 0.1 * seed + variant / 8, 40),
             "text: perplexity": Figure(20.0 + seed),
-            "text-only logits as before": Figure(float(arm > 0)),
+            "text-only logits as before": Figure(float(variant > 0)),
             "samples": Figure(1000),
             "training, CPU minutes": Figure(2.5 + seed),
         }
 
     return [
         MeasuredRun(
-            arm=arm.name,
-            title=arm.title,
+            variant=variant.name,
+            title=variant.title,
             seed=seed,
             quick=False,
             stages={name: figures(i, seed) for name in ("start", "s11", "s12", "s13", "s2")},
@@ -253,7 +259,7 @@ def _made_up(seeds: tuple[int, ...]) -> list[MeasuredRun]:
             date="2026-01-31",
         )
         for seed in seeds
-        for i, arm in enumerate(arms_of(MINIATURE))
+        for i, variant in enumerate(pretraining_variants(MINIATURE))
     ]
 
 
@@ -273,7 +279,7 @@ def test_table_gives_mean_each_seed_and_the_differences_within_seeds() -> None:
 
 def test_table_leaves_out_what_was_not_measured() -> None:
     runs = _made_up((0, 1))
-    runs = [runs[0], *(one for one in runs if one.seed == 1), runs[1]]  # no third arm of seed 0
+    runs = [runs[0], *(one for one in runs if one.seed == 1), runs[1]]  # no third variant of seed 0
     runs[0].stages["s12"].pop("training, CPU minutes")  # type: ignore[attr-defined]
     text = evip_page(runs)
     assert "0.850 (-, 0.850)" in _line(text, "caption (40)")

@@ -49,5 +49,5 @@ def test_variants_train_to_different_losses_and_a_table(run: Path) -> None:
         for name in VARIANTS
     }
     assert len(losses) == 3
-    assert [one.arm for one in read_runs(run / "runs.jsonl")] == list(VARIANTS)
+    assert [one.variant for one in read_runs(run / "runs.jsonl")] == list(VARIANTS)
     assert "V2PE, minus causal, one position a token" in (run / "table.md").read_text()

@@ -1,4 +1,4 @@
-"""The modular twin end to end in its smallest form, and what it may be compared with."""
+"""The modular baseline end to end in its smallest form, and what it may be compared with."""
 
 import dataclasses
 import json
@@ -15,9 +15,9 @@ from mono_internvl.cli import app as cli
 from mono_internvl.costs.inference import parameter_table
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import lab_modular as module
-from mono_internvl.miniature.lab_modular import QUICK, modular_twin
-from mono_internvl.miniature.lab_pages import Comparison, read_comparison, twin_page
-from mono_internvl.miniature.language_model import give_eyes
+from mono_internvl.miniature.lab_modular import QUICK, train_modular
+from mono_internvl.miniature.lab_pages import Comparison, modular_page, read_comparison
+from mono_internvl.miniature.language_model import add_vision
 from mono_internvl.miniature.recipes import MINIATURE, QUICK_MINIATURE
 from mono_internvl.miniature.recipes_modular import MINIATURE_MODULAR, QUICK_MINIATURE_MODULAR
 from mono_internvl.released.keys import read_config
@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison
     folder = tmp_path_factory.mktemp("modular") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "QUICK", SMALLEST)
-        return folder, modular_twin(folder, quick=True, processes=1)
+        return folder, train_modular(folder, quick=True, processes=1)
 
 
 @pytest.fixture
@@ -70,11 +70,11 @@ def quickstart_run(finished: tuple[Path, Comparison], tmp_path: Path) -> Path:
     right.append({**right[1], "blind": True, "score": 0.0})
     text = "".join(json.dumps(row) + "\n" for row in right)
     (other / "predictions" / "s2.jsonl").write_text(text)
-    give_eyes(module.SHIPPED_LANGUAGE_MODEL, other / "model")
+    add_vision(module.SHIPPED_LANGUAGE_MODEL, other / "model")
     return other
 
 
-def test_twin_leaves_a_model_and_a_comparison(finished: tuple[Path, Comparison]) -> None:
+def test_modular_leaves_a_model_and_a_comparison(finished: tuple[Path, Comparison]) -> None:
     run, comparison = finished
     stored = json.loads((run / "comparison.json").read_text())
     assert stored == json.loads(json.dumps(dataclasses.asdict(comparison)))
@@ -87,13 +87,13 @@ def test_twin_leaves_a_model_and_a_comparison(finished: tuple[Path, Comparison])
     assert config.vision_config.kind == "vit" and config.visual_experts == ()
 
 
-def test_twin_goes_on_where_it_stopped_and_compares(
+def test_modular_goes_on_where_it_stopped_and_compares(
     finished: tuple[Path, Comparison], quickstart_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, alone = finished
     monkeypatch.setattr(module, "QUICK", SMALLEST)
     before = (run / "s2" / "metrics.jsonl").read_text()
-    both = modular_twin(run, against=quickstart_run, quick=True, processes=1)
+    both = train_modular(run, against=quickstart_run, quick=True, processes=1)
     assert (run / "s2" / "metrics.jsonl").read_text() == before, "trained once"
     assert both.modular == alone.modular
     kinds = {row.kind: row for row in both.kinds}
@@ -123,12 +123,12 @@ def test_comparison_with_another_run_is_refused(
         stored["seed" if part == "world" else part] = 7
         file.write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=r"expected|finish first"):
-        modular_twin(finished[0], against=quickstart_run, quick=True, processes=1)
+        train_modular(finished[0], against=quickstart_run, quick=True, processes=1)
 
 
 def test_run_folder_of_other_settings_is_refused(finished: tuple[Path, Comparison]) -> None:
     with pytest.raises(ConfigError, match="seed=0, expected 1"):
-        modular_twin(finished[0], quick=True, seed=1, processes=1)
+        train_modular(finished[0], quick=True, seed=1, processes=1)
 
 
 def test_table_says_what_the_comparison_says(
@@ -136,19 +136,19 @@ def test_table_says_what_the_comparison_says(
 ) -> None:
     run, alone = finished
     monkeypatch.setattr(module, "QUICK", SMALLEST)
-    both = modular_twin(run, against=quickstart_run, quick=True, processes=1)
+    both = train_modular(run, against=quickstart_run, quick=True, processes=1)
     text = (run / "table.md").read_text()
-    assert text == twin_page(read_comparison(run / "comparison.json")) + "\n"
+    assert text == modular_page(read_comparison(run / "comparison.json")) + "\n"
     (colour,) = (row for row in both.kinds if row.kind == "colour")
     assert f"| colour | 2 | {colour.modular:.3f} | 1.000 | {colour.blind:.3f} |" in text
     assert f"| parameters | {both.modular.parameters:,} |" in text
     assert "The monolithic model: `mono-internvl quickstart`, 2 processes" in text
     assert "What it cannot show" in text and "its scores mean nothing" in text
-    assert "monolithic" not in twin_page(alone).split("What this shows")[0]
+    assert "monolithic" not in modular_page(alone).split("What this shows")[0]
     assert str(run.parent) not in text + (run / "comparison.json").read_text()
 
 
-def test_interrupted_twin_goes_on_to_the_same_end(
+def test_interrupted_modular_goes_on_to_the_same_end(
     finished: tuple[Path, Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, whole = finished
@@ -167,9 +167,9 @@ def test_interrupted_twin_goes_on_to_the_same_end(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StageProgress, "update", stop_in_s13)
-        modular_twin(tmp_path, quick=True, processes=1)
+        train_modular(tmp_path, quick=True, processes=1)
     assert [f.name for f in (tmp_path / "s13").glob("step_*")] == ["step_00000001"]
-    resumed = modular_twin(tmp_path, quick=True, processes=1)
+    resumed = train_modular(tmp_path, quick=True, processes=1)
     assert resumed.kinds == whole.kinds
     ours, theirs = (
         load_file(folder / "s2" / "checkpoint" / "model.safetensors") for folder in (run, tmp_path)
@@ -185,11 +185,11 @@ def test_program_prints_the_table(
     run, comparison = finished
     asked: dict[str, Any] = {}
 
-    def twin(folder: Path, **options: Any) -> Comparison:
+    def made_up(folder: Path, **options: Any) -> Comparison:
         asked.update(options, folder=folder)
         return comparison
 
-    monkeypatch.setattr(module, "modular_twin", twin)
+    monkeypatch.setattr(module, "train_modular", made_up)
     monkeypatch.setattr(
         sys, "argv", ["mono-internvl", "lab", "modular", "--out", str(run), "--quick"]
     )
@@ -207,7 +207,7 @@ def test_program_prints_the_table(
     ("modular", "monolithic"),
     [(MINIATURE_MODULAR, MINIATURE), (QUICK_MINIATURE_MODULAR, QUICK_MINIATURE)],
 )
-def test_twin_differs_from_the_monolithic_recipe_in_rules_alone(
+def test_modular_differs_from_the_monolithic_recipe_in_rules_alone(
     modular: Recipe, monolithic: Recipe
 ) -> None:
     pairs = list(zip(modular.stages, monolithic.stages, strict=True))
@@ -219,7 +219,7 @@ def test_twin_differs_from_the_monolithic_recipe_in_rules_alone(
 def test_tower_has_the_weights_of_the_visual_experts(
     finished: tuple[Path, Comparison], tmp_path: Path
 ) -> None:
-    mono = read_config(give_eyes(module.SHIPPED_LANGUAGE_MODEL, tmp_path / "mono"))
+    mono = read_config(add_vision(module.SHIPPED_LANGUAGE_MODEL, tmp_path / "mono"))
     modular = read_config(finished[0] / "start" / "checkpoint")
     experts = parameter_table(mono).groups.visual_experts
     tower = parameter_table(modular).groups.vision_tower

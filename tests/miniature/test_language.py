@@ -14,7 +14,7 @@ from mono_internvl.evaluation.perplexity import perplexity
 from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import FULL
 from mono_internvl.miniature.english import load_english
-from mono_internvl.miniature.language_model import give_eyes, tokenizer_of
+from mono_internvl.miniature.language_model import add_vision, tokenizer_of
 from mono_internvl.miniature.quickstart import SHIPPED_LANGUAGE_MODEL
 from mono_internvl.miniature.recipes import LANGUAGE_MODEL
 from mono_internvl.miniature.records import write_jsonl
@@ -33,7 +33,7 @@ MOST_BYTES = 12 * 2**20
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return give_eyes(SHIPPED_LANGUAGE_MODEL, tmp_path_factory.mktemp("start") / "checkpoint")
+    return add_vision(SHIPPED_LANGUAGE_MODEL, tmp_path_factory.mktemp("start") / "checkpoint")
 
 
 def test_shipped_language_model_is_small() -> None:

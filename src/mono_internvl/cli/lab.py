@@ -60,10 +60,10 @@ def lab_modular(
     seed: WorldSeed = 0,
 ) -> None:
     """Train the modular baseline of the quickstart's model on the same data."""
-    from mono_internvl.miniature.lab_modular import modular_twin
+    from mono_internvl.miniature.lab_modular import train_modular
 
     quieten()
-    modular_twin(
+    train_modular(
         out,
         against=against,
         quick=quick,

@@ -1,8 +1,8 @@
 """`mono-internvl lab evip-plus-plus`: EViP, EViP++ at equal data, EViP++ at 42 %, over seeds.
 
-Each arm is the quickstart's path (world, shipped language model, four stages, an evaluation after
-each) with another recipe and other experts. Arms of one seed share the world, the order of the data
-and the first weights of the patch embedding and the projector.
+Each variant is the quickstart's path (world, shipped language model, four stages, an evaluation
+after each) with another recipe and other experts. Runs of one seed share the world, the order of
+the data and the first weights of the patch embedding and the projector.
 
 What it can show: what the two orders of learning do at this scale, and how far seeds lie apart.
 What it cannot: the paper's claim, which is about a 2B model, hundreds of millions of images and
@@ -31,7 +31,7 @@ from mono_internvl.data.sources import read_meta
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import WorldFiles
 from mono_internvl.miniature.lab_pages import Figure, MeasuredRun, evip_page
-from mono_internvl.miniature.language_model import give_eyes
+from mono_internvl.miniature.language_model import add_vision
 from mono_internvl.miniature.quickstart import (
     FULL,
     QUICK,
@@ -66,7 +66,7 @@ _BEGUN = "begun.json"
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One way to pre-train, or one model to pre-train.
 
     Attributes:
@@ -84,14 +84,14 @@ class Arm:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
-    """The three arms that a recipe of EViP's four stages is compared in."""
+def pretraining_variants(recipe: Recipe) -> tuple[Variant, ...]:
+    """The three variants that a recipe of EViP's four stages is compared in."""
     v1, v1_5 = EXPERT_PRESETS["v1"], EXPERT_PRESETS["v1_5"]
     percent = round(100 * RATIO_TO_EVIP)
     return (
-        Arm("evip", "EViP", recipe, v1),
-        Arm("evip-plus-plus", "EViP++, equal data", plus_plus(recipe), v1_5),
-        Arm(
+        Variant("evip", "EViP", recipe, v1),
+        Variant("evip-plus-plus", "EViP++, equal data", plus_plus(recipe), v1_5),
+        Variant(
             f"evip-plus-plus-{percent}",
             f"EViP++, {percent} % of the pre-training data",
             plus_plus(recipe, RATIO_TO_EVIP),
@@ -102,9 +102,9 @@ def arms_of(recipe: Recipe) -> tuple[Arm, ...]:
 
 @dataclass(frozen=True)
 class _Task:
-    """One run: an arm with a seed."""
+    """One run: a variant with a seed."""
 
-    arm: Arm
+    variant: Variant
     seed: int
     plan: Plan
     quick: bool
@@ -122,24 +122,25 @@ def compare_pretraining(
     processes: int = 1,
     device: str = "cpu",
     precision: str = "auto",
-    variants: Callable[[Recipe], tuple[Arm, ...]] = arms_of,
+    variants_of: Callable[[Recipe], tuple[Variant, ...]] = pretraining_variants,
     page: Callable[[Sequence[MeasuredRun]], str] = evip_page,
 ) -> Path:
-    """Train and evaluate every arm with every seed; write all figures and a table.
+    """Train and evaluate every variant with every seed; write all figures and a table.
 
     A second call goes on where the first stopped, and may add seeds.
 
     Args:
-        run: Output folder: `ARM/seed<n>/`, `runs.jsonl`, `table.md`.
+        run: Output folder: `VARIANT/seed<n>/`, `runs.jsonl`, `table.md`.
         seeds: How many, from 0.
         quick: The same path with small numbers; its scores mean nothing.
-        against: Folder of a finished quickstart of seed 0 and the same sizes; it is the EViP arm of
+        against: Folder of a finished quickstart of seed 0 and the same sizes; it is EViP's run of
             seed 0, which then is not run again.
         processes: Runs that are trained side by side, each in one process.
         device: Of training and evaluation.
         precision: "auto", "bf16" or "fp32"; a comparison that goes on keeps what it began with,
             and one with a quickstart takes the quickstart's.
-        variants: Recipe of EViP's four stages -> what is compared, what a quickstart trains first.
+        variants_of: Recipe of EViP's four stages -> what is compared; first, what a
+            quickstart trains.
         page: All runs -> the table.
 
     Returns:
@@ -147,12 +148,12 @@ def compare_pretraining(
 
     Raises:
         ConfigError: No seed; `run` was begun with other sizes; or `against` is no finished
-            quickstart of what that arm would train.
+            quickstart of what that variant would train.
     """
     if seeds < 1:
         raise ConfigError(f"seeds={seeds}; expected at least 1")
     plan = dataclasses.replace(QUICK if quick else FULL, bounds={})
-    arms = variants(plan.recipe)
+    variants = variants_of(plan.recipe)
     if against is not None:
         _check_quickstart(against, quick)
     with exclusive(run), resumable(run):
@@ -171,12 +172,12 @@ def compare_pretraining(
         run_side_by_side(miniature.write_world, places, processes)
         worlds = [miniature.write_world(*place) for place in places]
         tasks = [
-            _Task(arm, seed, plan, quick, world, run / arm.name / f"seed{seed}", compute)
+            _Task(variant, seed, plan, quick, world, run / variant.name / f"seed{seed}", compute)
             for seed, world in enumerate(worlds)
-            for arm in arms
+            for variant in variants
         ]
         for task in tasks:
-            _make_start(task, run / arms[0].name / f"seed{task.seed}" / START / "checkpoint")
+            _make_start(task, run / variants[0].name / f"seed{task.seed}" / START / "checkpoint")
         folders = [task.folder for task in tasks]
         if against is not None:
             _check_same_run(against, tasks[0])
@@ -189,14 +190,14 @@ def compare_pretraining(
         console = Console(stderr=True, highlight=False)
         console.print(f"{len(tasks)} runs, {len(tasks) - len(left)} of them done", soft_wrap=True)
         run_side_by_side(_run, left, processes)
-        runs = [_measured(t.arm, t.seed, f) for t, f in zip(tasks, folders, strict=True)]
+        runs = [_measured(t.variant, t.seed, f) for t, f in zip(tasks, folders, strict=True)]
         write_whole(run / RUNS, "\n".join(json.dumps(dataclasses.asdict(one)) for one in runs))
         write_whole(run / TABLE, page(runs))
         return run / TABLE
 
 
 def _check_quickstart(folder: Path, quick: bool) -> None:
-    """Refuse what is no finished quickstart, or not one of the EViP arm's settings for seed 0."""
+    """Refuse what is no finished quickstart, or not one of the settings of EViP's run of seed 0."""
     for file, wanted in (
         (folder / SETTINGS, {"quick": quick, "llm": "shipped", "seed": 0}),
         (folder / METRICS, {}),
@@ -207,12 +208,12 @@ def _check_quickstart(folder: Path, quick: bool) -> None:
 
 
 def _check_same_run(folder: Path, task: _Task) -> None:
-    """Hold a quickstart against the arm that it stands for: first weights, stages and data."""
+    """Hold a quickstart against the variant that it stands for: first weights, stages and data."""
 
     def refuse(what: str) -> NoReturn:
         raise ConfigError(
-            f"{folder}: {what}; it cannot stand for the run {task.arm.name}, seed {task.seed}: run "
-            "the quickstart again or leave --against out"
+            f"{folder}: {what}; it cannot stand for the run {task.variant.name}, seed "
+            f"{task.seed}: run the quickstart again or leave --against out"
         )
 
     ours, theirs = (
@@ -220,7 +221,7 @@ def _check_same_run(folder: Path, task: _Task) -> None:
     )
     if ours.keys() != theirs.keys() or any(not torch.equal(ours[k], theirs[k]) for k in ours):
         refuse("started from other weights")
-    for stage in task.arm.recipe.stages:
+    for stage in task.variant.recipe.stages:
         state = read_state(folder / stage.name / "checkpoint")
         own = json.loads(json.dumps(dataclasses.asdict(stage)))
         if own["precision"] == "auto":
@@ -233,29 +234,29 @@ def _check_same_run(folder: Path, task: _Task) -> None:
             refuse(f"stage {stage.name} was trained on other data")
 
 
-def _make_start(task: _Task, eyes: Path) -> None:
-    """The model that an arm starts from, with the eyes of the seed's first arm."""
+def _make_start(task: _Task, weights_of: Path) -> None:
+    """The model that a variant starts from, with the vision weights of the seed's first one."""
     start = task.folder / START / "checkpoint"
     if not start.exists():
-        experts, own = task.arm.visual_experts, start == eyes
-        give_eyes(
+        experts, own = task.variant.visual_experts, start == weights_of
+        add_vision(
             SHIPPED_LANGUAGE_MODEL,
             start,
             experts,
             seed=task.seed,
-            eyes=None if own else eyes,
-            **task.arm.config,
+            weights_of=None if own else weights_of,
+            **task.variant.config,
         )
 
 
 def _run(task: _Task) -> None:
-    """Train and evaluate one arm with one seed."""
+    """Train and evaluate one variant with one seed."""
     began, folder = time.perf_counter(), task.folder
     # What a killed process had used up of its stage is not in the files that count CPU time.
     was_interrupted = (folder / _BEGUN).exists()
     write_whole(folder / _BEGUN, json.dumps({"command": command()}))
-    plan = dataclasses.replace(task.plan, recipe=seeded(task.arm.recipe, task.seed))
-    with lines_of(f"{task.arm.name} seed {task.seed}"):
+    plan = dataclasses.replace(task.plan, recipe=seeded(task.variant.recipe, task.seed))
+    with lines_of(f"{task.variant.name} seed {task.seed}"):
         arguments = (plan, task.world, folder, task.compute)
         run_processes(train_and_evaluate, 1, *arguments, threads=task.compute.threads)
     seconds = time.perf_counter() - began
@@ -263,7 +264,7 @@ def _run(task: _Task) -> None:
     dataclasses.replace(metrics, was_interrupted=was_interrupted).write(folder)
 
 
-def _measured(arm: Arm, seed: int, folder: Path) -> MeasuredRun:
+def _measured(variant: Variant, seed: int, folder: Path) -> MeasuredRun:
     """What a finished run says, whether this pipeline or the quickstart made it."""
     metrics = read_metrics(folder)
     stages = {}
@@ -281,8 +282,8 @@ def _measured(arm: Arm, seed: int, folder: Path) -> MeasuredRun:
             figures["training, CPU minutes"] = Figure(minutes)
         stages[stage.name] = figures
     return MeasuredRun(
-        arm=arm.name,
-        title=arm.title,
+        variant=variant.name,
+        title=variant.title,
         seed=seed,
         quick=metrics.is_quick,
         stages=stages,

@@ -1,8 +1,8 @@
-"""`mono-internvl lab modular`: the miniature's modular twin, and how it compares.
+"""`mono-internvl lab modular`: the miniature's modular baseline, and how it compares.
 
-The same rendered world, language model, stages and steps as the quickstart; eyes are a small vision
-tower instead of visual experts. With a finished quickstart beside it, both are held against each
-other on the records that both answered.
+The same rendered world, language model, stages and steps as the quickstart; images are read by a
+small vision tower instead of visual experts. With a finished quickstart beside it, both are held
+against each other on the records that both answered.
 
 What the comparison can show: what either design learns from this little data when both start
 without any visual pre-training. What it cannot: the paper's comparison, in which the modular
@@ -29,10 +29,10 @@ from mono_internvl.miniature.lab_pages import (
     Comparison,
     KindRow,
     ModelRow,
+    modular_page,
     origin_of,
-    twin_page,
 )
-from mono_internvl.miniature.language_model import give_eyes
+from mono_internvl.miniature.language_model import add_vision
 from mono_internvl.miniature.quickstart import (
     SETTINGS,
     SHIPPED_LANGUAGE_MODEL,
@@ -89,7 +89,7 @@ FULL = ModularPlan(miniature.FULL, MINIATURE_MODULAR)
 QUICK = ModularPlan(miniature.QUICK, QUICK_MINIATURE_MODULAR, 20, 20, 24)
 
 
-def modular_twin(
+def train_modular(
     run: Path = Path("runs/modular"),
     *,
     against: Path | None = None,
@@ -99,7 +99,7 @@ def modular_twin(
     precision: str = "auto",
     seed: int = 0,
 ) -> Comparison:
-    """Train the modular twin on the quickstart's data and score it on the same held-out records.
+    """Train the modular baseline on the quickstart's data; score it on the same held-out records.
 
     Args:
         run: Output folder; a second call with the same arguments goes on where the first stopped.
@@ -135,7 +135,7 @@ def modular_twin(
             other = _last_predictions(against, plan, compute)
         start = run / "start" / "checkpoint"
         if not start.exists():
-            give_eyes(SHIPPED_LANGUAGE_MODEL, start, visual_experts=(), vision=VISION_TOWER)
+            add_vision(SHIPPED_LANGUAGE_MODEL, start, visual_experts=(), vision=VISION_TOWER)
         arguments = (plan, start, world, run, compute)
         run_processes(_train_and_ask, compute.processes, *arguments, threads=compute.threads)
         comparison = Comparison(
@@ -148,7 +148,7 @@ def modular_twin(
             **origin(compute, PROTOCOL.planned(compute).to_dict()),
         )
         write_whole(run / "comparison.json", json.dumps(dataclasses.asdict(comparison), indent=2))
-        write_whole(run / "table.md", twin_page(comparison))
+        write_whole(run / "table.md", modular_page(comparison))
         return comparison
 
 
@@ -176,7 +176,7 @@ def _train_and_ask(
 def _last_predictions(
     quickstart_run: Path, plan: ModularPlan, compute: ComputePlan
 ) -> list[Prediction]:
-    """A finished quickstart's answers, if they were given as the twin's will be."""
+    """A finished quickstart's answers, if they were given as the baseline's will be."""
     stage = plan.recipe.stages[-1].name
     file = predictions_of(quickstart_run, stage)
     for needed in (file, quickstart_run / METRICS):
@@ -219,7 +219,7 @@ def _model_row(checkpoint: Path) -> ModelRow:
     costs = prompt_costs(config, config.num_image_tokens_per_tile, TEXT_TOKENS)
     return ModelRow(
         parameters=groups.total,
-        eyes=groups.patch_embedding
+        vision_parameters=groups.patch_embedding
         + groups.vision_tower
         + groups.projector
         + groups.visual_experts,

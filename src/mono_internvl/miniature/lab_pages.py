@@ -17,7 +17,7 @@ from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import Origin, place_of
 from mono_internvl.runs.schemas import stage_label
 
-RUNS_FILE, TWIN_FILE = "evip-plus-plus.jsonl", "modular.json"
+RUNS_FILE, MODULAR_FILE = "evip-plus-plus.jsonl", "modular.json"
 IMAGES_FILE = "images.jsonl"
 """Names under `results/` of what the labs leave behind."""
 
@@ -40,10 +40,10 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredRun(Origin):
-    """One arm of `lab evip-plus-plus` with one seed.
+    """One variant of `lab evip-plus-plus` with one seed.
 
     Attributes:
-        arm: Name of the arm.
+        variant: Name of the variant.
         title: Of its column.
         seed: Of world, data order and first weights.
         quick: Whether it is a check that everything runs.
@@ -51,7 +51,7 @@ class MeasuredRun(Origin):
             left out where a kill has lost some.
     """
 
-    arm: str
+    variant: str
     title: str
     seed: int
     quick: bool
@@ -64,12 +64,12 @@ class ModelRow:
 
     Attributes:
         parameters: In total.
-        eyes: Of them, what reads images: embedding, tower, projector, visual experts.
+        vision_parameters: Of them, what reads images: embedding, tower, projector, visual experts.
         prefill_flops: Of one image and a short question.
     """
 
     parameters: int
-    eyes: int
+    vision_parameters: int
     prefill_flops: int
 
 
@@ -80,9 +80,9 @@ class KindRow:
     Attributes:
         kind: Of the records.
         items: Records that the means are over.
-        modular: Mean score of the twin.
+        modular: Mean score of the baseline.
         monolithic: Mean score of the quickstart's model on the same records; None without one.
-        blind: Mean score of the twin with the images hidden, on its own selection of records.
+        blind: Mean score of the baseline with the images hidden, on its own selection of records.
     """
 
     kind: str
@@ -99,7 +99,7 @@ class Comparison(Origin):
     Attributes:
         quick: Whether it is a check that everything runs; its scores then mean nothing.
         seed: Of the world.
-        modular: The twin's size.
+        modular: The baseline's size.
         monolithic: The quickstart's model's size; None without one.
         kinds: Scores, by kind.
         against: What made the quickstart's model; None without one.
@@ -149,6 +149,8 @@ def read_runs(file: Path) -> list[MeasuredRun]:
     for number, line in enumerate(read_lines(file), start=1):
         try:
             row = json.loads(line)
+            if "arm" in row:  # the name in files older than this one
+                row["variant"] = row.pop("arm")
             stages = {
                 stage: {name: Figure(**figure) for name, figure in figures.items()}
                 for stage, figures in row.pop("stages").items()
@@ -162,6 +164,12 @@ def read_runs(file: Path) -> list[MeasuredRun]:
     return runs
 
 
+def _model_row(row: dict[str, int]) -> ModelRow:
+    if "eyes" in row:  # the name in files older than this one
+        row["vision_parameters"] = row.pop("eyes")
+    return ModelRow(**row)
+
+
 def read_comparison(file: Path) -> Comparison:
     """A `comparison.json`.
 
@@ -171,8 +179,8 @@ def read_comparison(file: Path) -> Comparison:
     try:
         row = json.loads(file.read_text("utf-8"))
         kinds = tuple(KindRow(**kind) for kind in row.pop("kinds"))
-        modular, monolithic = ModelRow(**row.pop("modular")), row.pop("monolithic")
-        other = None if monolithic is None else ModelRow(**monolithic)
+        modular, monolithic = _model_row(row.pop("modular")), row.pop("monolithic")
+        other = None if monolithic is None else _model_row(monolithic)
         return Comparison(kinds=kinds, modular=modular, monolithic=other, **row)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -184,13 +192,13 @@ def read_comparison(file: Path) -> Comparison:
 # ----------------------------------------------------------------------------- EViP and EViP++
 
 
-class _Arms:
-    """Runs by arm and seed; the first arm is what the others are held against."""
+class _Compared:
+    """Runs by variant and seed; the first variant is what the others are held against."""
 
     def __init__(self, runs: Sequence[MeasuredRun]):
-        self.titles = {run.arm: run.title for run in runs}
+        self.titles = {run.variant: run.title for run in runs}
         self.seeds = sorted({run.seed for run in runs})
-        self.runs = {(run.arm, run.seed): run for run in runs}
+        self.runs = {(run.variant, run.seed): run for run in runs}
         self.first = runs[0]
         *self.pretraining, self.last = (name for name in self.first.stages if name != "start")
         self.kinds = [
@@ -199,11 +207,11 @@ class _Arms:
             if name not in (_IDENTICAL, _SAMPLES, _MINUTES)
         ]
 
-    def values(self, arm: str, measure: str, stages: Sequence[str]) -> list[float | None]:
+    def values(self, variant: str, measure: str, stages: Sequence[str]) -> list[float | None]:
         """Of each seed, the sum over stages; None where a figure is missing."""
         found: list[float | None] = []
         for seed in self.seeds:
-            run = self.runs.get((arm, seed))
+            run = self.runs.get((variant, seed))
             parts = [run.stages[stage].get(measure) for stage in stages] if run else [None]
             values = [part.value for part in parts if part is not None]
             found.append(sum(values) if len(values) == len(parts) else None)
@@ -239,94 +247,99 @@ def images_page(runs: Sequence[MeasuredRun]) -> str:
 
 
 def comparison_page(runs: Sequence[MeasuredRun], shows: str) -> str:
-    """Markdown: what each arm reached, the differences seed by seed, what it cost, its origin.
+    """Markdown: what each variant reached, the differences seed by seed, costs, origin.
 
     Args:
-        runs: Of all arms and seeds, the arm that the others are held against first.
+        runs: Of all variants and seeds, the variant that the others are held against first.
         shows: What the comparison shows and what it cannot, for the end of the page.
     """
     check_one_protocol(runs, "the runs that are compared")
-    arms = _Arms(runs)
+    compared = _Compared(runs)
     said = {1: "one seed", 2: "two seeds", 3: "three seeds"}
-    count = said.get(len(arms.seeds), f"{len(arms.seeds)} seeds")
-    listed = ", ".join(map(str, arms.seeds))
-    lines = [QUICK_NOTE] if arms.first.quick else []
+    count = said.get(len(compared.seeds), f"{len(compared.seeds)} seeds")
+    listed = ", ".join(map(str, compared.seeds))
+    lines = [QUICK_NOTE] if compared.first.quick else []
     lines += [
         f"Held-out scores after the last stage: mean over {count} (then each: {listed}); behind a "
         "kind, its records. Perplexity is better when lower.",
         "",
-        *_scores(arms),
+        *_scores(compared),
         "",
-        f"{arms.titles[arms.first.arm]} against the others, seed by seed: the arms of a seed share "
-        "world, order of the data and first weights, so only a difference of one sign in all seeds "
-        "says something, and few seeds say little.",
+        f"{compared.titles[compared.first.variant]} against the others, seed by seed: the runs of "
+        "a seed share world, order of the data and first weights, so only a difference of one sign "
+        "in all seeds says something, and few seeds say little.",
         "",
-        *_differences(arms),
+        *_differences(compared),
         "",
         "What the language model keeps, and what pre-training costs:",
         "",
-        *_costs(arms),
+        *_costs(compared),
         "",
-        *_origins(arms),
+        *_origins(compared),
         "",
         shows,
     ]
     return "\n".join(lines)
 
 
-def _scores(arms: _Arms) -> list[str]:
-    lines = table_head(["", *arms.titles.values()])
-    for kind in arms.kinds:
-        cells = [_cell(arms.values(arm, kind, [arms.last])) for arm in arms.titles]
-        lines.append(table_line([arms.label(kind), *cells]))
+def _scores(compared: _Compared) -> list[str]:
+    lines = table_head(["", *compared.titles.values()])
+    for kind in compared.kinds:
+        cells = [
+            _cell(compared.values(variant, kind, [compared.last])) for variant in compared.titles
+        ]
+        lines.append(table_line([compared.label(kind), *cells]))
     return lines
 
 
-def _differences(arms: _Arms) -> list[str]:
-    first, *others = arms.titles
-    titles = [f"{arms.titles[arm]}, minus {arms.titles[first]}" for arm in others]
+def _differences(compared: _Compared) -> list[str]:
+    first, *others = compared.titles
+    titles = [f"{compared.titles[variant]}, minus {compared.titles[first]}" for variant in others]
     lines = table_head(["", *titles])
-    for kind in arms.kinds:
-        own = arms.values(first, kind, [arms.last])
+    for kind in compared.kinds:
+        own = compared.values(first, kind, [compared.last])
         cells = []
-        for arm in others:
-            pairs = zip(arms.values(arm, kind, [arms.last]), own, strict=True)
+        for variant in others:
+            pairs = zip(compared.values(variant, kind, [compared.last]), own, strict=True)
             cells.append(_cell([None if None in p else p[0] - p[1] for p in pairs], "+"))  # type: ignore[operator]
         lines.append(table_line([kind.replace("_", " "), *cells]))
     return lines
 
 
-def _costs(arms: _Arms) -> list[str]:
-    lines = table_head(["", *arms.titles.values()])
-    for stage in (*arms.pretraining, arms.last):
+def _costs(compared: _Compared) -> list[str]:
+    lines = table_head(["", *compared.titles.values()])
+    for stage in (*compared.pretraining, compared.last):
         cells = []
-        for arm in arms.titles:
-            same = arms.values(arm, _IDENTICAL, [stage])
+        for variant in compared.titles:
+            same = compared.values(variant, _IDENTICAL, [stage])
             cells.append(", ".join("-" if x is None else "yes" if x else "no" for x in same))
         label = f"text-only logits bit for bit as at the start, after {stage_label(stage)}"
         lines.append(table_line([label, *cells]))
     rows = [(f"pre-training {_SAMPLES}", _SAMPLES), (f"pre-{_MINUTES}", _MINUTES)]
     for label, measure in rows:
-        cells = [_cell(arms.values(arm, measure, arms.pretraining)) for arm in arms.titles]
+        cells = [
+            _cell(compared.values(variant, measure, compared.pretraining))
+            for variant in compared.titles
+        ]
         lines.append(table_line([label, *cells]))
     return lines
 
 
-def _origins(arms: _Arms) -> list[str]:
+def _origins(compared: _Compared) -> list[str]:
     """One line for all runs of one origin."""
     origins: dict[str, list[str]] = {}
-    for (arm, seed), run in arms.runs.items():
+    for (variant, seed), run in compared.runs.items():
         origin = origin_of(vars(run))
-        origins.setdefault(origin, []).append(f"{arms.titles[arm]} (seed {seed})")
+        origins.setdefault(origin, []).append(f"{compared.titles[variant]} (seed {seed})")
     if len(origins) == 1:
         return [f"All runs: {next(iter(origins))}."]
     return [f"- {'; '.join(names)}: {origin}" for origin, names in origins.items()]
 
 
-# ------------------------------------------------------------------------------ the modular twin
+# -------------------------------------------------------------------------- the modular baseline
 
 
-def twin_page(comparison: Comparison) -> str:
+def modular_page(comparison: Comparison) -> str:
     """Markdown: the scores of both models, their sizes, and what that can show."""
     models = {"modular": comparison.modular}
     if comparison.monolithic is not None:
@@ -339,7 +352,7 @@ def twin_page(comparison: Comparison) -> str:
     lines += ["", *table_head(["", *models])]
     for label, field, scale in (
         ("parameters", "parameters", 1),
-        ("of them: patch embedding, tower, projector, visual experts", "eyes", 1),
+        ("of them: patch embedding, tower, projector, visual experts", "vision_parameters", 1),
         ("operations (MFLOP) to read one image and a short question", "prefill_flops", 1e6),
     ):
         cells = [f"{getattr(model, field) / scale:,.0f}" for model in models.values()]
@@ -384,21 +397,21 @@ def runs_block(name: str, page: Callable[[Sequence[MeasuredRun]], str]) -> Calla
     return block
 
 
-def twin_block(results: Path) -> str:
+def modular_block(results: Path) -> str:
     """The committed comparison of `lab modular`."""
-    file = results / TWIN_FILE
+    file = results / MODULAR_FILE
     if not file.is_file():
         return NOTHING
     comparison = read_comparison(file)
     if comparison.quick:
         raise ConfigError(f"{file}: a quick run; commit the comparison.json of a full lab")
-    return twin_page(comparison) + "\n"
+    return modular_page(comparison) + "\n"
 
 
 LAB_BLOCKS: dict[str, Callable[[Path], str]] = {
     "evip-plus-plus": runs_block(RUNS_FILE, evip_page),
     "images": runs_block(IMAGES_FILE, images_page),
-    "modular": twin_block,
+    "modular": modular_block,
 }
 """Name of a block -> what writes it from the folder of measured files."""
 

@@ -18,7 +18,7 @@ from mono_internvl import miniature
 from mono_internvl.compute import make_plan
 from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import WorldFiles
-from mono_internvl.miniature.language_model import give_eyes
+from mono_internvl.miniature.language_model import add_vision
 from mono_internvl.miniature.quickstart import (
     FULL,
     QUICK,
@@ -113,7 +113,7 @@ def _run(
 ) -> None:
     checkpoint = row.parent / START / "checkpoint"
     if not checkpoint.exists():
-        give_eyes(SHIPPED_LANGUAGE_MODEL, checkpoint, seed=seed)
+        add_vision(SHIPPED_LANGUAGE_MODEL, checkpoint, seed=seed)
     compute = make_plan("cpu", processes=1)
     for stage in recipe.stages:
         folder = row.parent / stage.name

@@ -97,7 +97,7 @@ def _random_start(world: WorldFiles, run: Path, start: Path) -> None:
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(llama)
     tokenizer.save_pretrained(llama)
-    give_eyes(llama, start, visual_experts=())
+    add_vision(llama, start, visual_experts=())
 
 
 def tokenizer_of(records: Iterable[Record]) -> PreTrainedTokenizerFast:
@@ -109,14 +109,14 @@ def tokenizer_of(records: Iterable[Record]) -> PreTrainedTokenizerFast:
     return train_tokenizer([*texts_of(records), *load_english("train")])
 
 
-def give_eyes(
+def add_vision(
     llm: Path,
     out: Path,
     visual_experts: tuple[str, ...] = ("ffn",),
     *,
     vision: Mapping[str, Any] = VISION,
     seed: int = 0,
-    eyes: Path | None = None,
+    weights_of: Path | None = None,
     **config_fields: Any,
 ) -> Path:
     """Make the model that the stages start from, monolithic or modular, and its processor.
@@ -127,7 +127,7 @@ def give_eyes(
         visual_experts: Which parts of each layer get a visual copy.
         vision: Fields of the vision configuration.
         seed: Of the first weights of patch embedding and projector.
-        eyes: Checkpoint of the same vision shapes to take those first weights from instead.
+        weights_of: Checkpoint of the same vision shapes to take those first weights from instead.
         **config_fields: More fields of `MonoInternVLConfig` (`image_attention`, ...).
     """
     made = monolithic_from_llm(
@@ -139,8 +139,8 @@ def give_eyes(
         use_thumbnail=False,
         **config_fields,
     )
-    if eyes is not None:
-        other = MonoInternVLForConditionalGeneration.from_pretrained(eyes).state_dict()
+    if weights_of is not None:
+        other = MonoInternVLForConditionalGeneration.from_pretrained(weights_of).state_dict()
         of_language = ("model.language_model.", "lm_head.")
         weights = {name: x for name, x in other.items() if not name.startswith(of_language)}
         made.model.load_state_dict(weights, strict=False)

@@ -25,7 +25,7 @@ from mono_internvl.evaluation.questions import Question, first_of_each_kind
 from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import WorldFiles, WorldSize
 from mono_internvl.miniature.english import ASSETS
-from mono_internvl.miniature.language_model import give_eyes, make_language_model
+from mono_internvl.miniature.language_model import add_vision, make_language_model
 from mono_internvl.miniature.recipes import (
     LANGUAGE,
     MINIATURE,
@@ -126,7 +126,7 @@ def quickstart(
     seed: int = 0,
     ask: bool = True,
 ) -> Path:
-    """Give a small language model eyes and show what it learnt.
+    """Teach a small language model to see and show what it learnt.
 
     Args:
         run: Output folder; a second call with the same arguments goes on where the first stopped.
@@ -191,7 +191,7 @@ def _make_start(
         folder = make_language_model(world, run / "language", recipe=plan.language, compute=compute)
     else:
         folder = SHIPPED_LANGUAGE_MODEL if llm == "shipped" else Path(llm)
-    give_eyes(folder, run / START / "checkpoint", seed=seed)
+    add_vision(folder, run / START / "checkpoint", seed=seed)
 
 
 def _estimate(

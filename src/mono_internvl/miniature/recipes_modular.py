@@ -1,4 +1,4 @@
-"""The miniature's modular twin: a small vision transformer in place of the visual experts.
+"""The miniature's modular baseline: a small vision transformer in place of the visual experts.
 
 What trains follows InternVL-1.5: tower and projector while the language model stands still, then
 everything. Data, steps and batches are the monolithic miniature's, stage by stage. The rates are
@@ -21,7 +21,7 @@ VISION_TOWER = {
     "num_attention_heads": 3,
     "intermediate_size": 768,
 }
-"""Vision tower of the twin: as many weights in its linear layers as the visual experts have."""
+"""Vision tower of the baseline: as many weights in its linear layers as the visual experts have."""
 
 _TOWER_RATE, _LANGUAGE_RATE = 1e-3, 5e-4
 
