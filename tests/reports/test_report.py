@@ -74,6 +74,13 @@ def test_report_holds_every_section(run: Path) -> None:
     assert len(page.with_class("panel")) == 4 + 3
 
 
+def test_report_of_a_run_that_nobody_describes_holds_its_figures(run: Path) -> None:
+    page = _Page(write_report(run).read_text(encoding="utf-8"))
+    assert len(page.with_class("panel")) == 4 and len(page.with_class("sample")) == 24
+    assert "facts replayed" in page.text and "iniature" not in page.text
+    assert not page.with_class("lead") and "does not show" not in page.text
+
+
 def test_report_asks_the_network_for_nothing(run: Path) -> None:
     path = write_report(run, WORDS)
     html = path.read_text(encoding="utf-8")

@@ -123,7 +123,8 @@ style-src 'unsafe-inline'; img-src data:">
 <header>
 <p class="eyebrow">{{ words.title }} · {{ run.name }}</p>
 <h1>{{ words.headline }}</h1>
-<p class="lead">{{ words.lead|safe }}</p>
+{% if words.lead %}<p class="lead">{{ words.lead|safe }}</p>{% endif %}
+
 {% if run.is_quick %}<p class="notice">{{ words.quick_note|safe }}</p>
 {% endif %}
 <dl class="strip">
@@ -279,10 +280,11 @@ preserveAspectRatio="none" aria-hidden="true">{{ boxes(sample.true_boxes, "halo"
 {% endfor %}</dl>
 </section>
 
-<section>
+{% if words.limits %}<section>
 <h2>What this does and does not show</h2>
 <p>{{ words.limits|safe }}</p>
 </section>
+{% endif %}
 </main>
 </body>
 </html>
