@@ -33,7 +33,9 @@ from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.benchmarks.records import RECORDS
 from mono_internvl.miniature.drawing import _RGB
 from mono_internvl.miniature.lexicon import POSITIONS
-from mono_internvl.miniature.targets import Bound, judge, to_rows
+from mono_internvl.miniature.targets import Bound, judge
+from mono_internvl.runs.predictions import Prediction
+from mono_internvl.runs.schemas import TextMeasures
 from mono_internvl.serving import terminal
 from mono_internvl.serving.session import ChatSession
 
@@ -469,9 +471,9 @@ def test_package_ships_readme_and_licence() -> None:
 
 def _metrics(**changes: object) -> dict[str, object]:
     """`metrics.json` of a made-up run of two stages."""
-    rows = [
-        {"kind": kind, "blind": blind, "score": score, "aligned": False}
-        for kind, blind, score in (("colour", False, 0.75), ("colour", True, 0.25))
+    answers = [
+        Prediction({"kind": "colour"}, "what colour?", "red", score, is_blind)
+        for is_blind, score in ((False, 0.75), (True, 0.25))
     ]
     bounds = {
         "colour question, above blind and chance": Bound(0.30, 0.60),
@@ -479,8 +481,8 @@ def _metrics(**changes: object) -> dict[str, object]:
         "grounding IoU": Bound(0.45, None),
         "questions of all kinds": Bound(None, 0.85),
     }
-    perplexity = {"start": 40.0, "s2": 42.0}
-    targets = to_rows(judge(bounds, {"start": rows, "s2": rows}, perplexity, {}, 9.0))
+    text = {"start": TextMeasures(40.0, True), "s2": TextMeasures(42.0, False)}
+    targets = judge(bounds, {"start": answers, "s2": answers}, text, 9.0)
     stage = {
         "scores": {"colour": {"score": 0.75, "blind": 0.25, "chance": 1 / 6, "aligned": None}},
         "text": {"perplexity": 42.0},
@@ -493,7 +495,7 @@ def _metrics(**changes: object) -> dict[str, object]:
         "processes": 2,
         "cpu_minutes": 9.0,
         "versions": {"torch": "2.13.0", "commit": "0123456789ab"},
-        "targets": targets,
+        "targets": [target.to_row() for target in targets],
         "stages": [{"name": "start", **stage}, {"name": "s11", **stage}],
         **changes,
     }

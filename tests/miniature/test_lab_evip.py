@@ -69,7 +69,7 @@ def test_arms_see_the_data_that_their_names_say(run: Path) -> None:
     assert len({samples[variant, "s2"] for variant in VARIANTS}) == 1
 
 
-def test_arms_of_a_seed_start_alike_but_for_their_experts(run: Path) -> None:
+def test_variants_of_a_seed_start_alike_but_for_their_experts(run: Path) -> None:
     load = MonoInternVLForConditionalGeneration.from_pretrained
     starts = [load(run / variant / "seed0" / "start" / "checkpoint") for variant in VARIANTS]
     assert [m.config.visual_experts for m in starts] == [("ffn",), *[("ffn", "qkv", "o")] * 2]
