@@ -226,6 +226,7 @@ class _Loop:
             self.checkpointing.clear()
             return result
         groups = apply_rules(self.model, self.model.config, stage)
+        loss_of = self.parallelism.wrap(self._loss_of())  # may exchange the parameters
         optimizer = optimizer_of(self.model, groups, self.stage)
         if self.resumed:
             self.carried = self.checkpointing.restore(
@@ -234,7 +235,6 @@ class _Loop:
         if rank() == 0:
             truncate_metrics(self.metrics, first)
         self.model.train()
-        loss_of = self.parallelism.wrap(self._loss_of())
         with (
             StageProgress(stage, first, quiet=rank() != 0) as progress,
             self.metrics.open("a") if rank() == 0 else nullcontext() as log,

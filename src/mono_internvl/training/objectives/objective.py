@@ -89,9 +89,7 @@ class LossOf(nn.Module):
     def __init__(self, model: nn.Module, objective: Objective, reference: nn.Module | None):
         super().__init__()
         self.model, self.objective = model, objective
-        # In lists: neither is a module or a parameter of this one.
-        self._reference = [reference]
-        self._tie = [next(p for p in model.parameters() if p.requires_grad)]
+        self._reference = (reference,)  # in a tuple: it is no part of this module
 
     def forward(
         self, batch: Batch, denominator: Tensor, state: State
@@ -99,4 +97,5 @@ class LossOf(nn.Module):
         """See `Objective.loss`."""
         arguments: Any = (batch, denominator, state, *self._reference)
         loss, scalars = self.objective.loss(self.model, *arguments)
-        return loss + 0.0 * self._tie[0].flatten()[0], scalars
+        tie = next(p for p in self.model.parameters() if p.requires_grad)
+        return loss + 0.0 * tie.flatten()[0], scalars
