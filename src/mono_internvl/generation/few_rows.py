@@ -9,6 +9,7 @@ Legend: N rows, out and in: sides of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +37,25 @@ class FewRows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def few_rows(x: Tensor) -> AbstractContextManager[object]:
+    """`FewRows` where it can be of use to a pass over the rows of x, (N, 1, D); else nothing.
+
+    It looks at every call of torch, which costs a single row some percent of its time.
+    """
+    return FewRows() if _are_few(x.flatten(0, 1)) else nullcontext()
+
+
 def _is_faster(x: Tensor, weight: Tensor) -> bool:
+    # A quantised or sharded weight has products of its own.
+    return type(weight) is Parameter and weight.dtype == x.dtype and _are_few(x)
+
+
+def _are_few(x: Tensor) -> bool:
     return (
-        type(weight) is Parameter  # a quantised or sharded one has products of its own
-        and x.dim() == 2
+        x.dim() == 2
         and LEAST_ROWS <= x.shape[0] <= MOST_ROWS
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,7 +29,7 @@ from mono_internvl.configuration.text_fields import LAYER_TYPES, is_scaled_dynam
 from mono_internvl.errors import PromptError
 from mono_internvl.experts import Routing
 from mono_internvl.generation.cache import BatchCache, Rows
-from mono_internvl.generation.few_rows import FewRows
+from mono_internvl.generation.few_rows import few_rows
 from mono_internvl.generation.request import Request
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
@@ -191,7 +190,7 @@ class Reader:
                 lags = torch.tensor([row.lag for row in run], device=self.device)
                 layout = ImageLayout(positions=(view.columns - lags[:, None]).float())
             x = self.model.get_input_embeddings()(ids)
-            with FewRows() if self.device.type == "cpu" else nullcontext():
+            with few_rows(x):
                 logits.append(self._pass(view, x, Routing.all_text(len(run)), layout))
         return torch.cat(logits)
 

@@ -120,7 +120,7 @@ def choose_tokens(
         if sampling.temperature > 0:
             found = _draw(some, [generators[n] for n in which])
         else:
-            found = some.argmax(-1)
+            found = some.max(-1).indices  # the first of equals, as argmax; several times faster
         for index, token in zip(which, found.tolist(), strict=True):
             chosen[index] = token
     return chosen
