@@ -18,17 +18,18 @@ def test_bench_engine_rows_are_of_tokens_and_in_fp32_of_products() -> None:
     subjects = [row.subject for row in found if isinstance(row, BenchRow)]
     assert subjects == [
         engine.ONE_BY_ONE,
+        engine.ALONE,
         engine.TOGETHER,
         engine.ONE_ROW,
         engine.IN_ORDER,
         engine.WEIGHTS_FIRST,
     ]
-    assert [row.unit for row in found if isinstance(row, BenchRow)][:2] == ["s/token"] * 2
+    assert [row.unit for row in found if isinstance(row, BenchRow)][:3] == ["s/token"] * 3
 
 
 def test_bench_engine_is_judged_by_the_ratio_of_times() -> None:
     rows = list(engine.bench_engine(_setting(torch.bfloat16)))
-    assert len(rows) == 2
+    assert len(rows) == 3
     for ratio, met in ((0.25, True), (0.5, False)):
         made = [
             dataclasses.replace(row, ratio=ratio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ TILE_PX, TEXT_BEFORE, TEXT_AFTER = 224, 8, 24
 ANSWER_TOKENS = 64
 
 ONE_BY_ONE, TOGETHER = "generate, one request after another", "engine, all requests at once"
-
+ALONE = "engine, one request after another"
 
 ONE_ROW, IN_ORDER, WEIGHTS_FIRST = "1 row", f"{REQUESTS} rows", f"{REQUESTS} rows, weights first"
 
@@ -114,9 +115,9 @@ def _bench_tokens(setting: Setting) -> list[BenchRow]:
                 eos_token_id=None,
             )
 
-    def together() -> None:
+    def by_engine(max_rows: int) -> None:
         sampling = Sampling(max_new_tokens=answer)
-        Engine(model, max_rows=REQUESTS).generate(
+        Engine(model, max_rows=max_rows).generate(
             [
                 Request(ids, pixels, sampling)
                 for ids, pixels in zip(prompts.input_ids, images, strict=True)
@@ -130,7 +131,11 @@ def _bench_tokens(setting: Setting) -> list[BenchRow]:
 
     return measure(
         "engine",
-        [subject(ONE_BY_ONE, one_by_one), subject(TOGETHER, together)],
+        [
+            subject(ONE_BY_ONE, one_by_one),
+            subject(ALONE, partial(by_engine, 1)),
+            subject(TOGETHER, partial(by_engine, REQUESTS)),
+        ],
         setting,
         baseline=ONE_BY_ONE,
         shapes={**size.shapes, "batch": REQUESTS},
