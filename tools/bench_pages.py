@@ -11,7 +11,7 @@ from typing import Any
 
 from mono_internvl.attention.blocked import BLOCKED
 from mono_internvl.bench.experts import FFN, PROJECTION
-from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Target, read_rows
+from mono_internvl.bench.rows import BENCH_ROWS, TARGETS, BenchRow, Claim, read_rows
 from mono_internvl.errors import ConfigError
 from mono_internvl.reports.markdown import NOTHING, in_words, table
 from mono_internvl.runs.json_lines import read_lines
@@ -183,10 +183,10 @@ def targets_block(results: Path) -> str:
     if not file.is_file():
         return NOTHING
     try:
-        targets = [Target(**json.loads(line)) for line in read_lines(file)]
+        targets = [Claim(**json.loads(line)) for line in read_lines(file)]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{file}: {error}; expected lines of `bench targets --json`") from error
-    by_device: dict[str, list[Target]] = {}
+    by_device: dict[str, list[Claim]] = {}
     for target in targets:
         by_device.setdefault(target.device, []).append(target)
     return "\n".join(
@@ -195,7 +195,7 @@ def targets_block(results: Path) -> str:
     )
 
 
-def _table_of_targets(targets: list[Target]) -> str:
+def _table_of_targets(targets: list[Claim]) -> str:
     said = {True: "yes", False: "**no**", None: ""}
     return _table(
         ("claim", "target", "measured", "met", "conditions"),

@@ -6,7 +6,7 @@ import torch
 
 from mono_internvl.bench import engine
 from mono_internvl.bench.models import Setting, size_of
-from mono_internvl.bench.rows import BenchRow, Target
+from mono_internvl.bench.rows import BenchRow, Claim
 
 
 def _setting(dtype: torch.dtype) -> Setting:
@@ -37,5 +37,5 @@ def test_bench_engine_is_judged_by_the_ratio_of_times() -> None:
             if isinstance(row, BenchRow) and row.subject == engine.TOGETHER
         ]
         target = engine.target_of(made)
-        assert isinstance(target, Target)
+        assert isinstance(target, Claim)
         assert (target.value, target.met, target.target) == (1 / ratio, met, ">= 3")

@@ -12,7 +12,7 @@ from made_up import ROW
 from mono_internvl.bench import experts, gpu, serve
 from mono_internvl.bench.experts import Cell
 from mono_internvl.bench.models import Setting, size_of
-from mono_internvl.bench.rows import BenchRow, Target
+from mono_internvl.bench.rows import BenchRow, Claim
 from mono_internvl.bench.run import COMPARISONS, bench
 from mono_internvl.recipes.evip import EVIP
 
@@ -23,8 +23,8 @@ CLAIMS = 8
 def test_gpu_targets_are_empty_without_a_gpu() -> None:
     found = list(bench("gpu", size="middle"))
     assert len(found) == CLAIMS
-    assert all(isinstance(t, Target) and t.value is None and t.met is None for t in found)
-    assert all(isinstance(t, Target) and "CUDA" in t.note for t in found)
+    assert all(isinstance(t, Claim) and t.value is None and t.met is None for t in found)
+    assert all(isinstance(t, Claim) and "CUDA" in t.note for t in found)
 
 
 def test_rehearsal_on_a_cpu_runs_everything_and_judges_nothing(
@@ -40,7 +40,7 @@ def test_rehearsal_on_a_cpu_runs_everything_and_judges_nothing(
         "serve: first token",
         "train: stages",
     }
-    targets = [row for row in found if isinstance(row, Target)]
+    targets = [row for row in found if isinstance(row, Claim)]
     (check, *equal), claims = targets[:-CLAIMS], targets[-CLAIMS:]
     assert check.value is None and "not on the PATH" in check.note
     assert len(equal) == 2 and all(t.met for t in equal)
@@ -124,7 +124,7 @@ def test_training_is_judged_at_2b_only() -> None:
     assert judged.met and judged.value == 0.5 and "tokens 1425" in judged.note
 
 
-def _check_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
+def _check_by(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Claim:
     """The memory check with a shell script in place of the tool."""
     tool = folder / gpu.SANITIZER
     tool.write_text(f"#!/bin/sh\n{script}\n")

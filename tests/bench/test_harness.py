@@ -19,7 +19,7 @@ from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import (
     LOCK,
     BenchRow,
-    Target,
+    Claim,
     check_folder,
     device_name,
     instructions,
@@ -100,7 +100,7 @@ def test_percentile_interpolates() -> None:
     ],
 )
 def test_target_is_judged(sign: str, bound: float, value: float | None, met: bool | None) -> None:
-    assert Target.judge("x", sign, bound, value).met is met
+    assert Claim.judge("x", sign, bound, value).met is met
 
 
 def test_rows_go_round(tmp_path: Path) -> None:
@@ -124,10 +124,10 @@ def test_rows_go_round(tmp_path: Path) -> None:
 def test_rows_are_kept_as_they_are_measured(tmp_path: Path) -> None:
     file, targets = tmp_path / "bench.jsonl", tmp_path / "targets.jsonl"
 
-    def measured() -> Iterator[BenchRow | Target]:
+    def measured() -> Iterator[BenchRow | Claim]:
         yield ROW
         assert read_rows(file) == [ROW]  # before the next one is measured
-        yield Target.judge("x", "<=", 1.0, 0.5)
+        yield Claim.judge("x", "<=", 1.0, 0.5)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -137,24 +137,24 @@ def test_rows_are_kept_as_they_are_measured(tmp_path: Path) -> None:
 
 def test_targets_replace_those_of_the_same_name(tmp_path: Path) -> None:
     for value, names in ((0.5, "xy"), (2.0, "yz")):
-        list(keep(tmp_path, [Target.judge(name, "<=", 1.0, value) for name in names]))
+        list(keep(tmp_path, [Claim.judge(name, "<=", 1.0, value) for name in names]))
     lines = (tmp_path / "targets.jsonl").read_text().splitlines()
-    found = [Target(**json.loads(line)) for line in lines]
+    found = [Claim(**json.loads(line)) for line in lines]
     assert [(t.name, t.met) for t in found] == [("x", True), ("y", False), ("z", False)]
 
 
-def _unmeasured() -> Iterator[BenchRow | Target]:
+def _unmeasured() -> Iterator[BenchRow | Claim]:
     pytest.fail("measured before the folder was looked at")
     yield
 
 
-def _target(name: str, value: float | None) -> Target:
-    return Target.judge(name, "<=", 1.0, value)
+def _target(name: str, value: float | None) -> Claim:
+    return Claim.judge(name, "<=", 1.0, value)
 
 
 def _targets(folder: Path) -> dict[str, float | None]:
     lines = (folder / "targets.jsonl").read_text().splitlines()
-    return {target.name: target.value for target in (Target(**json.loads(line)) for line in lines)}
+    return {target.name: target.value for target in (Claim(**json.loads(line)) for line in lines)}
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "rows", "targets"])
@@ -227,7 +227,7 @@ def test_targets_of_two_at_once_are_all_kept(tmp_path: Path) -> None:
             time.sleep(0.3)  # has read nothing yet, and takes its time to write
             (tmp_path / "targets.jsonl").write_text(f"{_target('y', 2.0).to_json()}\n")
 
-    def measured() -> Iterator[Target]:
+    def measured() -> Iterator[Claim]:
         yield _target("x", 0.5)
         thread.append(threading.Thread(target=other))
         thread[0].start()
@@ -274,7 +274,7 @@ def test_bench_command_prints_rows(what: str) -> None:
 
 def test_bench_targets_are_all_judged(tmp_path: Path) -> None:
     found = list(bench("targets", size="tiny", precision="bf16", rounds=1))
-    targets = [row for row in found if isinstance(row, Target)]
+    targets = [row for row in found if isinstance(row, Claim)]
     assert len(targets) == len({target.name for target in targets}) == 26
     assert [t.name for t in targets if t.value is None] == [t.name for t in targets[-5:]]
     assert {t.device for t in targets} == {device_name(CPU)}
@@ -287,7 +287,7 @@ def test_bench_targets_are_all_judged(tmp_path: Path) -> None:
 
 def test_bench_targets_in_fp32_are_those_of_fp32() -> None:
     found = list(bench("targets", size="tiny", precision="fp32", rounds=1))
-    *targets, rest = [row for row in found if isinstance(row, Target)]
+    *targets, rest = [row for row in found if isinstance(row, Claim)]
     assert {row.dtype for row in found if isinstance(row, BenchRow)} == {"float32"}
     assert targets and all(t.name.endswith("float32") and t.met is not None for t in targets)
     assert rest.value is None and "--precision bf16" in rest.note
@@ -309,9 +309,9 @@ def test_bench_takes_what_the_machine_multiplies_faster(
 
 def test_targets_of_another_device_stay(tmp_path: Path) -> None:
     for device, value in (("laptop", 0.5), ("server", 2.0), ("laptop", 0.75)):
-        list(keep(tmp_path, [Target.judge("x", "<=", 1.0, value, "", device)]))
+        list(keep(tmp_path, [Claim.judge("x", "<=", 1.0, value, "", device)]))
     lines = (tmp_path / "targets.jsonl").read_text().splitlines()
-    found = [Target(**json.loads(line)) for line in lines]
+    found = [Claim(**json.loads(line)) for line in lines]
     assert [(t.device, t.value) for t in found] == [("laptop", 0.75), ("server", 2.0)]
 
 

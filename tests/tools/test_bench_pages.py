@@ -19,7 +19,7 @@ from bench_pages import (
 from mono_internvl.bench.experts import FORWARD, ONE, ONE_PROJECTION, Cell, bench_cell
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.profile import PROFILED, bench_profile
-from mono_internvl.bench.rows import BenchRow, Target, keep
+from mono_internvl.bench.rows import BenchRow, Claim, keep
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.errors import ConfigError
 
@@ -122,9 +122,9 @@ def test_profiles_stand_side_by_side(tmp_path: Path) -> None:
 def test_targets_show_misses(tmp_path: Path) -> None:
     assert targets_block(tmp_path) == NOTHING
     file = tmp_path / "targets.jsonl"
-    targets = [Target.judge("a", "<=", 1.0, 2.0), Target.judge("b", ">=", 1.0, None, "needs a GPU")]
+    targets = [Claim.judge("a", "<=", 1.0, 2.0), Claim.judge("b", ">=", 1.0, None, "needs a GPU")]
     list(keep(tmp_path, targets))
-    on_another = Target.judge("a", "<=", 1.0, 0.5, "", "a laptop")
+    on_another = Claim.judge("a", "<=", 1.0, 0.5, "", "a laptop")
     list(keep(tmp_path, [on_another]))
     text = targets_block(tmp_path)
     assert "**a laptop**\n\n| claim | target | measured | met |" in text

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mono_internvl.bench.models import Setting, prompt_of, random_model
-from mono_internvl.bench.rows import BenchRow, Target
+from mono_internvl.bench.rows import BenchRow, Claim
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.few_rows import FewRows
@@ -30,7 +30,7 @@ ALONE = "engine, one request after another"
 ONE_ROW, IN_ORDER, WEIGHTS_FIRST = "1 row", f"{REQUESTS} rows", f"{REQUESTS} rows, weights first"
 
 
-def bench_engine(setting: Setting) -> Iterator[BenchRow | Target]:
+def bench_engine(setting: Setting) -> Iterator[BenchRow | Claim]:
     """What a token costs in company, and in fp32 on a CPU, what its products cost.
 
     On a CPU, at the middle size, it is judged.
@@ -43,11 +43,11 @@ def bench_engine(setting: Setting) -> Iterator[BenchRow | Target]:
         yield target_of(rows)
 
 
-def target_of(rows: Sequence[BenchRow]) -> Target:
+def target_of(rows: Sequence[BenchRow]) -> Claim:
     """The claim that the rows of the engine are measured for."""
     together = next(row for row in rows if row.subject == TOGETHER)
     assert together.ratio is not None
-    return Target.judge(
+    return Claim.judge(
         f"{REQUESTS} requests: tokens/s at once / one after another, {together.dtype}",
         ">=",
         3,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mono_internvl.bench.dense import DENSE, register_dense
 from mono_internvl.bench.models import Setting, Size
-from mono_internvl.bench.rows import BenchRow, Target
+from mono_internvl.bench.rows import BenchRow, Claim
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.configuration.model import MonoInternVLTextConfig
 from mono_internvl.errors import ExpertsUnavailable
@@ -261,7 +261,7 @@ def largest_gap(name: str, cell: Cell, dtype: torch.dtype, device: torch.device)
     return max(gaps)
 
 
-def check_implementations(dtype: torch.dtype, device: torch.device) -> list[Target]:
+def check_implementations(dtype: torch.dtype, device: torch.device) -> list[Claim]:
     """Whether every runnable implementation gives eager's values and gradients on ragged cells."""
     widths = ((513, 1, 136, 200), (513, 512, 136, 200), (1025, 768, 256, 520))
     cells = [Cell(*sizes) for sizes in widths] + [Cell(*sizes[:3]) for sizes in widths]
@@ -269,7 +269,7 @@ def check_implementations(dtype: torch.dtype, device: torch.device) -> list[Targ
     precision = str(dtype).removeprefix("torch.")
     where = "" if device.type == "cpu" else "GPU: "
     return [
-        Target.judge(
+        Claim.judge(
             f"{where}{name} equals eager, values and gradients, {precision}",
             "<=",
             GAPS[dtype],

@@ -32,7 +32,7 @@ from mono_internvl.bench.experts import (
     runnable,
 )
 from mono_internvl.bench.models import SIZES, Setting
-from mono_internvl.bench.rows import BenchRow, Target
+from mono_internvl.bench.rows import BenchRow, Claim
 from mono_internvl.bench.serve import FIRST, IMAGE_TILES, MODULAR, OURS, bench_serve
 from mono_internvl.bench.train import bench_stages
 from mono_internvl.training.recipe import Stage
@@ -44,7 +44,7 @@ _2B = SIZES["2b"]
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 
 
-def bench_gpu(setting: Setting, stage: Stage) -> Iterator[BenchRow | Target]:
+def bench_gpu(setting: Setting, stage: Stage) -> Iterator[BenchRow | Claim]:
     """Check the kernels, time experts, decoding, first tokens and a training step, judge.
 
     Args:
@@ -70,7 +70,7 @@ def bench_gpu(setting: Setting, stage: Stage) -> Iterator[BenchRow | Target]:
     yield from gpu_targets([row for row in rows if row.clock == "wall"])
 
 
-def gpu_targets(rows: Sequence[BenchRow]) -> list[Target]:
+def gpu_targets(rows: Sequence[BenchRow]) -> list[Claim]:
     """What is claimed of a GPU.
 
     Args:
@@ -79,11 +79,11 @@ def gpu_targets(rows: Sequence[BenchRow]) -> list[Target]:
     return [*_expert_targets(rows), *_first_token_targets(rows), _training_target(rows)]
 
 
-def memory_check(device: torch.device) -> Target:
+def memory_check(device: torch.device) -> Claim:
     """Small cells of all implementations under compute-sanitizer: what leaves its tensors."""
 
-    def result(errors: int | None, note: str) -> Target:
-        return Target.judge("GPU: errors of compute-sanitizer memcheck", "<=", 0, errors, note)
+    def result(errors: int | None, note: str) -> Claim:
+        return Claim.judge("GPU: errors of compute-sanitizer memcheck", "<=", 0, errors, note)
 
     tool = shutil.which(SANITIZER)
     if tool is None:
@@ -119,7 +119,7 @@ def run_small_cells(device: str) -> None:
             largest_gap(name, Cell(37, 20, 40), dtype, place)
 
 
-def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
+def _expert_targets(rows: Sequence[BenchRow]) -> list[Claim]:
     dense, split, limits = [], [], []
     cells: dict[tuple[object, ...], dict[str, float]] = {}
     widths: set[str] = set()
@@ -137,16 +137,16 @@ def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
     note = "; ".join(sorted(widths)) or NO_GPU
     mean = math.exp(sum(map(math.log, split)) / len(split)) if split else None
     return [
-        Target.judge("GPU: dense / the best", ">=", 1.75, min(dense, default=None), note),
-        Target.judge(
+        Claim.judge("GPU: dense / the best", ">=", 1.75, min(dense, default=None), note),
+        Claim.judge(
             "GPU: two FFNs on split rows / the best",
             ">=",
             0.97,
             min(split, default=None),
             note,
         ),
-        Target.judge("GPU: the same, geometric mean", ">=", 1.0, mean, note),
-        Target.judge(
+        Claim.judge("GPU: the same, geometric mean", ">=", 1.0, mean, note),
+        Claim.judge(
             "GPU: the best's ratio to one product's rate, 8,192 rows, forward",
             ">=",
             0.75,
@@ -156,7 +156,7 @@ def _expert_targets(rows: Sequence[BenchRow]) -> list[Target]:
     ]
 
 
-def _first_token_targets(rows: Sequence[BenchRow]) -> list[Target]:
+def _first_token_targets(rows: Sequence[BenchRow]) -> list[Claim]:
     """Ours may take as much of the twin's time as it has of its operations."""
     found = {(row.shapes["visual_tokens"], row.subject): row for row in rows if row.what == FIRST}
     targets = []
@@ -165,16 +165,14 @@ def _first_token_targets(rows: Sequence[BenchRow]) -> list[Target]:
         name = f"GPU: time to first token, monolithic / modular, {visual} visual tokens"
         ours, twin = found.get((visual, OURS)), found.get((visual, MODULAR))
         if ours is None or twin is None or not (ours.gflop and twin.gflop):
-            targets.append(Target(name, "<= FLOP ratio", None, None, NO_GPU))
+            targets.append(Claim(name, "<= FLOP ratio", None, None, NO_GPU))
             continue
         note = f"bound: ratio of operations; {ours.notes['users']} users, {ours.layers} layers"
-        targets.append(
-            Target.judge(name, "<=", round(ours.gflop / twin.gflop, 3), ours.ratio, note)
-        )
+        targets.append(Claim.judge(name, "<=", round(ours.gflop / twin.gflop, 3), ours.ratio, note))
     return targets
 
 
-def _training_target(rows: Sequence[BenchRow]) -> Target:
+def _training_target(rows: Sequence[BenchRow]) -> Claim:
     """At the size of 2B, on a device whose peak is known."""
     name, note = "GPU: step of S1.1, 2B, share of the peak on operations owed", NO_GPU
     for row in rows:
@@ -183,5 +181,5 @@ def _training_target(rows: Sequence[BenchRow]) -> Target:
             note = ", ".join(
                 f"{key} {row.notes[key]}" for key in ("samples", "tokens", "recompute", "attention")
             )
-            return Target.judge(name, ">=", 0.45, row.notes["mfu"], note)
-    return Target.judge(name, ">=", 0.45, None, note)
+            return Claim.judge(name, ">=", 0.45, row.notes["mfu"], note)
+    return Claim.judge(name, ">=", 0.45, None, note)

@@ -95,7 +95,7 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
-class Target:
+class Claim:
     """A claim with its bound.
 
     Attributes:
@@ -123,7 +123,7 @@ class Target:
         value: float | None,
         note: str = "",
         device: str = "",
-    ) -> Target:
+    ) -> Claim:
         """The target `value` `sign` `bound`, with `sign` one of "<=" and ">="."""
         met = None if value is None else (value <= bound if sign == "<=" else value >= bound)
         rounded = None if value is None else round(value, 4)
@@ -194,7 +194,7 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> Iterator[BenchRow | Target]:
+def keep(folder: Path, rows: Iterable[BenchRow | Claim]) -> Iterator[BenchRow | Claim]:
     """Pass rows on, writing each down as soon as it is measured: an end by force loses no row.
 
     Several may write to one folder at once.
@@ -209,7 +209,7 @@ def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> Iterator[BenchRow |
         ConfigError: As by `check_folder`, before the first row is asked for.
     """
     check_folder(folder)
-    targets: list[Target] = []
+    targets: list[Claim] = []
     for row in rows:
         if isinstance(row, BenchRow):
             with _locked(folder) as file:
@@ -230,8 +230,8 @@ def keep(folder: Path, rows: Iterable[BenchRow | Target]) -> Iterator[BenchRow |
             write_whole(folder / TARGETS, lines)
 
 
-def _read_targets(folder: Path) -> list[Target]:
-    return _read_lines(folder / TARGETS, Target, "a target")
+def _read_targets(folder: Path) -> list[Claim]:
+    return _read_lines(folder / TARGETS, Claim, "a target")
 
 
 def _read_lines(file: Path, kind: Callable[..., _Line], what: str) -> list[_Line]:

@@ -16,7 +16,7 @@ from mono_internvl.bench.images import bench_images
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.prefill import bench_modular, bench_prefill
 from mono_internvl.bench.profile import bench_profile
-from mono_internvl.bench.rows import BenchRow, Target
+from mono_internvl.bench.rows import BenchRow, Claim
 from mono_internvl.bench.serve import bench_serve
 from mono_internvl.bench.targets import bench_targets, targets_of_2b
 from mono_internvl.bench.train import bench_train
@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Precision -> dtype of weights and activations."""
 
 
-Rows = Iterable[BenchRow | Target]
+Rows = Iterable[BenchRow | Claim]
 
 
 def _prefill(setting: Setting) -> Rows:

@@ -15,7 +15,7 @@ import torch
 from mono_internvl.attention.blocked import BLOCKED
 from mono_internvl.bench import decode, prefill, train
 from mono_internvl.bench.models import SIZES, Setting
-from mono_internvl.bench.rows import BenchRow, Target, device_name
+from mono_internvl.bench.rows import BenchRow, Claim, device_name
 
 MODULAR_TILES = (3, 7)
 _ALIKE = {"sdpa": prefill.PLAIN, BLOCKED: prefill.BLOCKED_ONLY}
@@ -30,7 +30,7 @@ _CLAIMS_2B = (
 )
 
 
-def bench_targets(setting: Setting) -> Iterator[BenchRow | Target]:
+def bench_targets(setting: Setting) -> Iterator[BenchRow | Claim]:
     """Run what the targets need, and judge them.
 
     In bf16 both dtypes are run; fp32 in more than twice as many rounds, as its bound like for like
@@ -43,7 +43,7 @@ def bench_targets(setting: Setting) -> Iterator[BenchRow | Target]:
     size, rounds = setting.size, setting.rounds
     fp32 = replace(setting, dtype=torch.float32, rounds=2 * rounds + 1)
     bf16 = replace(setting, dtype=torch.bfloat16)
-    targets: list[Target] = []
+    targets: list[Claim] = []
     short = (
         *(prefill.LLAMA, prefill.LLAMA_BLOCKED, prefill.PLAIN, prefill.BLOCKED_ONLY),
         *(prefill.BEST, prefill.DENSE),
@@ -51,7 +51,7 @@ def bench_targets(setting: Setting) -> Iterator[BenchRow | Target]:
     where = f"{size.layers} layers, {size.tokens} tokens"
 
     def add(name: str, sign: str, bound: float, value: float | None, note: str = where) -> None:
-        targets.append(Target.judge(name, sign, bound, value, note, device_name(setting.device)))
+        targets.append(Claim.judge(name, sign, bound, value, note, device_name(setting.device)))
 
     is_slow = setting.dtype == torch.float32
     for of_dtype, bound in ((fp32, 0.96),) if is_slow else ((fp32, 0.96), (bf16, 0.86)):
@@ -67,7 +67,7 @@ def bench_targets(setting: Setting) -> Iterator[BenchRow | Target]:
     if is_slow:
         yield from targets
         note = "not in fp32; mono-internvl bench targets --precision bf16"
-        yield Target(
+        yield Claim(
             "what is claimed of bfloat16", "", None, None, note, device_name(setting.device)
         )
         return
@@ -131,7 +131,7 @@ def _prefill_claims(
         yield "v1.5 / v1 prefill, bfloat16", "<=", 1.03, _ratio(rows, prefill.NEWER) / best
 
 
-def targets_of_2b(rows: Sequence[BenchRow]) -> list[Target]:
+def targets_of_2b(rows: Sequence[BenchRow]) -> list[Claim]:
     """What is claimed of a 2B model's prefill on a CPU, judged by rows of `bench prefill`.
 
     Returns:
@@ -145,7 +145,7 @@ def targets_of_2b(rows: Sequence[BenchRow]) -> list[Target]:
     alike = [_like_for_like(rows, subject) for subject in (*_ALIKE.values(), prefill.DENSE)]
     note = f"{first.shapes['tokens']} tokens"
     claims = zip(_CLAIMS_2B, (*alike, best, dense / best), strict=True)
-    return [Target.judge(*claim, value, note, first.device) for claim, value in claims]
+    return [Claim.judge(*claim, value, note, first.device) for claim, value in claims]
 
 
 def _like_for_like(rows: Sequence[BenchRow], subject: str) -> float:
