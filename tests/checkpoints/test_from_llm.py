@@ -20,6 +20,7 @@ from mono_internvl.checkpoints.from_llm import (
 )
 from mono_internvl.configuration.model import MonoInternVLVisionConfig
 from mono_internvl.errors import CheckpointError, ConfigError
+from mono_internvl.experts import Routing
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.prompts import VISUAL_TOKENS
 
@@ -118,7 +119,7 @@ def test_from_llama_mixed_input_equals_plain_decoder(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = model(ids, pixel_values=pixels).logits
         features = model.get_image_features(pixels).flatten(0, 1)
-        embeds, _ = model.model.place_features(ids, features)
+        embeds = model.model.place_features(ids, features, Routing.from_mask(ids == image))
         theirs = llama(inputs_embeds=embeds).logits
     assert torch.allclose(ours[..., : theirs.shape[-1]], theirs, atol=1e-5, rtol=0)
 

@@ -104,7 +104,7 @@ def test_decoding_step_never_waits(rope: str) -> None:
 
 def test_routing_of_another_prompt_is_refused() -> None:
     ids, pixels, _ = _routed()
-    with pytest.raises(PromptError, match="3 visual rows but the images give 8 features"):
+    with pytest.raises(PromptError, match="3 image tokens but the images give 8 features"):
         _model("auto")(ids, pixels, routing=Routing.from_mask(torch.arange(ids.numel()) < 3))
 
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from mono_internvl.errors import PromptError
+from mono_internvl.experts import Routing
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])
@@ -327,7 +328,8 @@ def test_generate_from_embeddings_equals_from_ids(
     greedy = {**GREEDY, "do_sample": "num_return_sequences" in options, "top_k": 1}
     expected = model.generate(**batch, **greedy, **options)[:, batch["input_ids"].shape[1] :]
     features = model.get_image_features(batch["pixel_values"]).flatten(0, 1)
-    embeds, is_visual = model.model.place_features(batch["input_ids"], features)
+    is_visual = batch["input_ids"] == IMAGE_TOKEN
+    embeds = model.model.place_features(batch["input_ids"], features, Routing.from_mask(is_visual))
     given: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
     if has_ids:  # they say which rows are visual, and stand before the answers
         found = model.generate(batch["input_ids"], **given, **greedy, **options)

@@ -81,7 +81,7 @@ def test_images_break_the_graph_where_they_are_placed_and_in_no_layer(tmp_path: 
     torch._dynamo.reset()
     found = torch._dynamo.explain(model)(batch["input_ids"], pixel_values=batch["pixel_values"])
     places = {reason.user_stack[-1].name for reason in found.break_reasons}
-    assert places == {"place_features", "from_mask"}
+    assert places == {"from_mask"}
     assert model.config.text_config.num_hidden_layers == 4
     assert found.graph_break_count < 8, "would be twice a layer"
 

@@ -6,6 +6,7 @@ The committed golden data is used whatever `GOLDEN_DIR` says, as it is the check
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from mono_internvl.configuration.model import MonoInternVLTextConfig, MonoInternVLVisionConfig
 from mono_internvl.experts import Routing
 from mono_internvl.model import decoder, layers, modeling, vision_tower
+from mono_internvl.model.decoder import MonoInternVLTextModel
 from mono_internvl.model.vision_tower import VisionAttention, VisionTower
 from mono_internvl.released import keys as checkpoint
 
@@ -56,39 +58,53 @@ def _swap_experts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(layers, "route", wrong)
 
 
-def _patch_from_mask(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    right = Routing.from_mask
-    patch.setattr(Routing, "from_mask", staticmethod(lambda mask: right(change(mask))))
+def _patch_routing(patch: pytest.MonkeyPatch, change: Callable[[Routing], Routing]) -> None:
+    """What the decoder gets, after features were placed."""
+    right = MonoInternVLTextModel.forward
+
+    def wrong(
+        self: MonoInternVLTextModel,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        routing: Routing | None,
+        **kwargs: Any,
+    ) -> Any:
+        routing = None if routing is None else change(routing)
+        return right(self, input_ids, inputs_embeds, routing, **kwargs)
+
+    patch.setattr(MonoInternVLTextModel, "forward", wrong)
+
+
+def _patch_mask(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    cpu = torch.device("cpu")
+    _patch_routing(patch, lambda routing: Routing.from_mask(change(routing.is_visual(cpu))))
 
 
 def _route_visual_as_text(patch: pytest.MonkeyPatch) -> None:
-    _patch_from_mask(patch, torch.zeros_like)
+    _patch_mask(patch, torch.zeros_like)
 
 
 def _route_one_row_late(patch: pytest.MonkeyPatch) -> None:
-    _patch_from_mask(patch, lambda mask: mask.roll(1, dims=-1))
+    _patch_mask(patch, lambda mask: mask.roll(1, dims=-1))
 
 
 def _route_first_visual_row_as_text(patch: pytest.MonkeyPatch) -> None:
     def change(mask: Tensor) -> Tensor:
         mask = mask.clone()
-        mask.view(-1)[mask.view(-1).nonzero()[0]] = False
+        mask[mask.nonzero()[0]] = False
         return mask
 
-    _patch_from_mask(patch, change)
+    _patch_mask(patch, change)
 
 
 def _scatter_experts_in_gathered_order(patch: pytest.MonkeyPatch) -> None:
-    right = Routing.from_mask
-
-    def wrong(mask: Tensor) -> Routing:
-        routing = right(mask)
-        order = torch.arange(mask.numel())
+    def wrong(routing: Routing) -> Routing:
+        order = torch.arange(routing.num_text + routing.num_visual)
         return Routing(
             routing.num_text, routing.num_visual, routing.text_rows, routing.visual_rows, order
         )
 
-    patch.setattr(Routing, "from_mask", staticmethod(wrong))
+    _patch_routing(patch, wrong)
 
 
 def _patch_rope(patch: pytest.MonkeyPatch, **wrong_values: object) -> None:

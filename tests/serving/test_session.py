@@ -198,7 +198,9 @@ def _interrupt(*_):
 def test_session_cache_check_rejects_an_image_read_as_text(session, picture, monkeypatch):
     session.ask("Hello?")
     with monkeypatch.context() as fault:
-        fault.setattr(Routing, "from_mask", lambda mask: Routing.all_text(mask.numel()))
+        fault.setattr(
+            Routing, "by", lambda self, _: Routing.all_text(self.num_text + self.num_visual)
+        )
         session.ask("What is this?", [picture])
     pixels = session.processor.image_processor([picture], max_tiles=2)["pixel_values"]
     with pytest.raises(AssertionError, match="not close"):

@@ -155,7 +155,7 @@ class Reader:
         last = torch.tensor([len(rest) - 1 for rest in rests])  # (B,)
         for begin, stop in pairwise((0, *self._chunk_ends(is_visual, start))):
             routing = Routing.from_mask(is_visual[:, begin:stop]).to(self.device)
-            x = self.model.model.place_routed_features(
+            x = self.model.model.place_features(
                 ids[:, begin:stop].to(self.device),
                 features[used : used + routing.num_visual],
                 routing,

@@ -92,44 +92,13 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         x = x.unflatten(1, (side, side))
         return self.projector(pixel_shuffle(x, self.config.ps_version))
 
-    def place_features(
-        self, input_ids: Tensor, image_features: Tensor, visual_token_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Embed the tokens and put the image features where they belong.
+    def place_features(self, input_ids: Tensor, image_features: Tensor, routing: Routing) -> Tensor:
+        """Embed the tokens and put the image features into the visual rows.
 
         Args:
             input_ids: (B, T).
             image_features: (rows, D), in flattened batch order, tile after tile.
-            visual_token_mask: (B, T) bool; `input_ids == <IMG_CONTEXT>` unless given.
-
-        Returns:
-            Embeddings (B, T, D) and the mask (B, T) of visual tokens.
-
-        Raises:
-            PromptError: The number of places differs from the number of features.
-        """
-        if visual_token_mask is None:
-            visual_token_mask = input_ids == self.config.image_token_id
-        num_places = int(visual_token_mask.sum())
-        if num_places != image_features.shape[0]:
-            raise PromptError(
-                f"the prompt has {num_places} image tokens but the images give "
-                f"{image_features.shape[0]} features; expand one placeholder per image with the "
-                "processor of this checkpoint"
-            )
-        x = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        x = x.masked_scatter(visual_token_mask[:, :, None], image_features.to(x.dtype))
-        return x, visual_token_mask
-
-    def place_routed_features(
-        self, input_ids: Tensor, image_features: Tensor, routing: Routing
-    ) -> Tensor:
-        """As `place_features`, where the routing is known: nothing waits for the device.
-
-        Args:
-            input_ids: (B, T).
-            image_features: (rows, D), in flattened batch order, tile after tile.
-            routing: Made of the same mask, on the host, and moved to the device.
+            routing: Which rows are visual. It is known to the host: nothing waits for the device.
 
         Returns:
             Embeddings (B, T, D).
@@ -139,8 +108,9 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         """
         if routing.num_visual != image_features.shape[0]:
             raise PromptError(
-                f"routing has {routing.num_visual} visual rows but the images give "
-                f"{image_features.shape[0]} features; make it of the mask of these input_ids"
+                f"the prompt has {routing.num_visual} image tokens but the images give "
+                f"{image_features.shape[0]} features; expand one placeholder per image with the "
+                "processor of this checkpoint"
             )
         x = self.get_input_embeddings()(input_ids)  # (B, T, D)
         if routing.visual_rows is None:
@@ -162,17 +132,15 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         """Pixels and words to hidden states; see `MonoInternVLForConditionalGeneration.forward`."""
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values).flatten(0, 1)  # (rows, D)
-        if routing is not None:
-            if image_features is not None and input_ids is not None:
-                inputs_embeds = self.place_routed_features(input_ids, image_features, routing)
-        elif image_features is not None:
-            if input_ids is None:
-                raise PromptError("images need input_ids: they say where the features go")
-            inputs_embeds, visual_token_mask = self.place_features(
-                input_ids, image_features, visual_token_mask
-            )
-        if routing is None and inputs_embeds is not None and visual_token_mask is not None:
+        if image_features is not None and input_ids is None:
+            raise PromptError("images need input_ids: they say where the features go")
+        if routing is None and image_features is not None and visual_token_mask is None:
+            visual_token_mask = input_ids == self.config.image_token_id
+        has_visual = image_features is not None or inputs_embeds is not None
+        if routing is None and visual_token_mask is not None and has_visual:
             routing = Routing.from_mask(visual_token_mask)
+        if image_features is not None and input_ids is not None and routing is not None:
+            inputs_embeds = self.place_features(input_ids, image_features, routing)
         if has_image_layout(self.config):
             x = input_ids if inputs_embeds is None else inputs_embeds
             assert x is not None
@@ -441,7 +409,9 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         features = None
         if pixel_values is not None:
             features = self.get_image_features(pixel_values).flatten(0, 1)
-            embeds, is_visual = self.model.place_features(input_ids, features)
+            is_visual = input_ids == self.config.image_token_id
+            routing = Routing.from_mask(is_visual)
+            embeds = self.model.place_features(input_ids, features, routing)
         else:
             embeds = self.get_input_embeddings()(input_ids)
             is_visual = torch.zeros_like(input_ids, dtype=torch.bool)

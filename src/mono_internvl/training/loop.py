@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -318,7 +319,6 @@ class _Loop:
             for name in sorted(scalars):  # in the same order in every process
                 found.setdefault(name, []).append(scalars[name])
         means = {n: all_sum(torch.stack(of).sum()) / world_size() for n, of in found.items()}
-        loss = means.pop(LOSS)
         rate_ratio = stage.rate_ratio(step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_rate"] * rate_ratio
@@ -327,23 +327,26 @@ class _Loop:
             if parameter.grad is None:  # a step without images counts as a zero gradient
                 parameter.grad = torch.zeros_like(parameter)
         norm = nn.utils.clip_grad_norm_(trainable, stage.clip_norm)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            ids = ", ".join(i for batch in micro for i in batch.record_ids)
-            raise TrainingStateError(
-                f"stage {stage.name!r}: loss {loss.item()} and gradient norm {norm.item()} at step "
-                f"{step + 1} (records {ids}); lower the learning rate or look at these records"
-            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        logged = {name: mean.item() for name, mean in means.items()}
+        # The only time in a step that the host waits for the device.
+        *values, grad_norm = torch.stack([*means.values(), norm]).tolist()
+        logged = dict(zip(means, values, strict=True))
+        loss = logged.pop(LOSS)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            ids = ", ".join(i for batch in micro for i in batch.record_ids)
+            raise TrainingStateError(
+                f"stage {stage.name!r}: loss {loss} and gradient norm {grad_norm} at step "
+                f"{step + 1} (records {ids}); lower the learning rate or look at these records"
+            )
         self.carried = stage.objective.next_state(self.carried, logged)
         counts = self._count(micro)
         return {
             **logged,
             "step": step + 1,
-            LOSS: loss.item(),
+            LOSS: loss,
             "learning_rate_share": rate_ratio,
-            "grad_norm": norm.item(),
+            "grad_norm": grad_norm,
             **counts,
             "seconds": time.perf_counter() - began,
         }
@@ -367,20 +370,13 @@ class _Loop:
         return {"tokens": tokens, "images": images, "skipped": num_bad}
 
     def _backward(self, loss_of: nn.Module, batch: Batch, denominator: Tensor) -> dict[str, Tensor]:
-        """Add up the gradients of a micro-batch; returns its loss and logged scalars on the CPU."""
+        """Add up the gradients of a micro-batch; returns its loss and logged scalars, unread."""
         device = torch.device(self.device)
-        pixels = batch.pixel_values
-        here = dataclasses.replace(
-            batch,
-            input_ids=batch.input_ids.to(device),
-            pixel_values=None if pixels is None else pixels.to(device),
-            labels=batch.labels.to(device),
-            loss_weight=batch.loss_weight.to(device),
-        )
+        here, denominator = batch.to(device), denominator.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
-            loss, scalars = loss_of(here, denominator.to(device), self.carried)
+            loss, scalars = loss_of(here, denominator, self.carried)
         loss.backward()
-        return {name: value.detach().cpu() for name, value in {**scalars, LOSS: loss}.items()}
+        return {name: value.detach().float() for name, value in {**scalars, LOSS: loss}.items()}
 
     def _state(self, step: int, optimizer: torch.optim.Optimizer | None) -> RunState:
         return RunState(

@@ -32,6 +32,7 @@ class NextToken(Objective):
         loss: Tensor = model(
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values,
+            routing=batch.routing,
             labels=batch.labels,
             loss_weight=batch.loss_weight,
             num_items_in_batch=denominator,
