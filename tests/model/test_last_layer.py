@@ -14,8 +14,8 @@ from tiny_models import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from mono_internvl.experts import Routing
-from mono_internvl.model.last_layer import labelled_rows, rows_read
+from mono_internvl.experts import Routing, labelled_rows
+from mono_internvl.model.last_layer import rows_read
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 ATTENTION = pytest.mark.parametrize("attention", ["eager", "sdpa", "blocked"])

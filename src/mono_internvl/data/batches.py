@@ -25,7 +25,7 @@ from mono_internvl.errors import (
     RecipeError,
     SampleError,
 )
-from mono_internvl.experts.routing import Routing
+from mono_internvl.experts.routing import KeptRows, Routing
 from mono_internvl.processing.encoding import Sample
 
 LossWeighting = Literal["token", "square", "sample"]
@@ -62,6 +62,7 @@ class Batch:
         loss_weight: (B, T) fp32, 0 where nothing is learnt.
         pixel_values: (tiles, 3, S, S) fp32 of all samples in order, or None without images.
         routing: Which of the B * T rows are visual, known to the host.
+        labelled: Which of them have a label to predict, known to the host.
         num_tokens: Tokens that are not padding.
         num_images: Images.
         record_ids: Of the samples, in order.
@@ -73,6 +74,7 @@ class Batch:
     loss_weight: Tensor
     pixel_values: Tensor | None
     routing: Routing
+    labelled: KeptRows
     num_tokens: int
     num_images: int
     record_ids: tuple[str, ...]
@@ -88,6 +90,7 @@ class Batch:
             loss_weight=self.loss_weight.to(device, non_blocking=True),
             pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
             routing=self.routing.to(device),
+            labelled=self.labelled.to(device),
         )
 
 
@@ -248,12 +251,14 @@ class BatchStream(Dataset[Batch]):
             learnt = labels[row] != IGNORED_LABEL
             weight[row, learnt] = float(learnt.sum()) ** -exponent
         pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+        routing = Routing.from_mask(input_ids == self.plan.image_token_id)
         return Batch(
             input_ids,
             labels,
             weight,
             torch.cat(pixels) if pixels else None,
-            Routing.from_mask(input_ids == self.plan.image_token_id),
+            routing,
+            KeptRows.labelled(labels, routing),
             num_tokens=sum(len(sample.input_ids) for sample in samples),
             num_images=sum(len(sample.num_tiles) for sample in samples),
             record_ids=record_ids,

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mono_internvl.configuration.labels import IGNORED_LABEL
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -106,3 +108,46 @@ class Routing:
             self.row_order.to(device, non_blocking=True),
             self.implementation,
         )
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of the last layer whose output somebody reads.
+
+    Attributes:
+        rows: Indices into the N rows, int64; its shape is that of the output, without D.
+        routing: Of these rows.
+    """
+
+    rows: Tensor
+    routing: Routing
+
+    @classmethod
+    def labelled(cls, labels: Tensor, routing: Routing) -> KeptRows:
+        """The rows that a loss reads; made on the host, no training step waits for their number.
+
+        Args:
+            labels: (B, T), `IGNORED_LABEL` where nothing is learnt.
+            routing: Of all rows.
+        """
+        rows = labelled_rows(labels)
+        return cls(rows, routing.select(rows))
+
+    def by(self, implementation: str) -> KeptRows:
+        """The same rows, computed by the implementation of this name."""
+        return KeptRows(self.rows, self.routing.by(implementation))
+
+    def to(self, device: torch.device) -> KeptRows:
+        """The same rows with their index tensors on `device`."""
+        return KeptRows(self.rows.to(device, non_blocking=True), self.routing.to(device))
+
+
+def labelled_rows(labels: Tensor) -> Tensor:
+    """Indices, (R,) int64, of the rows whose next token has a label.
+
+    Args:
+        labels: (B, T), `IGNORED_LABEL` where nothing is learnt.
+    """
+    has_label = labels != IGNORED_LABEL
+    has_label = torch.cat((has_label[:, 1:], torch.zeros_like(has_label[:, :1])), dim=1)
+    return has_label.flatten().nonzero().squeeze(1)

@@ -24,9 +24,9 @@ from mono_internvl.attention.packing import packed_segments
 from mono_internvl.configuration.model import MonoInternVLConfig, MonoInternVLTextConfig
 from mono_internvl.configuration.text_fields import LAYER_TYPES
 from mono_internvl.errors import PromptError
-from mono_internvl.experts import Routing, check_implementation
+from mono_internvl.experts import KeptRows, Routing, check_implementation
 from mono_internvl.experts.registry import AUTO
-from mono_internvl.model.last_layer import KeptRows, LastLayer
+from mono_internvl.model.last_layer import LastLayer
 from mono_internvl.model.layers import DecoderLayer, RMSNorm, rotary_embeddings, slides
 from mono_internvl.model.visual_tokens import PatchEmbedder
 from mono_internvl.released.whole import WholeCheckpointModel
@@ -156,7 +156,7 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        rows_to_keep: Tensor | None = None,
+        rows_to_keep: Tensor | KeptRows | None = None,
         image_layout: ImageLayout | None = None,
         **kwargs: Any,
     ) -> MonoInternVLOutput:
@@ -171,7 +171,8 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
             output_hidden_states: Keep the output of every layer, whole.
             output_attentions: Keep the attention weights of every layer, whole.
             rows_to_keep: Rows of the B * T whose last hidden state is asked for; the result has
-                its shape, (..., D), see `last_layer`. Not with `output_hidden_states`.
+                its shape, (..., D), see `last_layer`. Not with `output_hidden_states`. As
+                `KeptRows` they bring a routing, for which nothing waits.
             image_layout: What images mean for attention and positions; nothing unless given.
         """
         layout = image_layout if image_layout is not None else ImageLayout()
@@ -218,8 +219,10 @@ class MonoInternVLTextModel(MonoInternVLPreTrainedModel):
         hidden_states: list[Tensor] = [x] if output_hidden_states else []
         attentions: list[Tensor | None] = []
         of_last = {}
-        if rows_to_keep is not None:
+        if isinstance(rows_to_keep, Tensor):
             of_last["kept"] = KeptRows(rows_to_keep, routing.select(rows_to_keep.flatten()))
+        elif rows_to_keep is not None:
+            of_last["kept"] = rows_to_keep.by(self.experts_implementation)
         for index, layer in enumerate(self.layers):
             x, weights = layer(
                 x,

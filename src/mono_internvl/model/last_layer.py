@@ -10,28 +10,13 @@ Legend: B batch, T tokens, N = B * T rows, R rows that are read, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mono_internvl.configuration.labels import IGNORED_LABEL
-from mono_internvl.experts import Routing
+from mono_internvl.experts import KeptRows, Routing
 from mono_internvl.model.layers import DecoderLayer, route
-
-
-@dataclass(frozen=True)
-class KeptRows:
-    """The rows of the last layer whose output somebody reads.
-
-    Attributes:
-        rows: Indices into the N rows, int64; its shape is that of the output, without D.
-        routing: Of these rows.
-    """
-
-    rows: Tensor
-    routing: Routing
 
 
 class LastLayer(DecoderLayer):
@@ -50,17 +35,6 @@ class LastLayer(DecoderLayer):
         rows = rows + self.self_attn.project_output(y, kept.routing)
         rows = self.feed_forward(rows, kept.routing)
         return rows.view(*kept.rows.shape, x.shape[-1]), weights
-
-
-def labelled_rows(labels: Tensor) -> Tensor:
-    """Indices, (R,) int64, of the rows whose next token has a label.
-
-    Args:
-        labels: (B, T), `IGNORED_LABEL` where nothing is learnt.
-    """
-    has_label = labels != IGNORED_LABEL
-    has_label = torch.cat((has_label[:, 1:], torch.zeros_like(has_label[:, :1])), dim=1)
-    return has_label.flatten().nonzero().squeeze(1)
 
 
 def rows_read(

@@ -28,13 +28,13 @@ from mono_internvl.attention.image_layout import (
 from mono_internvl.auto_classes import register
 from mono_internvl.configuration.model import MonoInternVLConfig
 from mono_internvl.errors import PromptError
-from mono_internvl.experts import Routing
+from mono_internvl.experts import KeptRows, Routing, labelled_rows
 from mono_internvl.model.decoder import (
     MonoInternVLOutput,
     MonoInternVLPreTrainedModel,
     MonoInternVLTextModel,
 )
-from mono_internvl.model.last_layer import labelled_rows, rows_read
+from mono_internvl.model.last_layer import rows_read
 from mono_internvl.model.vision_tower import VisionTower
 from mono_internvl.model.visual_tokens import PatchEmbedder, VisualProjector, pixel_shuffle
 from mono_internvl.released.keys import register_conversion
@@ -193,6 +193,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         image_features: Tensor | None = None,
         visual_token_mask: Tensor | None = None,
         logits_to_keep: int | Tensor | None = 0,
+        labelled: KeptRows | None = None,
         **kwargs: Any,
     ) -> MonoInternVLOutput:
         """One pass: prefill, a chunk of it, a later cached turn, a decoding step, a training batch.
@@ -213,16 +214,19 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             image_features: (rows, D) precomputed features instead of pixels (chunked prefill).
             visual_token_mask: (B, T) bool, where features go; the context tokens unless given.
             logits_to_keep: 0 all rows, n the last n, a tensor those rows, None no logits at all.
-            **kwargs: As the decoder's; and `routing`, made on the host of the mask of visual
-                tokens (`Routing.from_mask(mask).to(device)`), so that nothing waits for the device.
+            labelled: The rows of `labels`; looked for on the device unless given.
+            **kwargs: As the decoder's; and `routing`, of the mask of visual tokens. With it and
+                `labelled`, made on the host as a `Batch` has them, nothing waits for the device.
         """
-        labelled = None if labels is None else labelled_rows(labels)
+        with_label = None  # (R,) rows
+        if labels is not None:
+            with_label = labelled_rows(labels) if labelled is None else labelled.rows
         x = input_ids if inputs_embeds is None else inputs_embeds
         keep = None
         if x is not None and not (
             kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
         ):
-            keep = rows_read(x, labelled, logits_to_keep)
+            keep = rows_read(x, with_label, logits_to_keep)
         out = self.model(
             input_ids,
             pixel_values,
@@ -232,14 +236,14 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            rows_to_keep=keep,
+            rows_to_keep=labelled if labelled is not None and keep is labelled.rows else keep,
             return_dict=True,
             **kwargs,
         )
         x = out.last_hidden_state  # (B, T, D), or of the rows to keep: (B, T', D) or (R, D)
-        if labels is not None and labelled is not None:
-            of_labels = x if keep is not None else x.flatten(0, 1).index_select(0, labelled)
-            out.loss = self._loss(of_labels, labelled, labels, loss_weight, num_items_in_batch)
+        if labels is not None and with_label is not None:
+            of_labels = x if keep is not None else x.flatten(0, 1).index_select(0, with_label)
+            out.loss = self._loss(of_labels, with_label, labels, loss_weight, num_items_in_batch)
         if logits_to_keep is not None:
             if keep is None:
                 is_count = isinstance(logits_to_keep, int)

@@ -33,6 +33,7 @@ class NextToken(Objective):
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values,
             routing=batch.routing,
+            labelled=batch.labelled,
             labels=batch.labels,
             loss_weight=batch.loss_weight,
             num_items_in_batch=denominator,
