@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mono_internvl.compute import make_plan
+from mono_internvl.data.sources import JsonlSource
 from mono_internvl.evaluation.perplexity import perplexity
 from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import FULL
@@ -90,15 +91,11 @@ def test_shipped_language_model_has_the_shape_that_scratch_makes() -> None:
     assert {name: config[name] for name in LANGUAGE_MODEL} == LANGUAGE_MODEL
 
 
-def test_shipped_language_model_speaks_english(checkpoint: Path) -> None:
+def test_shipped_language_model_speaks_english(checkpoint: Path, tmp_path: Path) -> None:
     model = MonoInternVLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     processor = MonoInternVLProcessor.from_pretrained(checkpoint)
-    roles = {"human": "user", "gpt": "assistant"}
-    english = [
-        [
-            {"role": roles[turn["from"]], "content": turn["value"]}
-            for turn in record["conversations"]
-        ]
-        for record in english_records(load_english("heldout"))[:100]
-    ]
+    file = tmp_path / "english.jsonl"
+    write_jsonl(file, "english", english_records(load_english("heldout"))[:100])
+    source = JsonlSource(file, tmp_path)
+    english = [source.record(index).turns for index in range(len(source))]
     assert perplexity(model, processor, english) <= MOST_PERPLEXITY

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from mono_internvl.configuration.labels import IGNORED_LABEL
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import Conversation
 
 
 @torch.inference_mode()
 def perplexity(
     model: MonoInternVLForConditionalGeneration,
     processor: MonoInternVLProcessor,
-    conversations: Sequence[Sequence[dict[str, Any]]],
+    conversations: Sequence[Conversation],
 ) -> float:
     """exp of the mean cross entropy, in fp32, over the answer tokens of text conversations."""
     model.eval()

@@ -13,13 +13,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from mono_internvl import miniature
 from mono_internvl.compute import ComputePlan, make_plan
+from mono_internvl.data.records import parse_record
+from mono_internvl.data.sources import FileImage
 from mono_internvl.evaluation.perplexity import perplexity
 from mono_internvl.evaluation.questions import Question, first_of_each_kind
 from mono_internvl.evaluation.runner import Subject, ask
@@ -45,6 +46,7 @@ from mono_internvl.miniature.targets import (
 )
 from mono_internvl.miniature.text_tasks import english_records
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
+from mono_internvl.processing.prompts import Conversation
 from mono_internvl.reports.report import write_report
 from mono_internvl.runs.folder import begin, exclusive, resumable
 from mono_internvl.runs.predictions import Prediction, read_predictions
@@ -303,12 +305,13 @@ def check_protocol(answers: Path, compute: ComputePlan, next_step: str) -> None:
         PROTOCOL.planned(compute).check_same(one.protocol, str(answers), next_step)
 
 
-def _english(world: WorldFiles, count: int) -> list[list[dict[str, Any]]]:
-    paragraphs = [p for p in world.english_heldout.read_text().split("\n\n") if p.strip()]
-    roles = {"human": "user", "gpt": "assistant"}
+def _english(world: WorldFiles, count: int) -> list[Conversation]:
+    file = world.english_heldout
+    paragraphs = [p for p in file.read_text().split("\n\n") if p.strip()]
+    records = english_records(paragraphs)[:count]
     return [
-        [{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]]  # type: ignore[attr-defined]
-        for record in english_records(paragraphs)[:count]
+        parse_record(record, index, f"{file}[{index}]", lambda name: FileImage(Path(name))).turns
+        for index, record in enumerate(records)
     ]
 
 
