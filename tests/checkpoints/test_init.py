@@ -321,6 +321,14 @@ def test_init_makes_a_model_that_chats(
     said = json.loads(capsys.readouterr().out)
     assert said["visual_experts"] == ["ffn", "qkv", "o"]
     assert said["prompt_form"] == "chat_template.jinja"
+    assert said["next"].startswith("mono-internvl train evip-2b --model")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "made")
+    counted = {name: p.numel() for name, p in model.named_parameters()}
+    language = ("lm_head", "model.language_model")
+    text = sum(n for k, n in counted.items() if k.startswith(language) and "_visual." not in k)
+    assert said["parameters"] == sum(counted.values())
+    assert said["visual_parameters"] == said["parameters"] - text
+    assert said["new_visual_tokens"] == 9
     assert (
         said["family"] == json.loads((tmp_path / "llm" / "config.json").read_text())["model_type"]
     )

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from mono_internvl.checkpoints.from_gguf import find_gguf, write_language_model
 from mono_internvl.checkpoints.from_llm import MonolithicStart, monolithic_from_llm
 from mono_internvl.configuration.model import MonoInternVLVisionConfig
 from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
-from mono_internvl.processing.prompts import DEFAULT_SYSTEM_PROMPT, TURN_END, TURN_START
+from mono_internvl.processing.prompts import (
+    DEFAULT_SYSTEM_PROMPT,
+    TURN_END,
+    TURN_START,
+    VISUAL_TOKENS,
+)
 from mono_internvl.processing.templates import (
     JINJA_FORM,
     RELEASED_FORM,
@@ -60,7 +69,7 @@ def init(
     are copies of the text experts, patch embedding and projector are random.
 
     Args:
-        llm: Folder or hub id of a language model of a known family.
+        llm: Folder, GGUF file or hub id of a language model of a known family.
         out: New folder.
         visual_experts: Which parts of each layer get a visual copy.
         chat_template: A Jinja file, or "internlm2-chat" for the form of the released checkpoints;
@@ -96,11 +105,11 @@ def init(
         )
     if not 0 <= seed < 2**63:
         raise ConfigError(f"seed={seed}; expected 0 to 2**63 - 1")
-    folder = resolve_checkpoint(llm, revision=revision)
-    source = _template(folder, chat_template)
-    template = None if source is None else adapt_template(source, _day(template_date))
+    day = _day(template_date)
     vision = MonoInternVLVisionConfig(hidden_size=patch_width, image_size=tile_px)
-    with new_folder(out) as partial:
+    with new_folder(out) as partial, _language_model(llm, revision, partial) as folder:
+        source = _template(folder, chat_template)
+        template = None if source is None else adapt_template(source, day)
         made = monolithic_from_llm(
             folder,
             vision=vision,
@@ -117,6 +126,18 @@ def init(
         processor = _processor(made, folder, template)
         save_with_processor(made.model, processor, partial)
     return out
+
+
+@contextmanager
+def _language_model(llm: str, revision: str | None, scratch: Path) -> Iterator[Path]:
+    """The folder of a language model; what a GGUF file holds lies in `scratch` meanwhile."""
+    file = find_gguf(Path(llm))
+    if file is None:
+        yield resolve_checkpoint(llm, revision=revision)
+        return
+    with TemporaryDirectory(dir=scratch) as folder:
+        write_language_model(file, Path(folder))
+        yield Path(folder)
 
 
 def save_with_processor(
@@ -228,6 +249,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "layers": llm["num_hidden_layers"],
         "width": llm["hidden_size"],
         "vocabulary": llm["vocab_size"],
+        "new_visual_tokens": len(VISUAL_TOKENS),
         "visual_experts": config["visual_experts"],
         "prompt_form": config["template"],
     }

@@ -62,6 +62,7 @@ _UNDERSTOOD_FIELDS = frozenset(
         *GenerationConfig().to_dict(),
         # Written by tools that trained or converted the model.
         *("transformers.js_config", "is_llama_config", "max_window_layers"),
+        *("unk_token_id", "_model_name_or_path"),
     )
 )
 # Facts about the file that its maths depends on if they are not the usual ones.

@@ -188,7 +188,7 @@ def convert(
 
 @app.command()
 def init(
-    llm: Annotated[str, typer.Option(metavar="DIR|HUB_ID", help="Language model to start from.")],
+    llm: Annotated[str, typer.Option(metavar="DIR|GGUF|HUB_ID", help="Language model.")],
     out: Annotated[Path, typer.Option(help="New folder of the monolithic model.")],
     preset: Annotated[str, typer.Option(help="v1, or v1_5: our reconstruction of 1.5.")] = "v1",
     visual_experts: Annotated[
@@ -219,11 +219,13 @@ def init(
     from mono_internvl.checkpoints.initialize import init as make_model
     from mono_internvl.checkpoints.initialize import summary
     from mono_internvl.cli.printing import in_words
+    from mono_internvl.configuration.model import MonoInternVLConfig
     from mono_internvl.configuration.options import (
         EXPERT_PRESETS,
         parse_position_steps,
         parse_visual_experts,
     )
+    from mono_internvl.costs.info import describe
 
     if preset not in EXPERT_PRESETS:
         raise typer.BadParameter(f"--preset {preset}: expected {' or '.join(EXPERT_PRESETS)}")
@@ -245,12 +247,15 @@ def init(
         seed=seed,
         revision=revision,
     )
+    counts = describe(MonoInternVLConfig.from_pretrained(made)).parameters
+    sizes = {"parameters": counts.total, "visual_parameters": counts.total - counts.activated_text}
+    next_command = f"mono-internvl train evip-2b --model {made} --data DATA --out RUN"
     if as_json:
-        print_json({"out": str(made), **summary(made)})
+        print_json({"out": str(made), **summary(made), **sizes, "next": next_command})
         return
-    for name, value in summary(made).items():
-        typer.echo(f"{name.replace('_', ' '):<15} {in_words(value)}")
-    typer.echo(f"checkpoint: {made}")
+    for name, value in (summary(made) | sizes).items():
+        typer.echo(f"{name.replace('_', ' '):<17} {in_words(value)}")
+    typer.echo(f"checkpoint: {made}\nnext: {next_command}")
 
 
 @app.command()
