@@ -153,7 +153,7 @@ def test_family_internlm3_is_what_transformers_reads(tmp_path: Path) -> None:
 
 
 def test_family_internlm2_says_what_the_official_code_said(tmp_path: Path) -> None:
-    """The language model inside a golden checkpoint, taken out and given fresh eyes."""
+    """The language model inside a golden checkpoint, taken out, its visual parameters new."""
     stored = load_file(GOLDEN / "model.safetensors")
     prefix = "language_model."
     plain = {
@@ -212,7 +212,7 @@ def test_family_weights_in_bfloat16_are_the_stored_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "change", "named"),
     [
-        ("llama2", {"model_type": "gpt_neox"}, "model_type='gpt_neox' cannot get eyes.*qwen3"),
+        ("llama2", {"model_type": "gpt_neox"}, "model_type='gpt_neox' cannot take vision.*qwen3"),
         ("qwen2", {"architectures": ["Qwen2ForRewardModel"]}, "Qwen2ForRewardModel"),
         ("qwen3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ("mistral-v0.3", {"rope_scaling": {"type": "su", "factor": 2.0}, "rope_parameters": None},

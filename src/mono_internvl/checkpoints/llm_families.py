@@ -1,4 +1,4 @@
-"""Which language models can get eyes: for each architecture, our configuration and its key names.
+"""Which language models can be given vision: by architecture our configuration and its key names.
 
 A family is a row of `FAMILIES`. Anything that a row does not account for - an architecture, a field
 of config.json, a type of rotary scaling - is refused by name, never approximated.
@@ -228,7 +228,7 @@ def family_of(stored: Mapping[str, Any], name: str) -> LanguageFamily:
     family = FAMILIES.get(str(stored.get("model_type")))
     if family is None:
         raise ConfigError(
-            f"{name}: model_type={stored.get('model_type')!r} cannot get eyes; known: {known}"
+            f"{name}: model_type={stored.get('model_type')!r} cannot take vision; known: {known}"
         )
     architectures = stored.get("architectures") or [family.architecture]
     if architectures[0] != family.architecture:
@@ -259,7 +259,7 @@ def _text_config(
     stored: Mapping[str, Any], family: LanguageFamily, config: Any
 ) -> MonoInternVLTextConfig:
     if family.is_fused:
-        # The same file with eyes is a released checkpoint: one reader, one set of defaults.
+        # The same file with vision is a released checkpoint: one reader, one set of defaults.
         as_released = MonoInternVLConfig(
             llm_config={**stored, "architectures": [family.architecture]},
             vision_config={"model_type": "intern_vit_patch"},

@@ -138,12 +138,13 @@ def seeds_block(results: Path) -> str:
     rows = []
     for target in runs[0].targets:
         cells = [_cell(target.name, group) for group in groups.values()]
-        rows.append((target.name, _bound(target), *cells))
+        bounds = (_bound(_target(target.name, group[0])) for group in groups.values())
+        rows.append((target.name, "; ".join(dict.fromkeys(bounds)), *cells))
     return table(("held-out figure", "must", *heads), rows) + _origins(runs)
 
 
 def _cell(name: str, runs: Sequence[SeedRun]) -> str:
-    found = [next(t for t in one.targets if t.name == name) for one in runs]
+    found = [_target(name, one) for one in runs]
     values = [target.value for target in found if isinstance(target.value, float)]
     if len(values) < len(found):
         return "not measured"
@@ -152,6 +153,10 @@ def _cell(name: str, runs: Sequence[SeedRun]) -> str:
         for target, value in zip(found, values, strict=True)
     ]
     return f"{fmean(values):.3g} ({', '.join(each)})"
+
+
+def _target(name: str, run: SeedRun) -> Target:
+    return next(target for target in run.targets if target.name == name)
 
 
 def _bound(target: Target) -> str:

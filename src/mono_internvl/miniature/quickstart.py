@@ -165,7 +165,9 @@ def quickstart(
         console.print("[bold]1/5[/] the world: pictures, captions, questions", soft_wrap=True)
         with _Cost(run / START, "rendered"):
             world = miniature.write_world(run / "data", plan.size, seed)
-        console.print("[bold]2/5[/] the language model that gets eyes", soft_wrap=True)
+        console.print(
+            "[bold]2/5[/] the model: a language model with visual experts", soft_wrap=True
+        )
         if not (run / START / "checkpoint").exists():
             _make_start(llm, world, run, plan, compute, seed)
         console.print("[bold]3/5[/] four stages, an evaluation after each", soft_wrap=True)

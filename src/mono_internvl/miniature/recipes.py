@@ -27,8 +27,8 @@ VISION = {"kind": "patch", "hidden_size": 96, "image_size": 168, "patch_size": 1
 """Patch embedding of the miniature: 168 px tiles, 36 visual tokens."""
 
 PATCHES = r"patch_embedding\."
-"""Learns more slowly than the other eyes: the convolution sums 588 pixels that mostly agree, so one
-step moves its output by up to so many times the rate."""
+"""Trained more slowly than the other visual parameters: the convolution sums 588 pixels that mostly
+agree, so one step moves its output by up to so many times the rate."""
 
 
 def _stage(name: str, title: str, **fields: object) -> Stage:
@@ -50,7 +50,7 @@ def _stage(name: str, title: str, **fields: object) -> Stage:
 
 LANGUAGE = Recipe(
     name="miniature-language",
-    source="ours: the language model that the miniature gives eyes to",
+    source="ours: the language model that the miniature starts from",
     stages=(
         _stage(
             "copying",

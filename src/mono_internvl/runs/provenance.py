@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def command() -> str:
     """What was typed, for the record beside a number; folders are named without where they lie."""
-    words = [Path(sys.argv[0]).name]
+    program = Path(sys.argv[0]).name
+    words = ["mono-internvl" if program == "__main__.py" else program]  # python -m mono_internvl
     for word in sys.argv[1:]:
         option, sign, value = word.rpartition("=")
         words.append(f"{option}{sign}{Path(value).name if Path(value).is_absolute() else value}")
