@@ -209,3 +209,23 @@ def test_samples_count_seeds_on_and_refuse_none() -> None:
     assert [one.sampling.seed for one in _text(3, 1).samples(2)] == [None, None]
     with pytest.raises(ConfigError, match="n=0"):
         _text(3, 1).samples(0)
+
+
+def test_prefix_may_end_within_a_tile_whose_rows_are_separated() -> None:
+    """Visual tokens that were read with an earlier prompt are not placed again."""
+    model, pixels, sampling = tiny_model(), tile_pixels(1), Sampling(max_new_tokens=3)
+    image = image_ids(1)[0]
+    middle = 1 + TOKENS_PER_TILE // 2
+
+    def separated_by(separator: int) -> Request:
+        rows = (image[:middle], torch.tensor([separator]), image[middle:])
+        ids = torch.cat((text_ids(3, 1)[0], *rows, text_ids(4, 2)[0]))
+        return Request(ids, pixels, sampling, has_logprobs=True)
+
+    (alone,) = Engine(model, prefix_bytes=0).generate([separated_by(9)])
+    engine = Engine(model)
+    engine.generate([separated_by(8)])
+    (later,) = engine.generate([separated_by(9)])
+    assert later.num_cached == 3 + middle
+    assert later.ids == alone.ids
+    assert later.logprobs == pytest.approx(alone.logprobs, abs=1e-5)

@@ -234,16 +234,19 @@ class Reader:
     def _features(self, rows: Sequence[Row]) -> Tensor:
         """(visual tokens, D) of the images that are still to be read."""
         per_tile = self.config.num_image_tokens_per_tile
-        pixels = []
+        pixels, read = [], []
         for row in rows:
             if row.prompt.pixel_values is not None:
-                seen = int(row.prompt.is_visual[: row.length].sum()) // per_tile
-                pixels.append(row.prompt.pixel_values[seen:])
+                # Where separators stand within an image, a tile may have been read in part.
+                tile, tokens = divmod(int(row.prompt.is_visual[: row.length].sum()), per_tile)
+                pixels.append(row.prompt.pixel_values[tile:])
+                read.append(tokens)
         if not any(len(tiles) for tiles in pixels):
             weight = self.model.get_input_embeddings().weight
             return weight.new_empty(0, weight.shape[1])  # type: ignore[no-any-return]
-        found = self.model.get_image_features(torch.cat(pixels).to(self.device))
-        return found.flatten(0, 1)
+        found = self.model.get_image_features(torch.cat(pixels).to(self.device)).flatten(0, 1)
+        parts = found.split([len(tiles) * per_tile for tiles in pixels])
+        return torch.cat([part[tokens:] for part, tokens in zip(parts, read, strict=True)])
 
     def _chunk_ends(self, is_visual: Tensor, start: int) -> list[int]:
         """In one piece where a chunk would be given other rotary angles than the whole."""
