@@ -14,10 +14,16 @@ from tiny_models import randomize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import (
+    GlmConfig,
+    GlmForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -160,7 +166,27 @@ _LLAMA3 = {
 }
 _DYNAMIC = _rope("dynamic", 10_000.0, factor=2.0)
 
+_MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.125,
+}
+
 TINY_LLMS: dict[str, TinyLLM] = {
+    "glm-4-9b": TinyLLM(
+        GlmConfig, GlmForCausalLM, {**_rope("default", 1e4), "head_dim": 32, "num_hidden_layers": 3}
+    ),
+    "granite3": TinyLLM(
+        GraniteConfig,
+        GraniteForCausalLM,
+        {**_rope("default", 1e7), **_MULTIPLIERS, "tie_word_embeddings": True},
+    ),
+    "granite3-untied": TinyLLM(
+        GraniteConfig,
+        GraniteForCausalLM,
+        {**_rope("default", 1e7), **_MULTIPLIERS, "attention_bias": True},
+    ),
     "internlm2": TinyLLM(LlamaConfig, LlamaForCausalLM, _rope("default", 1e6), _as_internlm2),
     "internlm2.5": TinyLLM(
         LlamaConfig, LlamaForCausalLM, {**_DYNAMIC, "attention_bias": True}, _as_internlm2
@@ -194,6 +220,8 @@ TINY_LLMS: dict[str, TinyLLM] = {
         MistralForCausalLM,
         {**_rope("default", 1e6), "sliding_window": None, "head_dim": 8},
     ),
+    "phi3-4k": TinyLLM(Phi3Config, Phi3ForCausalLM, {**_rope("default", 1e4), "sliding_window": 9}),
+    "phi4": TinyLLM(Phi3Config, Phi3ForCausalLM, _rope("default", 250_000.0)),
     "qwen2": TinyLLM(
         Qwen2Config,
         Qwen2ForCausalLM,

@@ -126,6 +126,15 @@ def test_family_generates_with_a_static_cache(version: str, tmp_path: Path) -> N
     assert torch.equal(ours, reference.generate(ids, **options))
 
 
+@pytest.mark.parametrize("version", ["granite3", "phi4", "glm-4-9b"])
+def test_family_tensors_of_another_shape_are_refused(version: str, tmp_path: Path) -> None:
+    TINY_LLMS[version].write(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match=r"gate_(up_)?proj|up_proj|down_proj"):
+        _made(tmp_path)
+
+
 @pytest.mark.parametrize("version", ["llama3.1", "mistral-v0.1", "qwen2.5", "smollm3"])
 def test_family_knob_matters(version: str, tmp_path: Path) -> None:
     reference = TINY_LLMS[version].write(tmp_path)
@@ -213,6 +222,20 @@ def test_family_weights_in_bfloat16_are_the_stored_ones(tmp_path: Path) -> None:
     ("version", "change", "named"),
     [
         ("llama2", {"model_type": "gpt_neox"}, "model_type='gpt_neox' cannot take vision.*qwen3"),
+        ("llama2", {"model_type": "olmo2"}, "norms behind attention .* query and key norms over"),
+        ("llama2", {"model_type": "gemma3_text"}, "frequencies of their own in sliding layers"),
+        ("llama2", {"model_type": "glm4"}, "does not have: norms behind attention"),
+        ("qwen3", {"model_type": "qwen3_moe", "num_experts": 8}, "a mixture of experts"),
+        ("llama2", {"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
+        ("phi4", {"partial_rotary_factor": 0.75}, "partial_rotary_factor=0.75"),
+        (
+            "phi4",
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+            "partial_rotary_factor=0.75 is not something this decoder does for Phi3ForCausalLM",
+        ),
+        ("phi4", {"rope_scaling": {"type": "longrope"}, "rope_parameters": None}, "longrope"),
+        ("glm-4-9b", {"partial_rotary_factor": 1.5, "rope_parameters": None}, "factor=1.5"),
+        ("granite3", {"logits_scaling": 0.0}, "logits_scaling=0.0; expected a finite number > 0"),
         ("qwen2", {"architectures": ["Qwen2ForRewardModel"]}, "Qwen2ForRewardModel"),
         ("qwen3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ("mistral-v0.3", {"rope_scaling": {"type": "su", "factor": 2.0}, "rope_parameters": None},

@@ -28,6 +28,7 @@ from mono_internvl.checkpoints.llm_families import (
     family_of,
     read_text_config,
     stored_name,
+    unpacked,
 )
 from mono_internvl.configuration.model import MonoInternVLConfig, MonoInternVLVisionConfig
 from mono_internvl.errors import CheckpointError, ConfigError
@@ -152,6 +153,9 @@ def export_llama(
             f"visual_experts={config.visual_experts}: Llama has no visual experts; "
             "export a model that was made with visual_experts=()"
         )
+    part = text.rope_parameters.get("partial_rotary_factor")
+    if part is not None:
+        raise ConfigError(f"partial_rotary_factor={part}: Llama turns all of a head")
     if text.qk_norm or text.qkv_bias != text.o_bias or text.sliding_layers or text.no_rope_layers:
         raise ConfigError(
             f"qk_norm={text.qk_norm}, qkv_bias={text.qkv_bias}, o_bias={text.o_bias}, "
@@ -220,7 +224,7 @@ def _load_text_weights(
             wanted.setdefault(key, {})[place] = parameter
     table, _ = stored_name("model.language_model.embed_tokens.weight", family)
     head, _ = stored_name("lm_head.weight", family)
-    for key, tensor in iterate_tensors(folder):
+    for key, tensor in unpacked(stored_config, family, iterate_tensors(folder)):
         if key == head and model.config.tie_word_embeddings:
             continue
         if key not in wanted:

@@ -9,22 +9,38 @@ config.json leaves out; for InternLM2 and InternLM3, their released config.json 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GlmConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
 )
 
-from mono_internvl.configuration.checks import MOST_OF_TEXT, check_integer, checked_object
+from mono_internvl.checkpoints.family_tensors import (
+    MULTIPLIERS,
+    Unpack,
+    glm_tensors,
+    granite_tensors,
+    phi3_tensors,
+)
+from mono_internvl.configuration.checks import (
+    MOST_OF_TEXT,
+    check_integer,
+    check_number,
+    checked_object,
+)
 from mono_internvl.configuration.model import (
     MonoInternVLConfig,
     MonoInternVLTextConfig,
@@ -68,6 +84,8 @@ _UNDERSTOOD_FIELDS = frozenset(
 # Facts about the file that its maths depends on if they are not the usual ones.
 _MUST_BE = {"rope_interleaved": False, "is_causal": True}
 
+_PARTIAL_ROTARY = "partial_rotary_factor"
+
 Knobs = Callable[[Any], dict[str, Any]]
 
 
@@ -83,6 +101,9 @@ class LanguageFamily:
         renames: Its fields that have another name in `config_class`.
         defaults: Where its values for fields that are left out are not those of `config_class`.
         is_fused: Whether the files are in InternLM2's layout, with one `wqkv` per layer.
+        unpack: From its configuration and a stored tensor to tensors under Llama's names that
+            compute the same; None where they are stored so.
+        turns_parts: Whether its rotary positions may turn a part of each head only.
     """
 
     architecture: str
@@ -92,6 +113,8 @@ class LanguageFamily:
     renames: Mapping[str, str] | None = None
     defaults: Mapping[str, Any] | None = None
     is_fused: bool = False
+    unpack: Unpack | None = None
+    turns_parts: bool = False
 
     def read(self, stored: Mapping[str, Any]) -> Any:
         """The family's configuration of a stored config.json, with its own defaults."""
@@ -130,6 +153,12 @@ def _smollm3(config: Any) -> dict[str, Any]:
     }
 
 
+def _granite(config: Any) -> dict[str, Any]:
+    for name in MULTIPLIERS:
+        check_number(name, getattr(config, name), above=0)
+    return _one_bias(config)
+
+
 _WINDOW_FIELDS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 FAMILIES: dict[str, LanguageFamily] = {
@@ -150,6 +179,28 @@ FAMILIES: dict[str, LanguageFamily] = {
         Qwen3Config,
         lambda config: {"qk_norm": True, **_one_bias(config), **_windows(config)},
         ("attention_bias", *_WINDOW_FIELDS),
+    ),
+    "phi3": LanguageFamily(  # Phi-3 and 3.5 of 4k tokens, Phi-4
+        "Phi3ForCausalLM",
+        Phi3Config,
+        _mistral,
+        ("sliding_window", "original_max_position_embeddings"),
+        unpack=phi3_tensors,
+    ),
+    "granite": LanguageFamily(  # Granite 3 (dense)
+        "GraniteForCausalLM",
+        GraniteConfig,
+        _granite,
+        ("attention_bias", *MULTIPLIERS),
+        unpack=granite_tensors,
+    ),
+    "glm": LanguageFamily(  # GLM-4-9B of 2024
+        "GlmForCausalLM",
+        GlmConfig,
+        lambda config: {"qkv_bias": config.attention_bias, "o_bias": False},
+        ("attention_bias", _PARTIAL_ROTARY),
+        unpack=glm_tensors,
+        turns_parts=True,
     ),
     "smollm3": LanguageFamily(
         "SmolLM3ForCausalLM",
@@ -183,6 +234,19 @@ FAMILIES: dict[str, LanguageFamily] = {
 }
 """`model_type` of config.json -> family."""
 
+_OUTPUT_NORMS = "norms behind attention and feed-forward"
+_MISSING = {
+    "gemma2": f"{_OUTPUT_NORMS}, soft-capped logits",
+    "gemma3": f"{_OUTPUT_NORMS}, rotary frequencies of their own in sliding layers",
+    "gemma3_text": f"{_OUTPUT_NORMS}, rotary frequencies of their own in sliding layers",
+    "glm4": _OUTPUT_NORMS,
+    "olmo2": f"{_OUTPUT_NORMS} instead of before them, query and key norms over all heads",
+    "olmo3": f"{_OUTPUT_NORMS} instead of before them, query and key norms over all heads",
+}
+"""Known families that cannot take vision -> what this decoder does not have."""
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 
 def read_text_config(folder: Path) -> MonoInternVLTextConfig:
     """Our decoder's configuration for the checkpoint of a language model.
@@ -212,10 +276,20 @@ def _checked_text_config(
         if stored.get(name) is not None:
             check_integer(name, stored[name], most=most)
     field = "rope_parameters" if stored.get("rope_parameters") else "rope_scaling"
-    rope = checked_object(field, stored.get(field))
+    rope = _of_whole_heads(checked_object(field, stored.get(field)))
+    if not family.turns_parts and _PARTIAL_ROTARY in rope:
+        raise ConfigError(
+            f"{_PARTIAL_ROTARY}={rope[_PARTIAL_ROTARY]!r} is not something this decoder does for "
+            f"{family.architecture}"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     check_rope({"rope_theta": 1.0, **rope, "rope_type": kind} if rope else {"rope_theta": 1.0})
     return _text_config(stored, family, family.read(stored))
+
+
+def _of_whole_heads(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary parameters without the remark that all of a head is turned."""
+    return {k: v for k, v in rope.items() if k != _PARTIAL_ROTARY or v != 1.0}
 
 
 def family_of(stored: Mapping[str, Any], name: str) -> LanguageFamily:
@@ -227,8 +301,12 @@ def family_of(stored: Mapping[str, Any], name: str) -> LanguageFamily:
     known = ", ".join(f"{key} ({row.architecture})" for key, row in FAMILIES.items())
     family = FAMILIES.get(str(stored.get("model_type")))
     if family is None:
+        missing = _MISSING.get(str(stored.get("model_type")))
+        if any(stored.get(field) for field in _EXPERT_COUNTS):
+            missing = "a mixture of experts in its feed-forward, chosen by the token"
         raise ConfigError(
-            f"{name}: model_type={stored.get('model_type')!r} cannot take vision; known: {known}"
+            f"{name}: model_type={stored.get('model_type')!r} cannot take vision"
+            f"{f' (this decoder does not have: {missing})' if missing else ''}; known: {known}"
         )
     architectures = stored.get("architectures") or [family.architecture]
     if architectures[0] != family.architecture:
@@ -265,7 +343,8 @@ def _text_config(
             vision_config={"model_type": "intern_vit_patch"},
         )
         return as_released.text_config
-    rope = {k: v for k, v in config.rope_parameters.items() if k != "type" and v is not None}
+    rope = _of_whole_heads(config.rope_parameters)
+    rope = {k: v for k, v in rope.items() if k != "type" and v is not None}
     shared = {name: getattr(config, name, None) for name in SHARED_FIELDS}
     return MonoInternVLTextConfig(
         vocab_size=config.vocab_size,
@@ -274,6 +353,24 @@ def _text_config(
         **shared,
         **family.knobs(config),
     )
+
+
+def unpacked(
+    stored: Mapping[str, Any], family: LanguageFamily, tensors: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors as `LanguageFamily.unpack` says, one at a time.
+
+    Args:
+        stored: config.json.
+        family: Of the files.
+        tensors: As they are stored.
+    """
+    if family.unpack is None:
+        yield from tensors
+        return
+    config = family.read(stored)
+    for key, tensor in tensors:
+        yield from family.unpack(config, key, tensor)
 
 
 def stored_name(name: str, family: LanguageFamily) -> tuple[str, int | None]:

@@ -148,7 +148,7 @@ class MonoInternVLTextConfig(PreTrainedConfig):
                 f"num_key_value_heads={self.num_key_value_heads}; every key-value head serves an "
                 "equal group"
             )
-        check_rope(self.rope_parameters)
+        check_rope(self.rope_parameters, self.head_dim)
         check_layers(
             self.num_hidden_layers, self.sliding_layers, self.sliding_window, self.no_rope_layers
         )
@@ -483,7 +483,7 @@ def _text_to_released(config: MonoInternVLConfig) -> dict[str, Any]:
         if out[knob] == usual:
             del out[knob]
     out["rope_theta"] = theta
-    out["rope_scaling"] = None if rope_type == "default" else {"type": rope_type, **rope}
+    out["rope_scaling"] = {"type": rope_type, **rope} if rope or rope_type != "default" else None
     out["model_type"] = out.pop("family")
     out["architectures"] = [
         _TEXT_ARCHITECTURE_WITH_EXPERTS if config.visual_experts else _TEXT_ARCHITECTURE_PLAIN

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mono_internvl.configuration.model import MonoInternVLTextConfig
 
 ROPE_FIELDS: dict[str, tuple[str, ...]] = {
-    "default": (),
+    "default": ("partial_rotary_factor",),
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": (
@@ -35,7 +35,11 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {
         "truncate",
     ),
 }
-"""Types of rotary scaling and what belongs to each of them, besides `rope_theta`."""
+"""Types of rotary scaling and what belongs to each of them, besides `rope_theta`.
+
+With a `partial_rotary_factor` below 1 that part of a head's pairs turns, the first ones; channels i
+and i + d/2 are a pair whatever the factor.
+"""
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 """Transformers' names of a layer that does not slide, and of one that does."""
@@ -48,8 +52,12 @@ _NEEDED = {
 }
 
 
-def check_rope(rope_parameters: Any) -> None:
+def check_rope(rope_parameters: Any, head_dim: int | None = None) -> None:
     """Hold rotary parameters to a type that is implemented, and to the fields of that type.
+
+    Args:
+        rope_parameters: To check.
+        head_dim: Width of the heads that they turn, where it is known.
 
     Raises:
         ConfigError: Naming the type or the field.
@@ -64,6 +72,14 @@ def check_rope(rope_parameters: Any) -> None:
         )
     for name in _NEEDED.get(kind, ()):
         check_number(f"llm_config.rope_scaling.{name}", rope.get(name), above=0)
+    if (part := rope.get("partial_rotary_factor")) is not None:
+        check_number("llm_config.rope_scaling.partial_rotary_factor", part, above=0)
+        turned = 2 if head_dim is None else int(head_dim * part)
+        if part > 1 or turned < 2 or turned % 2:
+            raise ConfigError(
+                f"llm_config.rope_scaling.partial_rotary_factor={part!r}; expected a number up to "
+                f"1, and pairs of the {head_dim or 'head_dim'} channels of a head"
+            )
     known = {"rope_type", "type", "rope_theta", *ROPE_FIELDS[kind]}
     unknown = sorted(name for name in rope.keys() - known if rope[name] is not None)
     if unknown:

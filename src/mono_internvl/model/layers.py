@@ -104,8 +104,11 @@ def rotary_embeddings(
         seq_len = int(kv_length) if is_scaled else None
         frequencies, magnitude = ROPE_INIT_FUNCTIONS[kind](config, device, seq_len=seq_len)
     else:
-        exponents = torch.arange(0, d, 2, device=device, dtype=torch.float32) / d
+        turned = int(d * rope.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, turned, 2, device=device, dtype=torch.float32) / turned
         frequencies, magnitude = 1.0 / rope["rope_theta"] ** exponents, 1.0  # (d/2,)
+        if turned < d:  # a frequency of zero turns nothing
+            frequencies = F.pad(frequencies, (0, d // 2 - len(frequencies)))
     positions = position_ids.float()
     if kind == "linear":
         positions = positions / rope["factor"]
