@@ -125,12 +125,17 @@ def write_language_model(file: Path, folder: Path) -> None:
     with reading(f"{file}: not a readable language model"):
         config = _config(stored)
         _check_sizes(stored, config)
-        _write_weights(stored, config, folder)
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        template = stored.metadata.get("tokenizer.chat_template")
+        parts = _parts(stored, config)
         write_tokenizer(stored, folder)
-        if isinstance(template, str) and template:
-            (folder / JINJA_FORM).write_text(template, encoding="utf-8")
+    for part, names in parts.items():
+        tensors = {key: _tensor(stored, name, config) for key, name in names.items()}
+        save_file(tensors, folder / part, metadata={"format": "pt"})
+    weight_map = {key: part for part, names in parts.items() for key in names}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    template = stored.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and template:
+        (folder / JINJA_FORM).write_text(template, encoding="utf-8")
 
 
 def _config(stored: GgufFile) -> dict[str, Any]:
@@ -227,9 +232,9 @@ def _check_sizes(stored: GgufFile, config: Mapping[str, Any]) -> None:
             )
 
 
-def _write_weights(stored: GgufFile, config: Mapping[str, Any], folder: Path) -> None:
-    """One file for each layer and one for the rest, and their index."""
-    parts: dict[str, dict[str, str]] = {}  # file -> key -> name in the GGUF file
+def _parts(stored: GgufFile, config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """One file for each layer and one for the rest: file -> key -> name in the GGUF file."""
+    parts: dict[str, dict[str, str]] = {}
     for name in stored.tensors:
         if name == _ROPE_FACTORS:
             continue
@@ -248,11 +253,7 @@ def _write_weights(stored: GgufFile, config: Mapping[str, Any], folder: Path) ->
                 f"{config['model_type']} model"
             )
         parts.setdefault(f"{part}.safetensors", {})[f"{key}.{suffix}"] = name
-    weight_map = {key: file for file, names in parts.items() for key in names}
-    for file, names in parts.items():
-        tensors = {key: _tensor(stored, name, config) for key, name in names.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return parts
 
 
 def _tensor(stored: GgufFile, name: str, config: Mapping[str, Any]) -> torch.Tensor:
