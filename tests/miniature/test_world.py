@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.evaluation import metrics
+from mono_internvl.evaluation.metrics import intersection_over_union
 from mono_internvl.miniature import QUICK, WorldFiles, WorldSize, write_world
 from mono_internvl.miniature.asking import (
     BalancedAsker,
@@ -25,6 +25,7 @@ from mono_internvl.miniature.asking import (
 )
 from mono_internvl.miniature.lexicon import NOVEL_PAIRS
 from mono_internvl.miniature.scenes import sample_chart, sample_scene
+from mono_internvl.miniature.scoring import BENCHMARK
 
 TINY = WorldSize(
     **{
@@ -297,7 +298,7 @@ def test_evaluation_answers_follow_from_the_scene(world: WorldFiles) -> None:
 
 def test_every_true_answer_scores_one(world: WorldFiles) -> None:
     for record in [*evaluation(world), *read_jsonl(world.probes_heldout)]:
-        assert metrics.score(record, record["answer"]) == 1.0
+        assert BENCHMARK.score(record, record["answer"]) == 1.0
 
 
 def test_boxes_hold_the_drawn_pixels(world: WorldFiles) -> None:
@@ -323,7 +324,7 @@ def test_boxes_hold_the_drawn_pixels(world: WorldFiles) -> None:
             ]
         xs, ys = [x for x, _ in inked], [y for _, y in inked]
         found = [edge * 1000 / 168 for edge in (min(xs), min(ys), max(xs) + 1, max(ys) + 1)]
-        assert metrics.intersection_over_union(found, record["box"]) > 0.85
+        assert intersection_over_union(found, record["box"]) > 0.85
         checked += 1
     assert checked >= 5
 
@@ -360,7 +361,7 @@ def test_never_replayed_facts_are_in_no_stage(world: WorldFiles) -> None:
 
 def test_noisy_captions_are_noisy_and_clean_ones_true(world: WorldFiles) -> None:
     clean = [r for name, r in meta_records(world, "s12") if name == "captions"]
-    assert all(metrics.score(r, r["answer"]) == 1.0 for r in clean)
+    assert all(BENCHMARK.score(r, r["answer"]) == 1.0 for r in clean)
     noisy = [r["answer"] for _, r in meta_records(world, "s11")]
     assert sum("large" in text or "small" in text for text in noisy) < 0.7 * len(noisy)
     prompts = {r["conversations"][0]["value"] for _, r in meta_records(world, "s11")}
