@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "configuration": set(),
     "attention": set(),
     "released": set(),
-    "model": {"attention", "experts", "released", "auto_classes"},
+    "model": {"attention", "experts", "released"},
     "auto_classes": {"model", "processing"},
     "processing": set(),
     "checkpoints": {"released", "model", "processing"},

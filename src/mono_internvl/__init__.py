@@ -78,4 +78,6 @@ def __dir__() -> list[str]:
 for _talkative in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_talkative).setLevel(logging.ERROR)
 
-transformers_import.when_complete("mono_internvl.auto_classes", "register")
+transformers_import.when_complete(
+    "mono_internvl.auto_classes", "register", user="mono_internvl.model.modeling"
+)

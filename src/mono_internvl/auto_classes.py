@@ -35,8 +35,8 @@ def register() -> None:
     """Teach transformers the checkpoints of this package; may be called repeatedly.
 
     Auto classes, pipelines, `transformers serve` and trainers that are given a path then find the
-    model and its processor. It happens by itself: with the first public name that is used, and when
-    transformers is imported after `import mono_internvl`.
+    model and its processor. It happens by itself: with the first public name that is used, with the
+    network, and when transformers is imported after `import mono_internvl`.
     """
     from transformers import (
         AutoConfig,

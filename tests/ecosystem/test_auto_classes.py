@@ -89,6 +89,10 @@ _IMPORTS = {
     ),
     "transformers, then package": "import transformers, mono_internvl",
     "one public name": "from mono_internvl import MonoInternVLConfig",
+    "the network in the middle of another room": "import mono_internvl.generation.engine",
+    "another room, then the network": (
+        "import mono_internvl.configuration.model, mono_internvl.model.modeling"
+    ),
 }
 
 

@@ -25,7 +25,6 @@ from mono_internvl.attention.image_layout import (
     has_image_layout,
     lay_out_images,
 )
-from mono_internvl.auto_classes import register
 from mono_internvl.configuration.model import MonoInternVLConfig
 from mono_internvl.errors import PromptError
 from mono_internvl.experts import KeptRows, Routing, labelled_rows
@@ -438,4 +437,3 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
 
 
 register_conversion()
-register()
