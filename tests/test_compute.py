@@ -8,8 +8,8 @@ import torch
 
 from mono_internvl import compute
 from mono_internvl.compute import ComputePlan, choose_device, make_plan
+from mono_internvl.distributed import own_device
 from mono_internvl.errors import ConfigError
-from mono_internvl.training.distributed import own_device
 
 
 def _machine(

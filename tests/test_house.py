@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "transformers_import": set(),
     "door": set(),
     "compute": {"experts.registry"},
+    "distributed": set(),
     "runs": set(),
     "experts": set(),
     "configuration": set(),
@@ -40,8 +41,6 @@ ALLOWED: dict[str, set[str]] = {
         "checkpoints",
         "generation",
         "data",
-        "training.state",
-        "training.distributed",
     },
     "serving": {"released", "model", "processing", "checkpoints", "generation", "door"},
     "costs": {"model", "training.recipe", "training.rules", "recipes"},
@@ -72,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
         "reports",
     },
 }
-COMMON = {"errors", "runs", "compute", "configuration"}
+COMMON = {"errors", "runs", "compute", "distributed", "configuration"}
 LAYERLESS = {"cli", "__init__", "__main__"}
 
 

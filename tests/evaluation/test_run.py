@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from mono_internvl.cli.app import app
 from mono_internvl.compute import make_plan
+from mono_internvl.distributed import run_processes
 from mono_internvl.errors import ConfigError, SampleError
 from mono_internvl.evaluation import questions as questions_module
 from mono_internvl.evaluation import runner as run_module
@@ -32,7 +33,6 @@ from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.prompts import ImagePart, Turn
 from mono_internvl.runs.predictions import Prediction, read_predictions, write_predictions
-from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.loop import train_stage
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from mono_internvl.distributed import barrier, rank, world_size
 from mono_internvl.errors import RecipeError
-from mono_internvl.training.distributed import barrier, rank, world_size
 
 
 def fail_in_second() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tiny_runs
 
-from mono_internvl.training.distributed import run_processes
+from mono_internvl.distributed import run_processes
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Stage
 

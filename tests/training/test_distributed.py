@@ -20,9 +20,9 @@ import torch
 from failing_process import fail_in_second, note_process
 from safetensors.torch import load_file
 
+from mono_internvl.distributed import own_device, run_processes, run_side_by_side
 from mono_internvl.errors import RecipeError, TrainingStateError
 from mono_internvl.training.checkpointing import StateFolders
-from mono_internvl.training.distributed import own_device, run_processes, run_side_by_side
 from mono_internvl.training.loop import train_stage
 
 # Gradients are added up in another order than in one process; over 12 steps of AdamW in fp32 that

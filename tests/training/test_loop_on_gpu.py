@@ -9,7 +9,7 @@ import tiny_runs
 import torch
 from interrupted import interrupt
 
-from mono_internvl.training.distributed import run_processes
+from mono_internvl.distributed import run_processes
 from mono_internvl.training.loop import train_stage
 
 pytestmark = [

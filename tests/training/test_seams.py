@@ -12,9 +12,9 @@ import toys
 from interrupted import interrupt
 from safetensors.torch import load_file, save_file
 
+from mono_internvl.distributed import run_processes
 from mono_internvl.errors import TrainingStateError
 from mono_internvl.training.checkpointing import OBJECTIVE_FILE, Checkpointing, StateFolders
-from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.objectives.objective import Objective
 from mono_internvl.training.parallel import DataParallel, Parallelism

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mono_internvl.data.batches import Batch
+from mono_internvl.distributed import all_sum, world_size
 from mono_internvl.training.checkpointing import ModelAndProcessor, RunState
-from mono_internvl.training.distributed import all_sum, world_size
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.objectives.objective import Objective, State
 from mono_internvl.training.recipe import Stage

@@ -9,6 +9,7 @@ from typing import Any
 
 from mono_internvl.checkpoints.loading import plan_inference
 from mono_internvl.compute import ComputePlan
+from mono_internvl.distributed import process_group
 from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.benchmark import Benchmark
 from mono_internvl.evaluation.benchmarks.records import RECORDS
@@ -20,7 +21,6 @@ from mono_internvl.generation.context import most_tokens
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.released.keys import read_config
 from mono_internvl.released.weight_files import resolve_checkpoint
-from mono_internvl.training.distributed import process_group
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mono_internvl.distributed import barrier, rank
 from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.questions import Question
 from mono_internvl.runs.json_lines import read_lines, to_line
-from mono_internvl.training.distributed import barrier, rank
 
 _DIGEST_BYTES = 16
 

@@ -17,6 +17,7 @@ import torch
 
 from mono_internvl.checkpoints.loading import load_planned
 from mono_internvl.compute import ComputePlan
+from mono_internvl.distributed import barrier, gathered, own_device, rank, world_size
 from mono_internvl.errors import ImageError, PromptError, SampleError
 from mono_internvl.evaluation.benchmark import Benchmark
 from mono_internvl.evaluation.journal import AnswerJournal, key_of
@@ -28,9 +29,8 @@ from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.released.weight_files import digest_of_checkpoint
 from mono_internvl.runs.predictions import Prediction, write_predictions
-from mono_internvl.training.distributed import barrier, gathered, own_device, rank, world_size
-from mono_internvl.training.state import digest_of_start
 
 BATCH_SIZE = 64
 """Most questions that are answered at a time; fewer where their keys and values need the memory."""
@@ -62,7 +62,7 @@ class Subject:
         plan = dataclasses.replace(plan, device=own_device(plan.device))
         model = load_planned(folder, plan, autocasts=True).eval()
         processor = MonoInternVLProcessor.from_pretrained(folder)
-        return cls(model, processor, plan, digest_of_start(folder))
+        return cls(model, processor, plan, digest_of_checkpoint(folder))
 
 
 def ask(

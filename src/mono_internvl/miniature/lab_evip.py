@@ -28,6 +28,7 @@ from mono_internvl import miniature
 from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.configuration.options import EXPERT_PRESETS
 from mono_internvl.data.sources import read_meta
+from mono_internvl.distributed import run_processes, run_side_by_side
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import WorldFiles
 from mono_internvl.miniature.lab_pages import Figure, MeasuredRun, evip_page
@@ -55,7 +56,6 @@ from mono_internvl.runs.folder import (
 )
 from mono_internvl.runs.provenance import command
 from mono_internvl.runs.schemas import METRICS, START, cpu_minutes, read_metrics
-from mono_internvl.training.distributed import run_processes, run_side_by_side
 from mono_internvl.training.progress import lines_of
 from mono_internvl.training.recipe import Recipe
 from mono_internvl.training.state import digest_of_data, keep_plan, read_state

@@ -21,6 +21,7 @@ from pathlib import Path
 from mono_internvl import miniature
 from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.costs.inference import parameter_table, prompt_costs
+from mono_internvl.distributed import run_processes
 from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.questions import first_of_each_kind
 from mono_internvl.evaluation.runner import Subject, ask
@@ -56,7 +57,6 @@ from mono_internvl.runs.folder import (
 from mono_internvl.runs.predictions import Prediction, read_predictions
 from mono_internvl.runs.provenance import origin
 from mono_internvl.runs.schemas import METRICS, read_metrics
-from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.recipe import Recipe
 from mono_internvl.training.run import train_stages
 from mono_internvl.training.state import keep_plan

@@ -16,6 +16,7 @@ from statistics import fmean
 
 from mono_internvl import miniature
 from mono_internvl.compute import make_plan
+from mono_internvl.distributed import run_side_by_side
 from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.miniature import WorldFiles
 from mono_internvl.miniature.language_model import add_vision
@@ -31,7 +32,6 @@ from mono_internvl.reports.markdown import NOTHING, in_words, table
 from mono_internvl.runs.folder import begin, exclusive, write_whole
 from mono_internvl.runs.provenance import Origin, origin
 from mono_internvl.runs.schemas import START
-from mono_internvl.training.distributed import run_side_by_side
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mono_internvl.distributed import run_side_by_side
 from mono_internvl.errors import ConfigError
 from mono_internvl.miniature.lab_pages import check_one_protocol
 from mono_internvl.miniature.quickstart import quickstart
@@ -22,7 +23,6 @@ from mono_internvl.reports.markdown import NOTHING, in_words, table
 from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import Origin
 from mono_internvl.runs.schemas import METRICS, RunMetrics, Target, read_metrics
-from mono_internvl.training.distributed import run_side_by_side
 
 RUNS = "quickstart-seeds.jsonl"
 

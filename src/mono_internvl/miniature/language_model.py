@@ -25,6 +25,7 @@ from mono_internvl.checkpoints.from_llm import export_llama, monolithic_from_llm
 from mono_internvl.checkpoints.initialize import save_with_processor
 from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.configuration.model import MonoInternVLVisionConfig
+from mono_internvl.distributed import run_processes
 from mono_internvl.miniature import FULL, WorldFiles, write_world
 from mono_internvl.miniature.english import load_english
 from mono_internvl.miniature.recipes import LANGUAGE, LANGUAGE_MODEL, VISION
@@ -34,7 +35,6 @@ from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.processing.tokenizer import load_tokenizer
 from mono_internvl.runs.json_lines import read_lines
-from mono_internvl.training.distributed import run_processes
 from mono_internvl.training.recipe import Recipe
 from mono_internvl.training.run import train_stages
 

@@ -21,6 +21,7 @@ from mono_internvl import miniature
 from mono_internvl.compute import ComputePlan, make_plan
 from mono_internvl.data.records import parse_record
 from mono_internvl.data.sources import FileImage
+from mono_internvl.distributed import barrier, rank, run_processes, world_size
 from mono_internvl.evaluation.perplexity import perplexity
 from mono_internvl.evaluation.questions import Question, first_of_each_kind
 from mono_internvl.evaluation.runner import Subject, ask
@@ -61,7 +62,6 @@ from mono_internvl.runs.schemas import (
     cpu_minutes,
 )
 from mono_internvl.serving.loading import load
-from mono_internvl.training.distributed import barrier, rank, run_processes, world_size
 from mono_internvl.training.estimate import Estimate, estimate, in_minutes
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Recipe, Stage

@@ -7,6 +7,7 @@ Only safetensors files are read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tempfile
@@ -26,6 +27,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SNAPSHOT_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.md")
 
+_DIGEST_DIGITS = 16
+_SAMPLE_BYTES = 64  # of every tensor
 # Rotary tables that some exporters save; they hold no weights.
 _IGNORED_KEYS = re.compile(r"rotary_emb\.inv_freq$")
 _SHARD_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
@@ -211,3 +214,31 @@ def iterate_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 if not _IGNORED_KEYS.search(key):
                     yield key, handle.get_tensor(key)
+
+
+def digest_of_checkpoint(folder: Path) -> str | None:
+    """A short digest of a checkpoint; None if there is no such folder.
+
+    Reads config.json, the headers of the weight files and the first bytes of every tensor: other
+    weights of the same shape differ there, and gigabytes need not be read.
+
+    Raises:
+        CheckpointError: A weight file is missing, or cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        return None
+    sha = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in safetensors_files(folder):
+        try:
+            with path.open("rb") as file:
+                header = file.read(int.from_bytes(file.read(8), "little"))
+                sha.update(f"{path.name} {path.stat().st_size}\n".encode() + header)
+                ends = (info.get("data_offsets", (0, 0)) for info in json.loads(header).values())
+                for begin in sorted(int(first) for first, _ in ends):
+                    file.seek(8 + len(header) + begin)
+                    sha.update(file.read(_SAMPLE_BYTES))
+        except (OSError, OverflowError, ValueError, AttributeError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: not a readable safetensors file ({error}); restore it"
+            ) from error
+    return sha.hexdigest()[:_DIGEST_DIGITS]

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mono_internvl.distributed import rank
 from mono_internvl.errors import TrainingStateError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.runs.provenance import commit, versions
-from mono_internvl.training.distributed import rank
 from mono_internvl.training.objectives.objective import State
 from mono_internvl.training.state import STATE_FILE, SavedState, read_state
 

@@ -30,8 +30,10 @@ from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
 from mono_internvl.data.order import mix
 from mono_internvl.data.records import Record
 from mono_internvl.data.sources import read_meta
+from mono_internvl.distributed import barrier, from_first, own_device, rank, world_size
 from mono_internvl.errors import TrainingStateError
 from mono_internvl.processing.encoding import Sample
+from mono_internvl.released.weight_files import digest_of_checkpoint
 from mono_internvl.runs.folder import exclusive
 from mono_internvl.training.checkpointing import (
     Checkpointing,
@@ -41,7 +43,6 @@ from mono_internvl.training.checkpointing import (
     save_state,
     sweep,
 )
-from mono_internvl.training.distributed import barrier, from_first, own_device, rank, world_size
 from mono_internvl.training.objectives.objective import LossOf
 from mono_internvl.training.parallel import DataParallel, Parallelism
 from mono_internvl.training.progress import StageProgress
@@ -53,7 +54,6 @@ from mono_internvl.training.state import (
     SavedState,
     check_resumable,
     digest_of_data,
-    digest_of_start,
     read_state,
     truncate_metrics,
 )
@@ -191,7 +191,7 @@ class _Loop:
         self.stage = stage = dataclasses.replace(stage.resolved(num_records), precision=precision)
         self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
         self.inputs = {"data content": digest_of_data(data / stage.data, self.sources)}
-        if (begun_from := digest_of_start(Path(start))) is not None:
+        if (begun_from := digest_of_checkpoint(Path(start))) is not None:
             self.inputs["start checkpoint"] = begun_from
         self.resumed = found
         if found is not None:

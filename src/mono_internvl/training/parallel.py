@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mono_internvl.training.distributed import all_sum, world_size
+from mono_internvl.distributed import all_sum, world_size
 
 
 class Parallelism(Protocol):

@@ -14,10 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from mono_internvl.compute import ComputePlan, choose_device, make_plan
+from mono_internvl.distributed import rank, run_processes
 from mono_internvl.errors import RecipeError
 from mono_internvl.released.weight_files import read_headers, resolve_checkpoint
 from mono_internvl.runs.folder import exclusive, resumable
-from mono_internvl.training.distributed import rank, run_processes
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Stage, current_names

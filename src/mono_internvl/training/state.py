@@ -12,7 +12,6 @@ from typing import Any
 from mono_internvl.compute import ComputePlan
 from mono_internvl.data.sources import Source
 from mono_internvl.errors import ConfigError, TrainingStateError
-from mono_internvl.released.weight_files import safetensors_files
 from mono_internvl.runs.folder import write_whole
 from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.training.recipe import current_names
@@ -20,7 +19,6 @@ from mono_internvl.training.recipe import current_names
 STATE_FILE = "training_state.json"
 PLAN_FILE = "plan.json"
 _DIGEST_DIGITS = 16
-_SAMPLE_BYTES = 64  # of every tensor of the start checkpoint
 _LATER_FIELDS: dict[str, Any] = {"recompute": "none", "objective": {"name": "next_token"}}
 """Fields of a stage that are younger than the first states, with what held before."""
 _MAY_CHANGE = {"title", "max_skipped_ratio"}
@@ -35,8 +33,8 @@ class SavedState:
         folder: Where it is.
         step: Optimizer steps taken.
         stage: The stage's fields as they were, under today's names.
-        inputs: Digests of what the run was begun from, by name; see `digest_of_start` and
-            `digest_of_data`. A name that is not there was not known.
+        inputs: Digests of what the run was begun from, by name; see `digest_of_checkpoint`
+            and `digest_of_data`. A name that is not there was not known.
         skipped: Counts of records left out, see `SkipCounts`; empty if they were not kept.
     """
 
@@ -139,35 +137,6 @@ def check_resumable(
                 f"{run}: holds a run begun with another {name} (digest {state.inputs[name]}, now "
                 f"{digest}); restore it, choose another output folder or delete this one"
             )
-
-
-def digest_of_start(folder: Path) -> str | None:
-    """A short digest of the checkpoint that a run begins from; None if there is no such folder.
-
-    Reads config.json, the headers of the weight files and the first bytes of every tensor: other
-    weights of the same shape differ there, and gigabytes need not be read.
-
-    Raises:
-        CheckpointError: A weight file is missing.
-        TrainingStateError: A weight file cannot be read.
-    """
-    if not (folder / "config.json").is_file():
-        return None
-    sha = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in safetensors_files(folder):
-        try:
-            with path.open("rb") as file:
-                header = file.read(int.from_bytes(file.read(8), "little"))
-                sha.update(f"{path.name} {path.stat().st_size}\n".encode() + header)
-                ends = (info.get("data_offsets", (0, 0)) for info in json.loads(header).values())
-                for begin in sorted(int(first) for first, _ in ends):
-                    file.seek(8 + len(header) + begin)
-                    sha.update(file.read(_SAMPLE_BYTES))
-        except (OSError, OverflowError, ValueError, AttributeError, TypeError) as error:
-            raise TrainingStateError(
-                f"{path}: not a readable safetensors file ({error}); restore it to go on"
-            ) from error
-    return sha.hexdigest()[:_DIGEST_DIGITS]
 
 
 def digest_of_data(meta: Path, sources: Iterable[Source]) -> str:
