@@ -18,7 +18,16 @@ class CheckpointError(MonoInternVLError, ValueError):
 
 
 class ImageError(MonoInternVLError, ValueError):
-    """An image cannot be decoded, is empty, or is larger than the limit."""
+    """An image cannot be decoded, is empty, or is larger than the limit.
+
+    Args:
+        message: Which image, what was found, what was expected.
+        reason: What is wrong in a word or two, alike for all images that are bad alike.
+    """
+
+    def __init__(self, message: str, reason: str = "image damaged") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class PromptError(MonoInternVLError, ValueError):

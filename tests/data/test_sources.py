@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from mono_internvl.data import sources as sources_module
-from mono_internvl.data.sources import JsonArraySource, JsonlSource, Source, read_meta
+from mono_internvl.data.sources import JsonArraySource, JsonlSource, Source, json_files, read_meta
 from mono_internvl.errors import SampleError
 
 TURNS = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
@@ -44,7 +43,7 @@ def test_jsonl_source_reads_lines(
     lines: list[int],
     chunk_bytes: int,
 ) -> None:
-    monkeypatch.setattr(sources_module, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(json_files, "_CHUNK_BYTES", chunk_bytes)
     file = tmp_path / "a.jsonl"
     file.write_bytes(_whole(content).encode())
     source = JsonlSource(file, tmp_path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -46,7 +46,7 @@ class _Steps:
         if device == "meta":  # it has no fused optimizer
             for group in self.optimizer.param_groups:
                 group["fused"] = False
-        self.batches: Iterator[Batch] = iter(list(islice(self.loop._batches(0), 4 * ACCUMULATION)))
+        self.batches: Iterator[Sequence[Batch]] = iter(list(islice(self.loop._steps(0), 4)))
 
     def take(self, step: int) -> dict[str, Any]:
         return self.loop._step(step, self.loop._loss_of(), self.optimizer, self.batches)

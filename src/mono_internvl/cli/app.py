@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mono_internvl.cli.data import data as data_verbs
 from mono_internvl.cli.lab import lab
 from mono_internvl.cli.options import (
     Attention,
@@ -39,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(data_verbs, name="data")
 app.add_typer(lab, name="lab")
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mono_internvl.configuration.labels import IGNORED_LABEL
-from mono_internvl.data.order import Mixture, batch_positions
-from mono_internvl.data.records import MOST_CHARACTERS_OF_TOKEN, Record, count_characters
+from mono_internvl.data.encoder import as_sample_error, check_characters, check_sample
+from mono_internvl.data.order import Mixture, batch_positions, mix
+from mono_internvl.data.records import Record
 from mono_internvl.data.sources import Source
 from mono_internvl.errors import (
     ImageError,
@@ -30,6 +31,7 @@ from mono_internvl.processing.encoding import Sample
 
 LossWeighting = Literal["token", "square", "sample"]
 OnBadSample = Literal["raise", "skip"]
+Item = TypeVar("Item")
 
 # How many records are tried in the place of a micro-batch whose own are all bad.
 _MOST_STAND_INS = 64
@@ -51,13 +53,19 @@ class Skipped:
     reason: str
     message: str
 
+    @classmethod
+    def of(cls, source: str, error: SampleError) -> Skipped:
+        """A record of a source, by what was raised over it."""
+        return cls(source, error.reason, str(error))
+
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one process.
 
     Attributes:
-        input_ids: (B, T) int64, right-padded; causal attention never looks right, so no mask.
+        input_ids: (B, T) int64, right-padded; causal attention never looks right, so no mask. Of
+            packed samples one row without padding, (1, T).
         labels: (B, T) int64, -100 where nothing is learnt and at padding; unshifted.
         loss_weight: (B, T) fp32, 0 where nothing is learnt.
         pixel_values: (tiles, 3, S, S) fp32 of all samples in order, or None without images.
@@ -67,6 +75,8 @@ class Batch:
         num_images: Images.
         record_ids: Of the samples, in order.
         skipped: The records left out (`on_bad_sample="skip"`).
+        position_ids: (B, T) int64, of packed samples: they start anew with every sample, and tokens
+            of one attend to those of no other. None where each row is one sample.
     """
 
     input_ids: Tensor
@@ -79,10 +89,11 @@ class Batch:
     num_images: int
     record_ids: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    position_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; nothing waits until they are there."""
-        pixels = self.pixel_values
+        pixels, positions = self.pixel_values, self.position_ids
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -91,6 +102,7 @@ class Batch:
             pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
             routing=self.routing.to(device),
             labelled=self.labelled.to(device),
+            position_ids=None if positions is None else positions.to(device, non_blocking=True),
         )
 
 
@@ -177,19 +189,19 @@ class BatchStream(Dataset[Batch]):
                 break
             source, index = self.mixture.locate(position)
             try:
-                record = self.sources[source].record(index)
+                record = drawn(self.sources[source].record(index), self.seed, position)
                 samples.append(self._encode(record))
                 ids.append(record.record_id)
             except SampleError as error:
                 if plan.on_bad_sample == "raise":
                     raise
-                skipped.append(Skipped(self.sources[source].name, error.reason, str(error)))
+                skipped.append(Skipped.of(self.sources[source].name, error))
         if not samples:
             raise SampleError(
                 f"micro-batch {number}: all {len(skipped)} records are bad, first: "
                 f"{skipped[0].message}"
             )
-        return self._collate(samples, tuple(ids), tuple(skipped))
+        return collate(samples, plan, tuple(ids), tuple(skipped))
 
     def _batches_of_window(self, window: int) -> list[list[int]]:
         if self._window[0] != window:
@@ -206,68 +218,106 @@ class BatchStream(Dataset[Batch]):
         return self._window[1]
 
     def _encode(self, record: Record) -> Sample:
-        num_characters = count_characters(record.turns)
-        if num_characters > self.plan.max_tokens * MOST_CHARACTERS_OF_TOKEN:
-            raise SampleError(
-                f"{record.where}: {num_characters:,} characters are more than max_tokens="
-                f"{self.plan.max_tokens} can hold; shorten the record, or skip bad samples",
-                reason="too long",
-            )
+        check_characters(record, self.plan.max_tokens)
         try:
             sample = self.encode(record)
-        except ImageError as error:
-            raise SampleError(f"{record.where}: {error}", reason="image damaged") from error
-        except PromptError as error:
-            raise SampleError(f"{record.where}: {error}", reason="prompt refused") from error
-        if len(sample.input_ids) > self.plan.max_tokens:
-            raise SampleError(
-                f"{record.where}: {len(sample.input_ids)} tokens, more than max_tokens="
-                f"{self.plan.max_tokens}; raise max_tokens, lower max_tiles, or skip bad samples",
-                reason="too long",
-            )
-        if not (sample.labels != IGNORED_LABEL).any():
-            raise SampleError(
-                f"{record.where}: no answer token to learn from", reason="nothing to learn"
-            )
+        except (ImageError, PromptError) as error:
+            raise as_sample_error(error, record.where) from error
+        check_sample(sample, record.where, self.plan.max_tokens)
         return sample
 
-    def _collate(
-        self,
-        samples: list[Sample],
-        record_ids: tuple[str, ...],
-        skipped: tuple[Skipped, ...],
-    ) -> Batch:
-        longest = max(len(sample.input_ids) for sample in samples)
-        shape = (len(samples), longest)
-        input_ids = torch.full(shape, self.plan.pad_token_id, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
-        weight = torch.zeros(shape)
-        exponent = _EXPONENT[self.plan.loss_weighting]
-        for row, sample in enumerate(samples):
-            length = len(sample.input_ids)
-            input_ids[row, :length] = sample.input_ids
-            labels[row, :length] = sample.labels
-            labels[row, 0] = IGNORED_LABEL  # nothing predicts the first token
-            learnt = labels[row] != IGNORED_LABEL
-            weight[row, learnt] = float(learnt.sum()) ** -exponent
-        pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
-        routing = Routing.from_mask(input_ids == self.plan.image_token_id)
-        return Batch(
-            input_ids,
-            labels,
-            weight,
-            torch.cat(pixels) if pixels else None,
-            routing,
-            KeptRows.labelled(labels, routing),
-            num_tokens=sum(len(sample.input_ids) for sample in samples),
-            num_images=sum(len(sample.num_tiles) for sample in samples),
-            record_ids=record_ids,
-            skipped=skipped,
-        )
+
+def collate(
+    samples: Sequence[Sample],
+    plan: BatchPlan,
+    record_ids: tuple[str, ...],
+    skipped: tuple[Skipped, ...],
+) -> Batch:
+    """Samples as rows of a micro-batch, padded on the right."""
+    shape = (len(samples), max(len(sample.input_ids) for sample in samples))
+    input_ids = torch.full(shape, plan.pad_token_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
+    weight = torch.zeros(shape)
+    for row, sample in enumerate(samples):
+        length = len(sample.input_ids)
+        input_ids[row, :length] = sample.input_ids
+        labels[row, :length], weight[row, :length] = _labels_and_weight(sample, plan)
+    return _batch(samples, plan, input_ids, labels, weight, record_ids, skipped)
 
 
-def read_ahead(stream: BatchStream, numbers: range, workers: int) -> Iterator[Batch]:
-    """The micro-batches of some numbers, in order.
+def collate_packed(
+    samples: Sequence[Sample],
+    plan: BatchPlan,
+    record_ids: tuple[str, ...],
+    skipped: tuple[Skipped, ...],
+) -> Batch:
+    """Samples one behind the other in one row; without any, a row that nothing is learnt from.
+
+    Every process takes part in every micro-batch, so that one for which no sample is left gets such
+    a row.
+    """
+    if not samples:
+        idle = torch.full((1, 1), plan.pad_token_id, dtype=torch.int64)
+        no_label = torch.full_like(idle, IGNORED_LABEL)
+        return _batch([], plan, idle, no_label, torch.zeros(1, 1), record_ids, skipped)
+    parts = [_labels_and_weight(sample, plan) for sample in samples]
+    batch = _batch(
+        samples,
+        plan,
+        torch.cat([sample.input_ids for sample in samples])[None],  # (1, T)
+        torch.cat([labels for labels, _ in parts])[None],
+        torch.cat([weight for _, weight in parts])[None],
+        record_ids,
+        skipped,
+    )
+    positions = torch.cat([torch.arange(len(sample.input_ids)) for sample in samples])
+    return replace(batch, position_ids=positions[None])
+
+
+def _labels_and_weight(sample: Sample, plan: BatchPlan) -> tuple[Tensor, Tensor]:
+    """Labels of a sample and their weights, (T,) each; nothing predicts the first token."""
+    labels = sample.labels.clone()
+    labels[0] = IGNORED_LABEL
+    learnt = labels != IGNORED_LABEL
+    weight = torch.zeros(len(labels))
+    weight[learnt] = float(learnt.sum()) ** -_EXPONENT[plan.loss_weighting]
+    return labels, weight
+
+
+def _batch(
+    samples: Sequence[Sample],
+    plan: BatchPlan,
+    input_ids: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    record_ids: tuple[str, ...],
+    skipped: tuple[Skipped, ...],
+) -> Batch:
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    routing = Routing.from_mask(input_ids == plan.image_token_id)
+    return Batch(
+        input_ids,
+        labels,
+        weight,
+        torch.cat(pixels) if pixels else None,
+        routing,
+        KeptRows.labelled(labels, routing),
+        num_tokens=sum(len(sample.input_ids) for sample in samples),
+        num_images=sum(len(sample.num_tiles) for sample in samples),
+        record_ids=record_ids,
+        skipped=skipped,
+    )
+
+
+def drawn(record: Record, seed: int, position: int) -> Record:
+    """A record with what its augmentation is drawn from, if its images are augmented."""
+    if record.augmentation is None:
+        return record
+    return replace(record, augmentation=mix(seed, position))
+
+
+def read_ahead(stream: Dataset[Item], numbers: Sequence[int], workers: int) -> Iterator[Item]:
+    """The items of some numbers, in order: micro-batches, or steps of packed ones.
 
     Args:
         stream: Where they come from.
@@ -284,13 +334,13 @@ def read_ahead(stream: BatchStream, numbers: range, workers: int) -> Iterator[Ba
         yield outcome
 
 
-class _Outcomes(Dataset[Batch | MonoInternVLError]):
+class _Outcomes(Dataset[Any]):
     """A stream whose errors are values: what a worker raises arrives wrapped in its traceback."""
 
-    def __init__(self, stream: BatchStream):
+    def __init__(self, stream: Dataset[Any]):
         self.stream = stream
 
-    def __getitem__(self, number: int) -> Batch | MonoInternVLError:
+    def __getitem__(self, number: int) -> Any:
         try:
             return self.stream[number]
         except MonoInternVLError as error:

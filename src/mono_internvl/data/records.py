@@ -16,6 +16,11 @@ from mono_internvl.processing.prompts import IMAGE_PLACEHOLDER, ImagePart, Turn
 
 MOST_CHARACTERS_OF_TOKEN = 256
 """No vocabulary has a token of more; text beyond that many per token need not be tokenized."""
+CAPTION_PROMPT = "Provide a one-sentence caption for the image."
+"""What a caption answers unless its source says otherwise.
+
+Source: stage S1.1 of arXiv 2410.08202, which asks all of its pairs this.
+"""
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -49,6 +54,8 @@ class Record:
         where: Its place, such as `file:line`, for messages.
         fields: The raw JSON object.
         max_tiles: Most tiles per image for this record, or None for the stage's.
+        document: A text that is learnt as a whole; then there are no turns.
+        augmentation: Where its images are augmented, what the draws are made from; None elsewhere.
     """
 
     turns: tuple[Turn, ...]
@@ -56,6 +63,13 @@ class Record:
     where: str
     fields: dict[str, Any]
     max_tiles: int | None = None
+    document: str | None = None
+    augmentation: int | None = None
+
+    @property
+    def num_characters(self) -> int:
+        """Of all of its texts."""
+        return count_characters(self.turns) + len(self.document or "")
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -69,6 +83,8 @@ def parse_record(
     where: str,
     open_image: Callable[[str], ImageRef],
     max_tiles: int | None = None,
+    *,
+    augments: bool = False,
 ) -> Record:
     """Validate a raw record.
 
@@ -76,17 +92,21 @@ def parse_record(
     user turn. A first assistant turn is dropped, as the released code does.
 
     Args:
-        value: `{"id", "image", "conversations": [{"from", "value"}, ...], ...}`.
+        value: `{"id", "image", "conversations": [{"from", "value"}, ...], ...}`, or a document,
+            `{"text"}`.
         index: Its id where it has none.
         where: Its place, for messages.
         open_image: From a name in `image` to the image.
         max_tiles: Of its source.
+        augments: Whether its images are augmented.
 
     Raises:
         SampleError: Naming its place, what was found and what was expected.
     """
     if not isinstance(value, dict):
         raise SampleError(f"{where}: a JSON {type(value).__name__}; expected an object")
+    if isinstance(value.get("text"), str) and "conversations" not in value:
+        return _document(value, index, where)
     images = [open_image(name) for name in _image_names(value, where)]
     turns = _speeches(value, where)
     num_places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
@@ -96,19 +116,63 @@ def parse_record(
     elif num_places != len(images):
         raise SampleError(
             f"{where}: {num_places} {IMAGE_PLACEHOLDER} placeholders but {len(images)} "
-            f"image{'s' if len(images) != 1 else ''}; fix the record or set on_bad_sample='skip'"
+            f"image{'s' if len(images) != 1 else ''}; fix the record or set on_bad_sample='skip'",
+            reason="placeholders",
         )
     remaining = iter(images)
     parsed = []
     for number, (role, text) in enumerate(turns):
         if role != "user" and IMAGE_PLACEHOLDER in text:
-            raise SampleError(f"{where}: an {IMAGE_PLACEHOLDER} placeholder outside a human turn")
-        if role == "user" and not text.strip():
             raise SampleError(
-                f"{where}: question {number} is empty; write one, or remove the record"
+                f"{where}: an {IMAGE_PLACEHOLDER} placeholder outside a human turn",
+                reason="placeholders",
+            )
+        if role != "system" and not text.strip():
+            what = "question" if role == "user" else "answer"
+            raise SampleError(
+                f"{where}: {what} {number} is empty; write one, or remove the record",
+                reason=f"empty {what}",
             )
         parsed.append(Turn(role, tuple(_parts(text, remaining))))
-    return Record(tuple(parsed), str(value.get("id", index)), where, value, max_tiles)
+    return Record(
+        tuple(parsed),
+        str(value.get("id", index)),
+        where,
+        value,
+        max_tiles,
+        augmentation=0 if augments else None,
+    )
+
+
+def _document(value: dict[str, Any], index: int, where: str) -> Record:
+    if _image_names(value, where):
+        raise SampleError(
+            f"{where}: a text with images but without conversations; write it as a conversation, "
+            "or as image and caption into tar shards"
+        )
+    text = value["text"]
+    if not text.strip():
+        raise SampleError(
+            f"{where}: text is empty; write one, or remove the record", reason="nothing to learn"
+        )
+    return Record((), str(value.get("id", index)), where, value, document=text)
+
+
+def to_conversation(record: Record) -> dict[str, Any]:
+    """A record in the form that `parse_record` reads, images left out: what shards are made of."""
+    if record.document is not None:
+        return {"id": record.record_id, "text": record.document}
+    names = {role: name for name, role in _ROLES.items()}
+    turns = [
+        {
+            "from": names[turn.role],
+            "value": "".join(
+                part if isinstance(part, str) else IMAGE_PLACEHOLDER for part in turn.parts
+            ),
+        }
+        for turn in record.turns
+    ]
+    return {"id": record.record_id, "conversations": turns}
 
 
 def count_characters(turns: Iterable[Turn]) -> int:
@@ -141,7 +205,8 @@ def _speeches(record: dict[str, Any], where: str) -> list[tuple[str, str]]:
         if not isinstance(role, str) or role not in _ROLES:
             raise SampleError(
                 f"{where}: turn {number} is from {shortened(repr(role))}; "
-                f"expected one of {', '.join(_ROLES)}"
+                f"expected one of {', '.join(_ROLES)}",
+                reason="unknown role",
             )
         if role == "system" and number:
             raise SampleError(f"{where}: turn {number} is the system's; only the first may be")

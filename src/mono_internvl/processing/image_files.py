@@ -10,8 +10,10 @@ import binascii
 import io
 import logging
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -20,11 +22,15 @@ from mono_internvl.errors import ImageError
 
 logger = logging.getLogger(__name__)
 
-ImageSource = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
-"""What `load_image` accepts: a path, encoded bytes, a data URI, base64, an open file, or pixels.
 
-Anything with `read(size)` counts as an open file, an `ImageRef` of a record too.
-"""
+class Readable(Protocol):
+    """An open file, or an `ImageRef` of a record."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+ImageSource = str | Path | bytes | Readable | Image.Image | np.ndarray
+"""What `load_image` accepts: a path, encoded bytes, a data URI, base64, an open file, or pixels."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded, by Pillow's names."""
@@ -43,6 +49,8 @@ _LONGEST_BASE64 = 4 * MAX_BYTES // 3 + 4
 _MAX_ESCAPES = 1 << 22  # each takes some 60 bytes while a data URI is unquoted
 _NAMES_OF_FORMATS = {*FORMATS, "MPO"}  # MPO: a JPEG with more pictures behind the first
 _ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)
+_HEADER_BYTES = 1 << 16
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -76,13 +84,80 @@ def load_image(source: ImageSource) -> Image.Image:
             has a side of zero or above `MAX_SIDE`, more than `MAX_PIXELS` pixels or `MAX_BYTES`
             bytes (checked before decoding), or is a URL.
     """
-    name = _name_of(source)
-    try:
-        image = _open(source)
-        _check_format(image, name)
-        _check_size(image, name)
+    with _naming_failure(_name_of(source)) as name:
+        image = _opened(source, name)
         image.load()
         return _to_rgb(_upright(image), name)
+
+
+def image_size(source: ImageSource) -> tuple[int, int]:
+    """(width, height) of an upright image, px, told by its header: pixels are not decoded.
+
+    Args:
+        source: As `load_image` takes it; of an open file the beginning is read, and all of it only
+            where the beginning does not say.
+
+    Raises:
+        ImageError: As by `load_image`, as far as a header tells.
+    """
+    with _naming_failure(_name_of(source)) as name:
+        image = _header_of(source, name)
+        width, height = image.size
+        is_turned = _orientation(image) in _SIDEWAYS
+        return (height, width) if is_turned else (width, height)
+
+
+def jpeg_bytes(source: ImageSource) -> bytes | None:
+    """The encoded bytes of an upright JPEG in colour or grey; None for any other image.
+
+    Args:
+        source: As `load_image` takes it; of an open file, which is read once, nothing is told.
+
+    Raises:
+        ImageError: As by `load_image`, as far as a header tells.
+    """
+    with _naming_failure(_name_of(source)) as name:
+        if isinstance(source, Path):
+            data = read_file(source)
+        elif hasattr(source, "version"):  # an `ImageRef`
+            data = source.read(MAX_BYTES + 1)  # type: ignore[union-attr]
+        elif isinstance(source, bytes):
+            data = source
+        else:
+            return None
+        image = _opened(data, name)
+        is_plain = image.format == "JPEG" and image.mode in ("RGB", "L")
+        return data if is_plain and _orientation(image) not in _UPRIGHT else None
+
+
+def _header_of(source: object, name: str) -> Image.Image:
+    if hasattr(source, "version"):  # an `ImageRef`: read anew each time
+        beginning = source.read(_HEADER_BYTES)  # type: ignore[attr-defined]
+        if len(beginning) == _HEADER_BYTES:
+            try:
+                return _opened(beginning, name)
+            except (OSError, SyntaxError, ValueError):
+                pass  # its header is longer
+    return _opened(source, name)
+
+
+def _opened(source: object, name: str) -> Image.Image:
+    """The image with its header read and held against the bounds."""
+    image = _open(source)
+    _check_format(image, name)
+    _check_size(image, name)
+    return image
+
+
+@contextmanager
+def _naming_failure(name: str) -> Iterator[str]:
+    """Within, whatever Pillow raises becomes an error that names the image.
+
+    Raises:
+        ImageError: Instead of anything else.
+    """
+    try:
+        yield name
     except ImageError:
         raise
     except MemoryError as error:
@@ -91,7 +166,8 @@ def load_image(source: ImageSource) -> Image.Image:
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
-            f"image {name}: {error}; at most {MAX_PIXELS} pixels are decoded"
+            f"image {name}: {error}; at most {MAX_PIXELS} pixels are decoded",
+            reason="image too large",
         ) from error
     except Exception as error:  # a damaged file makes Pillow's readers raise anything
         raise ImageError(
@@ -133,7 +209,10 @@ def _open(source: object) -> Image.Image:
     data: object = source.read(MAX_BYTES + 1) if hasattr(source, "read") else source
     if isinstance(data, bytes):
         if len(data) > MAX_BYTES:
-            raise ImageError(f"image of more than {MAX_BYTES} bytes: not read, compress it")
+            raise ImageError(
+                f"image of more than {MAX_BYTES} bytes: not read, compress it",
+                reason="image too large",
+            )
         if not data:
             raise ImageError("image <0 bytes>: empty; expected an encoded image")
         return _decode_header(data, _name_of(source))
@@ -160,7 +239,10 @@ def read_file(path: Path) -> bytes:
             data = file.read(MAX_BYTES + 1)
         size = len(data)
     if size > MAX_BYTES:
-        raise ImageError(f"image {name}: {size} bytes; at most {MAX_BYTES} are read, compress it")
+        raise ImageError(
+            f"image {name}: {size} bytes; at most {MAX_BYTES} are read, compress it",
+            reason="image too large",
+        )
     return data
 
 
@@ -251,22 +333,29 @@ def _check_size(image: Image.Image, name: str) -> None:
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"image {name}: {width}x{height} = {width * height} pixels; "
-            f"at most {MAX_PIXELS} are decoded, scale it down first"
+            f"at most {MAX_PIXELS} are decoded, scale it down first",
+            reason="image too large",
         )
     if max(width, height) > MAX_SIDE:
         raise ImageError(
-            f"image {name}: {width}x{height} px; a side has at most {MAX_SIDE}, scale it down first"
+            f"image {name}: {width}x{height} px; a side has at most {MAX_SIDE}, scale it down "
+            "first",
+            reason="image too large",
         )
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """A copy, turned as EXIF says; as it is where EXIF is damaged, and nothing of it rewritten."""
+    method = _UPRIGHT.get(_orientation(image))
+    return image.copy() if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception as error:  # see load_image
         logger.debug("EXIF not readable (%s: %s)", type(error).__name__, error)
-        method = None
-    return image.copy() if method is None else image.transpose(method)
+        return 1
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

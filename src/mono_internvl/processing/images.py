@@ -17,6 +17,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from mono_internvl.configuration.checks import check_choice, check_integer
 from mono_internvl.errors import ConfigError, ImageError
+from mono_internvl.processing.fast_decoding import Decoding, load_fast
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.tiling import TILINGS, Tiling, TokenLayout
 
@@ -89,6 +90,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         self.pad2square = pad2square
         self.tiling = tiling
         self.visual_token_size = visual_token_size
+        self.decoding: Decoding = "exact"  # of this run, never saved
         check_choice("tiling", tiling, tuple(TILINGS))
         check_integer("visual_token_size", visual_token_size)
         self.tiling_with()  # holds the settings against their bounds
@@ -100,6 +102,10 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             raise ConfigError(
                 f"image_mean={image_mean}, image_std={image_std}; expected three values, std > 0"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that belong to a checkpoint; how files are decoded is a run's own choice."""
+        return {name: value for name, value in super().to_dict().items() if name != "decoding"}
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Decodes images in any nesting of lists; unlike the base class it never fetches a URL.
@@ -213,8 +219,10 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             "pad2square": pad2square,
         }
         tiles, layouts = [], []
+        pads = self.pad2square if pad2square is None else pad2square
+        load = load_fast if self.decoding == "fast" and not pads else load_image
         for source, limit in zip(flat, limits, strict=True):
-            image = load_image(source)
+            image = load(source)
             tiles.append(self.tiling_with(**settings, max_tiles=limit).cut(image))
             layouts.append(self.layout_of(*image.size, **settings, max_tiles=limit))
         pixels = self.normalize_tiles(np.concatenate(tiles) if len(tiles) > 1 else tiles[0])

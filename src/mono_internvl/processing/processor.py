@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, N tiles of all images of all samples, S side of a tile in px.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -376,6 +377,34 @@ class MonoInternVLProcessor(HostProcessor):
                     "lower max_tiles"
                 )
         return Sample(torch.tensor(ids), torch.tensor(labels), pixel_values, tuple(layouts))
+
+    def encode_document(self, text: str) -> Sample:
+        """A text that is learned as a whole, with the end of a text behind it; no template."""
+        ids, labels = self._ids([Piece("text", text, is_learned=True)], [])
+        if (end := self.tokenizer.eos_token_id) is not None:
+            ids, labels = [*ids, end], [*labels, end]
+        return Sample(torch.tensor(ids), torch.tensor(labels), None, ())
+
+    def count_text_tokens(self, messages: Conversation) -> int:
+        """Tokens of a training sample but for what stands between `<img>` and `</img>`.
+
+        Args:
+            messages: As `encode_conversation` takes them; images are not read.
+        """
+        turns = to_turns(messages, strip=True)
+        pieces = self._form.render(
+            turns, default_system_prompt=self.default_system_prompt, add_generation_prompt=False
+        )
+        num_images = sum(len(turn.images) for turn in turns)
+        return len(self._ids(pieces, [TokenLayout(0, ())] * num_images)[0])
+
+    def text_digest(self) -> str:
+        """What differs where the same conversation would have other text tokens."""
+        sha = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        template = str(self.chat_template)  # of a dated template the date is in it
+        for text in (self.prompt_form, self.default_system_prompt, template):
+            sha.update(text.encode())
+        return sha.hexdigest()[:16]
 
     def _checked(self, turns: list[Turn], on_control: OnControl) -> list[Turn]:
         if on_control not in ("escape", "raise"):

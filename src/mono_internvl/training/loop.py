@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,20 @@ from torch import Tensor, nn
 
 from mono_internvl.compute import ComputePlan, default_attention, make_plan
 from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
+from mono_internvl.data.encoder import RecordEncoder
 from mono_internvl.data.order import mix
-from mono_internvl.data.records import Record
+from mono_internvl.data.packed import PackedStream
+from mono_internvl.data.skipped import QUARANTINE_FILE, SkipCounts, quarantine
 from mono_internvl.data.sources import read_meta
-from mono_internvl.distributed import barrier, from_first, own_device, rank, world_size
+from mono_internvl.distributed import (
+    barrier,
+    from_first,
+    gathered,
+    own_device,
+    rank,
+    world_size,
+)
 from mono_internvl.errors import TrainingStateError
-from mono_internvl.processing.encoding import Sample
 from mono_internvl.released.weight_files import digest_of_checkpoint
 from mono_internvl.runs.folder import exclusive
 from mono_internvl.training.checkpointing import (
@@ -49,7 +58,6 @@ from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute
 from mono_internvl.training.rules import TrainableGroup, apply_rules
-from mono_internvl.training.skipped import SkipCounts
 from mono_internvl.training.state import (
     SavedState,
     check_resumable,
@@ -186,6 +194,7 @@ class _Loop:
         num_records = sum(round(len(source) * source.repeat) for source in self.sources)
         self.run, self.device = run, device
         self.final, self.metrics = run / "checkpoint", run / "metrics.jsonl"
+        self.quarantine = run / QUARANTINE_FILE
         found = read_state(self.final) if self.final.exists() else checkpointing.latest()
         precision = _precision(stage, found, plan, device)
         self.stage = stage = dataclasses.replace(stage.resolved(num_records), precision=precision)
@@ -235,14 +244,15 @@ class _Loop:
             )
         if rank() == 0:
             truncate_metrics(self.metrics, first)
+            truncate_metrics(self.quarantine, first)
         self.model.train()
         with (
             StageProgress(stage, first, quiet=rank() != 0) as progress,
             self.metrics.open("a") if rank() == 0 else nullcontext() as log,
         ):
-            batches = self._batches(first)
+            steps = self._steps(first)
             for step in range(first, stage.steps):
-                row = self._step(step, loss_of, optimizer, batches)
+                row = self._step(step, loss_of, optimizer, steps)
                 if log is not None:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
@@ -265,7 +275,7 @@ class _Loop:
         groups = apply_rules(self.model, self.model.config, self.stage)
         optimizer = optimizer_of(self.model, groups, self.stage)
         self.model.train()
-        loss_of, batches = self._loss_of(), self._batches(0)
+        loss_of, batches = self._loss_of(), self._steps(0)
         cpu, wall = [], []
         for step in range(min(steps, self.stage.steps)):
             began = time.process_time()
@@ -276,7 +286,8 @@ class _Loop:
     def _loss_of(self) -> LossOf:
         return LossOf(self.model, self.stage.objective, self.reference)
 
-    def _batches(self, first_step: int) -> Iterator[Batch]:
+    def _steps(self, first_step: int) -> Iterator[Sequence[Batch]]:
+        """The micro-batches of each step, in order."""
         stage = self.stage
         plan = BatchPlan(
             batch_size=stage.batch_size,
@@ -290,30 +301,34 @@ class _Loop:
             on_bad_sample=stage.on_bad_sample,
             num_steps=stage.steps,
         )
-        stream = BatchStream(self.sources, self._encode, plan, stage.seed)
+        self.processor.image_processor.decoding = stage.decoding
+        encode = RecordEncoder(self.processor, stage.max_tiles)
+        if stage.packing != "none":
+            packed = PackedStream(self.sources, encode, plan, stage.packed_tokens, stage.seed)
+            yield from read_ahead(packed, range(first_step, stage.steps), stage.loader_workers)
+            return
+        stream = BatchStream(self.sources, encode, plan, stage.seed)
         numbers = range(first_step * stage.accumulation, stage.steps * stage.accumulation)
-        return read_ahead(stream, numbers, stage.loader_workers)
-
-    def _encode(self, record: Record) -> Sample:
-        max_tiles = record.max_tiles or self.stage.max_tiles
-        return self.processor.encode_conversation(record.turns, max_tiles=max_tiles)
+        batches = read_ahead(stream, numbers, stage.loader_workers)
+        while micro := list(islice(batches, stage.accumulation)):
+            yield micro
 
     def _step(
         self,
         step: int,
         loss_of: nn.Module,
         optimizer: torch.optim.Optimizer,
-        batches: Iterator[Batch],
+        batches: Iterator[Sequence[Batch]],
     ) -> dict[str, Any]:
         """One optimizer step; returns its metrics row."""
         stage, began = self.stage, time.perf_counter()
-        micro = [next(batches) for _ in range(stage.accumulation)]
+        micro = next(batches)
         torch.manual_seed(mix(stage.seed, step, rank()))  # dropout, too, is a function of the step
         all_sum = self.parallelism.all_sum
         weight = all_sum(torch.stack([batch.loss_weight.sum() for batch in micro]).sum())
         found: dict[str, list[Tensor]] = {}
         for index, batch in enumerate(micro):
-            is_last = index == stage.accumulation - 1
+            is_last = index == len(micro) - 1
             with nullcontext() if is_last else self.parallelism.no_sync(loss_of):
                 scalars = self._backward(loss_of, batch, weight / world_size())
             for name in sorted(scalars):  # in the same order in every process
@@ -340,7 +355,7 @@ class _Loop:
                 f"{step + 1} (records {ids}); lower the learning rate or look at these records"
             )
         self.carried = stage.objective.next_state(self.carried, logged)
-        counts = self._count(micro)
+        counts = self._count(step, micro)
         return {
             **logged,
             "step": step + 1,
@@ -351,23 +366,29 @@ class _Loop:
             "seconds": time.perf_counter() - began,
         }
 
-    def _count(self, micro: Sequence[Batch]) -> dict[str, int]:
+    def _count(self, step: int, micro: Sequence[Batch]) -> dict[str, int]:
         """What all processes read in a step; stops a run that leaves too much of it out."""
-        skipped = [record for batch in micro for record in batch.skipped]
-        self.skipped.note(skipped)
-        tokens, images, num_good, num_bad = self.parallelism.all_sum(
+        own = [record for batch in micro for record in batch.skipped]
+        tokens, images, num_good, num_bad, rows = self.parallelism.all_sum(
             torch.tensor(
                 [
                     sum(batch.num_tokens for batch in micro),
                     sum(batch.num_images for batch in micro),
                     sum(len(batch.record_ids) for batch in micro),
-                    len(skipped),
+                    len(own),
+                    sum(bool(batch.record_ids) for batch in micro),
                 ]
             )
         ).tolist()
+        if num_bad:  # the same in every process: all of them say theirs
+            skipped = [record for said in gathered(own) for record in said]
+            self.skipped.note(skipped, quiet=rank() != 0)
+            if rank() == 0:
+                quarantine(self.quarantine, step + 1, skipped)
         self.skipped.add(num_good + num_bad, num_bad)
-        self.skipped.check()
-        return {"tokens": tokens, "images": images, "skipped": num_bad}
+        self.skipped.check(self.quarantine if rank() == 0 else None)
+        counts = {"tokens": tokens, "images": images, "skipped": num_bad}
+        return counts if self.stage.packing == "none" else {**counts, "rows": rows}
 
     def _backward(self, loss_of: nn.Module, batch: Batch, denominator: Tensor) -> dict[str, Tensor]:
         """Add up the gradients of a micro-batch; returns its loss and logged scalars, unread."""

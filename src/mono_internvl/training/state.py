@@ -19,9 +19,15 @@ from mono_internvl.training.recipe import current_names
 STATE_FILE = "training_state.json"
 PLAN_FILE = "plan.json"
 _DIGEST_DIGITS = 16
-_LATER_FIELDS: dict[str, Any] = {"recompute": "none", "objective": {"name": "next_token"}}
+_LATER_FIELDS: dict[str, Any] = {
+    "recompute": "none",
+    "objective": {"name": "next_token"},
+    "packing": "none",
+    "packed_tokens": 8192,
+    "decoding": "exact",
+}
 """Fields of a stage that are younger than the first states, with what held before."""
-_MAY_CHANGE = {"title", "max_skipped_ratio"}
+_MAY_CHANGE = {"title", "max_skipped_ratio", "loader_workers"}
 """Fields of a stage that do not change what it computes: a run may go on with others."""
 
 

@@ -8,8 +8,8 @@ import logging
 import pytest
 
 from mono_internvl.data.batches import Skipped
+from mono_internvl.data.skipped import SkipCounts
 from mono_internvl.errors import SampleError
-from mono_internvl.training.skipped import SkipCounts
 
 
 def _records(number: int, source: str = "laion", reason: str = "too long") -> list[Skipped]:

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mono_internvl.data.batches import Skipped
 from mono_internvl.errors import SampleError
+from mono_internvl.runs.json_lines import to_line
 
 logger = logging.getLogger(__name__)
 
+QUARANTINE_FILE = "quarantine.jsonl"
+"""In a run's folder: every record that it left out."""
 _LEAST_RECORDS = 100
 """The ratio is that of at least so many records: two bad ones among the first ten say little."""
 _LOGGED_ONE_BY_ONE = 10
 """Of each source and reason; after them, every tenfold count is said."""
+
+
+def quarantine(file: Path, step: int, skipped: Iterable[Skipped]) -> None:
+    """Add records to the list of those that a run left out.
+
+    Args:
+        file: JSON lines, one per record: its step, source and reason, and what is wrong, beginning
+            with its place.
+        step: Of the run, from 1.
+        skipped: The records.
+    """
+    with file.open("a", encoding="utf-8") as out:
+        for record in skipped:
+            out.write(to_line({"step": step, **dataclasses.asdict(record)}))
 
 
 @dataclass
@@ -34,8 +53,7 @@ class SkipCounts:
         max_ratio: Of `num_skipped` to `num_records`, beyond which `check` raises.
         num_records: Records that all processes read, good and bad.
         num_skipped: The bad ones among them.
-        kinds: By source and reason, those that this process met; a resumed run goes on from those
-            of the first process.
+        kinds: By source and reason, of all processes.
     """
 
     max_ratio: float
@@ -43,12 +61,14 @@ class SkipCounts:
     num_skipped: int = 0
     kinds: dict[tuple[str, str], _Kind] = field(default_factory=dict)
 
-    def note(self, skipped: Iterable[Skipped]) -> None:
-        """Count and log what this process left out."""
+    def note(self, skipped: Iterable[Skipped], *, quiet: bool = False) -> None:
+        """Count what was left out, and log it unless another process does."""
         for record in skipped:
             key = (record.source, record.reason)
             kind = self.kinds.setdefault(key, _Kind(0, record.message))
             kind.count += 1
+            if quiet:
+                continue
             if kind.count <= _LOGGED_ONE_BY_ONE:
                 logger.warning("skipped %s", record.message)
             elif str(kind.count).rstrip("0") == "1":
@@ -60,8 +80,11 @@ class SkipCounts:
         self.num_records += num_records
         self.num_skipped += num_skipped
 
-    def check(self) -> None:
+    def check(self, quarantined: Path | None = None) -> None:
         """Stop where too much is left out; the counts by source and reason are logged before.
+
+        Args:
+            quarantined: Where all of them are listed; only the process that is given it logs.
 
         Raises:
             SampleError: More than `max_ratio` of the records were skipped.
@@ -69,7 +92,8 @@ class SkipCounts:
         allowed = self.max_ratio * max(self.num_records, _LEAST_RECORDS)
         if self.num_skipped <= allowed:
             return
-        logger.error("skipped records as this process met them:\n%s", self.table())
+        if quarantined is not None:
+            logger.error("skipped records, all listed in %s:\n%s", quarantined, self.table())
         worst = max(self.kinds.values(), key=lambda kind: kind.count, default=None)
         example = f", for example {worst.first}" if worst else ""
         raise SampleError(
