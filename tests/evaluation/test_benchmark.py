@@ -19,7 +19,7 @@ from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.benchmark import Benchmark, Published, named
 from mono_internvl.evaluation.benchmarks import BENCHMARKS
 from mono_internvl.evaluation.evaluate import evaluate
-from mono_internvl.evaluation.metrics import Metric
+from mono_internvl.evaluation.metrics.metric import Metric
 from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.evaluation.questions import Question
 from mono_internvl.processing.processor import MonoInternVLProcessor

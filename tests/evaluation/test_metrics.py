@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from mono_internvl.errors import SampleError
-from mono_internvl.evaluation import metrics
 from mono_internvl.evaluation.benchmarks.records import RECORDS
+from mono_internvl.evaluation.metrics import metric as metrics
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 import mono_internvl
 from mono_internvl.errors import SampleError
-from mono_internvl.evaluation.metrics import METRICS
+from mono_internvl.evaluation.metrics.metric import METRICS
 from mono_internvl.miniature.scoring import BENCHMARK, caption_attributes
 
 CIRCLE = ["large", "red", "circle", "top left"]
@@ -104,6 +104,7 @@ def test_score_refuses_an_unknown_kind() -> None:
 @pytest.mark.parametrize("room", ["evaluation", "reports", "runs"])
 def test_generic_rooms_do_not_name_the_miniature_s_kinds(room: str) -> None:
     kinds = set(BENCHMARK.metrics) - set(METRICS) | {"facts_replayed", "miniature"}
+    kinds -= {"caption", "count", "existence", "position"}  # public names
     for file in (Path(mono_internvl.__file__).parent / room).rglob("*.py"):
         texts = {
             n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mono_internvl.errors import ConfigError
-from mono_internvl.evaluation.metrics import intersection_over_union
+from mono_internvl.evaluation.metrics.metric import intersection_over_union
 from mono_internvl.miniature import QUICK, WorldFiles, WorldSize, write_world
 from mono_internvl.miniature.asking import (
     BalancedAsker,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mono_internvl.errors import ConfigError, SampleError
-from mono_internvl.evaluation.metrics import Metric
+from mono_internvl.evaluation.metrics.metric import Metric
 from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.evaluation.questions import Question, read_records
 from mono_internvl.processing.prompts import Turn

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from mono_internvl.evaluation.benchmark import Benchmark, Mean
-from mono_internvl.evaluation.metrics import EXACT, GROUNDING, READING, Metric, normalise
+from mono_internvl.evaluation.metrics.metric import EXACT, GROUNDING, READING, Metric, normalise
 from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.miniature.asking import QUESTION_KINDS
 from mono_internvl.runs.predictions import Prediction

@@ -5,7 +5,7 @@ without one, the kind is the name of the metric.
 """
 
 from mono_internvl.evaluation.benchmark import Benchmark
-from mono_internvl.evaluation.metrics import METRICS
+from mono_internvl.evaluation.metrics.metric import METRICS
 from mono_internvl.evaluation.protocol import Protocol
 
 RECORDS = Benchmark(name="records", metrics=METRICS, protocols={"default": Protocol()})

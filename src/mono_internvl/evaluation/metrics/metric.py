@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rapidfuzz.distance import Levenshtein
+
 from mono_internvl.processing.prompts import parse_boxes
 from mono_internvl.runs.predictions import Prediction
 
@@ -51,18 +53,6 @@ def exact_match(prediction: str, answer: str) -> float:
     return float(normalise(prediction) == normalise(answer))
 
 
-def edit_distance(first: str, second: str) -> int:
-    """Return the least number of characters to insert, delete or replace (Levenshtein)."""
-    previous = list(range(len(second) + 1))
-    for row, left in enumerate(first, start=1):
-        current = [row]
-        for column, right in enumerate(second, start=1):
-            substituted = previous[column - 1] + (left != right)
-            current.append(min(previous[column] + 1, current[column - 1] + 1, substituted))
-        previous = current
-    return previous[-1]
-
-
 def reading_score(prediction: str, answer: str) -> float:
     """Return 1 - character error rate, not below 0.
 
@@ -76,7 +66,8 @@ def reading_score(prediction: str, answer: str) -> float:
     truth = answer.strip().lower()
     if not truth:
         return float(not prediction.strip())
-    return max(0.0, 1 - edit_distance(prediction.strip().lower(), truth) / len(truth))
+    edits = Levenshtein.distance(prediction.strip().lower(), truth)
+    return max(0.0, 1 - edits / len(truth))
 
 
 def intersection_over_union(first: Sequence[float], second: Sequence[float]) -> float:
