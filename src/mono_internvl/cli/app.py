@@ -25,6 +25,7 @@ from mono_internvl.cli.options import (
     Threads,
     WorldSeed,
 )
+from mono_internvl.cli.serve import serve
 from mono_internvl.door import pass_through
 from mono_internvl.serving.terminal import Picture, answer, converse, print_json, quieten
 
@@ -42,6 +43,7 @@ app = typer.Typer(
 
 app.add_typer(data_verbs, name="data")
 app.add_typer(lab, name="lab")
+app.command()(serve)
 
 
 def main() -> None:

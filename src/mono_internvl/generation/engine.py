@@ -27,7 +27,7 @@ from mono_internvl.generation.prefix import (
     signature_of,
 )
 from mono_internvl.generation.reading import ATTENTIONS, MOST_PADDING, Prompt, Reader, Row
-from mono_internvl.generation.request import Generation, Request, Result
+from mono_internvl.generation.request import Generation, Request, Result, Scored
 from mono_internvl.generation.sampling import choose_tokens
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
@@ -292,7 +292,7 @@ class Engine:
             return  # the latter is kept as a whole when it ends
         shared = [
             _num_shared(one, entry)
-            for one in islice(self._waiting, self.max_rows)
+            for one in list(islice(self._waiting, self.max_rows))  # others may submit meanwhile
             if self._is_worth_waiting(one, entry)
         ]
         self._keep(row, entry, entry.signature[: max([end_of_images(entry.signature), *shared])])
@@ -327,11 +327,7 @@ class Engine:
         ]
         random_states = [generation.generator for generation in generations]
         tokens = choose_tokens(logits, samplings, contexts, random_states)
-        logprobs: dict[int, float] = {}
-        if asked := [n for n, one in enumerate(generations) if one.request.has_logprobs]:
-            picked = torch.tensor([tokens[n] for n in asked], device=logits.device)[:, None]
-            found = logits[asked].log_softmax(-1).gather(1, picked)
-            logprobs = dict(zip(asked, found.squeeze(1).tolist(), strict=True))
+        scores = _scores(generations, tokens, logits)
         errors: list[BaseException] = []
         is_finite = _finite_rows(logits)
         for number, (generation, token) in enumerate(zip(generations, tokens, strict=True)):
@@ -342,7 +338,7 @@ class Engine:
                     entries[number].is_sound = False
                     self.cache.blank(self._rows.index(entries[number]))
                     check_finite(logits[number : number + 1])
-                generation.take(token, logprobs.get(number))
+                generation.take(token, *scores.get(number, ()))
             except BaseException as error:
                 generation.cancel()
                 errors.append(error)
@@ -373,6 +369,24 @@ def _num_shared(entry: _Entry, other: _Entry) -> int:
     if entry.signature is None or other.signature is None:
         return 0
     return num_shared(entry.signature, other.signature)
+
+
+def _scores(
+    generations: Sequence[Generation], tokens: Sequence[int], logits: Tensor
+) -> dict[int, tuple[float, Scored]]:
+    """Where they are wanted, the logarithm of a token's probability, and the likeliest tokens."""
+    asked = [n for n, one in enumerate(generations) if one.request.has_logprobs]
+    if not asked:
+        return {}
+    found = logits[asked].log_softmax(-1)
+    picked = torch.tensor([tokens[n] for n in asked], device=logits.device)[:, None]
+    chosen = found.gather(1, picked).squeeze(1).tolist()
+    counts = [min(generations[n].request.num_alternatives, found.shape[1]) for n in asked]
+    values, places = (x.tolist() for x in found.topk(max(counts), -1))
+    return {
+        n: (logprob, tuple(zip(ids[:count], some[:count], strict=True)))
+        for n, logprob, ids, some, count in zip(asked, chosen, places, values, counts, strict=True)
+    }
 
 
 def _finite_rows(logits: torch.Tensor) -> list[bool]:

@@ -18,6 +18,8 @@ from mono_internvl.generation.sampling import GREEDY, LARGEST_SEED, Sampling
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Scored = tuple[tuple[int, float], ...]
+"""Tokens, each with the logarithm of its probability."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,7 @@ class Request:
             whitespace and an unfinished character at its end.
         on_text: Gets the text piece by piece, as far as later tokens cannot change it.
         has_logprobs: Whether the logarithms of the chosen tokens' probabilities are wanted.
+        num_alternatives: With them, how many of the likeliest tokens in the place of each.
         visual_token_mask: (T,) bool, where the visual tokens go; wherever `<IMG_CONTEXT>` stands
             unless given. A prompt that repeats a *generated* one says so.
         is_continued: Whether a later prompt will go on from this one and its answer: their keys and
@@ -52,6 +55,7 @@ class Request:
     decode: Callable[[list[int]], str] | None = None
     on_text: Callable[[str], object] | None = None
     has_logprobs: bool = False
+    num_alternatives: int = 0
     visual_token_mask: Tensor | None = None
     is_continued: bool = False
 
@@ -61,6 +65,11 @@ class Request:
         if self.decode is None and (self.stop_strings or self.on_text is not None):
             name = "stop_strings" if self.stop_strings else "on_text"
             raise ConfigError(f"{name} without decode: the engine knows ids only; pass decode, too")
+        if self.num_alternatives < 0 or (self.num_alternatives and not self.has_logprobs):
+            raise ConfigError(
+                f"num_alternatives={self.num_alternatives}, has_logprobs={self.has_logprobs}; "
+                "expected 0 or more, and has_logprobs=True for more than 0"
+            )
         if "" in self.stop_strings:
             raise ConfigError("stop_strings: one is empty, and would end every answer; drop it")
 
@@ -93,6 +102,7 @@ class Result:
         logprobs: One per id if they were wanted, of the model's own distribution.
         num_prompt: Tokens of the prompt.
         num_cached: How many of them were not read again.
+        alternatives: As `logprobs`, the likeliest tokens in the place of each id, likeliest first.
     """
 
     ids: tuple[int, ...]
@@ -101,6 +111,7 @@ class Result:
     logprobs: tuple[float, ...] | None
     num_prompt: int
     num_cached: int
+    alternatives: tuple[Scored, ...] | None = None
 
 
 class Generation:
@@ -122,6 +133,7 @@ class Generation:
         seed = request.sampling.seed
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
         self._logprobs: list[float] = []
+        self._alternatives: list[Scored] = []
         self._text = None
         if request.decode is not None:
             self._text = TextStream(request.decode, request.stop_strings)
@@ -129,6 +141,13 @@ class Generation:
     def cancel(self) -> None:
         """End it as it is; from any thread. One that has ended is left as it is."""
         self.finish_reason = self.finish_reason or "cancelled"
+
+    def scored(self, begin: int) -> list[tuple[int, float, Scored]]:
+        """From place `begin` on, each id with its logarithm and the likeliest tokens there."""
+        kept = zip(
+            self.ids[begin:], self._logprobs[begin:], self._alternatives[begin:], strict=True
+        )
+        return list(kept)
 
     @property
     def result(self) -> Result:
@@ -146,9 +165,10 @@ class Generation:
             tuple(self._logprobs) if self.request.has_logprobs else None,
             len(self.request.input_ids),
             self.num_cached,
+            tuple(self._alternatives) if self.request.has_logprobs else None,
         )
 
-    def take(self, token: int, logprob: float | None = None) -> None:
+    def take(self, token: int, logprob: float | None = None, alternatives: Scored = ()) -> None:
         """Add the next token; ends the answer where it is to end, and hands out its text."""
         request = self.request
         if token in request.stop_ids:
@@ -157,6 +177,7 @@ class Generation:
         self.ids.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
+            self._alternatives.append(alternatives)
         if self._text is not None and (request.stop_strings or request.on_text is not None):
             self._say(self._text.push(self.ids))
             if self._text.is_stopped:

@@ -1,0 +1,1 @@
+"""A server of chat completions over HTTP: one model, one engine, the OpenAI API."""
