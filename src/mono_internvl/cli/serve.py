@@ -50,7 +50,13 @@ def serve(
 
     try:
         from mono_internvl.serving.http.limits import Limits
-        from mono_internvl.serving.http.run import LOOPBACK, bind, make_service, read_key, run
+        from mono_internvl.serving.http.run import (
+            LOOPBACK,
+            bind,
+            make_server,
+            make_service,
+            read_key,
+        )
     except ModuleNotFoundError as error:
         raise MissingDependency(
             f"serve needs the package {error.name!r}, which is not installed; "
@@ -96,4 +102,4 @@ def serve(
     if key is None and where not in (LOOPBACK, "[::1]"):
         typer.echo(f"anybody who reaches {where} may ask; set {KEY_VARIABLE}", err=True)
     ready = f"serving {service.name!r} at http://{where}:{address[1]}/v1"
-    run(service, listener, lambda: typer.echo(ready, err=True))
+    make_server(service, lambda: typer.echo(ready, err=True)).run(sockets=[listener])

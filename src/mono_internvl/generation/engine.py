@@ -277,14 +277,15 @@ class Engine:
         length, tensors = self.prefixes.find(entry.signature)
         found: tuple[int, Sequence[Tensor]] = length, tensors
         for row, other in enumerate(self._rows):
-            if (shared := _num_shared(entry, other)) > found[0]:
+            if (shared := _num_shared(entry, other, beyond=found[0])) > found[0]:
                 found = shared, self.cache.row(row)
         return found
 
     def _is_worth_waiting(self, entry: _Entry, other: _Entry) -> bool:
         """Whether another prompt spares a request much of what it still has to read."""
         rest = len(entry.prompt) - entry.length
-        return _num_shared(entry, other) - entry.length >= min(rest / 2, MOST_PADDING)
+        shared = _num_shared(entry, other, beyond=entry.length)
+        return shared - entry.length >= min(rest / 2, MOST_PADDING)
 
     def _keep_prompt(self, row: int, entry: _Entry) -> None:
         """Keep a prompt up to its last image, and what those who wait will read of it."""
@@ -365,10 +366,10 @@ class Engine:
             self.cache.release()
 
 
-def _num_shared(entry: _Entry, other: _Entry) -> int:
+def _num_shared(entry: _Entry, other: _Entry, *, beyond: int = 0) -> int:
     if entry.signature is None or other.signature is None:
         return 0
-    return num_shared(entry.signature, other.signature)
+    return num_shared(entry.signature, other.signature, beyond=beyond)
 
 
 def _scores(

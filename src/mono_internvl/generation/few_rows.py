@@ -20,6 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 LEAST_ROWS, MOST_ROWS = 4, 32
 """Where it was measured faster; up to 3 rows the usual order is, from 64 on both are alike."""
+LEAST_WIDTH = 512
+"""Of a model: at 192 looking at every call of torch costs more than the order saves, at 1,024 the
+order saves a multiple of it."""
 
 
 class FewRows(TorchFunctionMode):
@@ -42,7 +45,8 @@ def few_rows(x: Tensor) -> AbstractContextManager[object]:
 
     It looks at every call of torch, which costs a single row some percent of its time.
     """
-    return FewRows() if _are_few(x.flatten(0, 1)) else nullcontext()
+    is_of_use = x.shape[-1] >= LEAST_WIDTH and _are_few(x.flatten(0, 1))
+    return FewRows() if is_of_use else nullcontext()
 
 
 def _is_faster(x: Tensor, weight: Tensor) -> bool:

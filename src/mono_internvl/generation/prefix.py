@@ -45,12 +45,14 @@ class PrefixCache:
             Its tokens, and tensors of at least as many, which count as asked for; 0 and none where
             nothing is shared.
         """
-        lengths = [num_shared(signature, kept) for kept, _ in self._kept]
-        if not any(lengths):
+        length, longest = 0, None
+        for number, (kept, _) in enumerate(self._kept):
+            if (shared := num_shared(signature, kept, beyond=length)) > length:
+                length, longest = shared, number
+        if longest is None:
             return 0, []
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
         self._kept.append(self._kept.pop(longest))
-        return lengths[longest], self._kept[-1][1]
+        return length, self._kept[-1][1]
 
     def keep(self, signature: Tensor, num_bytes: int, copy: Callable[[], list[Tensor]]) -> None:
         """Keep a beginning, unless it is too large or part of one that is kept.
@@ -93,14 +95,17 @@ def signature_of(
     return signature
 
 
-def num_shared(prompt: Tensor, other: Tensor) -> int:
+def num_shared(prompt: Tensor, other: Tensor, *, beyond: int = 0) -> int:
     """Leading tokens that a prompt has in common with another; at least one of its own is left.
 
     Args:
         prompt: (T,) signature.
         other: Signature of any length.
+        beyond: No more than so many count as none: most prompts are told apart by one comparison.
     """
     most = min(len(prompt) - 1, len(other))
+    if most <= beyond or not torch.equal(prompt[: beyond + 1], other[: beyond + 1]):
+        return 0
     differs = (prompt[:most] != other[:most]).nonzero()
     shared = int(differs[0]) if len(differs) else most
     if divides_image(prompt, shared) or divides_image(other, shared):

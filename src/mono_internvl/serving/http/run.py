@@ -105,12 +105,13 @@ def read_key(file: Path | None, from_environment: str | None) -> str | None:
     return key
 
 
-def run(service: Service, listener: socket.socket, on_ready: Callable[[], object]) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers under way are finished first, for `drain_s` at most.
+def make_server(service: Service, on_ready: Callable[[], object]) -> uvicorn.Server:
+    """A server whose `run(sockets=[...])` serves until SIGTERM or Ctrl-C.
+
+    Answers under way are finished first, for `drain_s` at most.
 
     Args:
         service: What is served.
-        listener: Of `bind`.
         on_ready: Called when requests are answered.
     """
     limits = service.limits
@@ -127,7 +128,7 @@ def run(service: Service, listener: socket.socket, on_ready: Callable[[], object
         limit_concurrency=limits.connections,
         timeout_graceful_shutdown=limits.drain_s,
     )
-    _Server(config, on_ready).run(sockets=[listener])
+    return _Server(config, on_ready)
 
 
 class _Server(uvicorn.Server):
