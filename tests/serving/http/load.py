@@ -76,7 +76,7 @@ class Clients:
 
 
 def main() -> int:
-    run, seconds = Path(os.environ["RUN"]), float(os.environ.get("SECONDS", "300"))
+    run, seconds = Path(os.environ["RUN"]), float(os.environ.get("LOAD_SECONDS", "300"))
     server = Process(str(run / "model"), "--precision", "fp32")
     requests = questions_of(run)
     expected = [text_of(server, request) for request in requests]
@@ -94,7 +94,7 @@ def main() -> int:
         print(f"{slow:.1f} alone, {fast:.1f} together, {cpu[-1]:.2f} by CPU", file=sys.stderr)
     code = server.stop()
     wrong = alone.wrong + together.wrong
-    command = f"make serve-load RUN=runs/quickstart SECONDS={seconds:g}"
+    command = f"make serve-load RUN=runs/quickstart LOAD_SECONDS={seconds:g}"
     for what, value, unit in (
         (f"{CLIENTS} clients: answers", together.answers, ""),
         (f"{CLIENTS} clients: answers that differ from those given one by one", wrong, ""),

@@ -82,11 +82,11 @@ class Served(Address):
             api_key=api_key,
         )
         self.engine = self.service.thread.engine
-        self._listener = bind(self.host, 0)
-        self.port = self._listener.getsockname()[1]
+        self.listener = bind(self.host, 0)
+        self.port = self.listener.getsockname()[1]
         self._ready = threading.Event()
         self.server = make_server(self.service, self._ready.set)
-        self._thread = threading.Thread(target=self.server.run, args=([self._listener],))
+        self._thread = threading.Thread(target=self.server.run, args=([self.listener],))
 
     def __enter__(self) -> Served:
         self._thread.start()
@@ -102,7 +102,7 @@ class Served(Address):
         self.stop()
         self._thread.join(60)
         assert not self._thread.is_alive()
-        self._listener.close()
+        self.listener.close()
 
     def stop(self) -> None:
         """What SIGTERM does."""

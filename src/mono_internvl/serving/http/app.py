@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.serving.http.answers import DONE, AnswerForm, event
 from mono_internvl.serving.http.encoding import Asked, RequestEncoder
-from mono_internvl.serving.http.engine_thread import Ended, EngineThread, Event, Ticket
+from mono_internvl.serving.http.engine_thread import Ended, EngineThread, Event, Piece, Ticket
 from mono_internvl.serving.http.errors import ApiError, api_error, json_response
 from mono_internvl.serving.http.limits import Admission, Held, Limits
 from mono_internvl.serving.http.metrics import Metrics
@@ -164,13 +164,14 @@ class ChatCompletions:
         began = time.perf_counter()
         limits = self._service.limits
         with self._service.admission.enter() as held:
-            async with asyncio.timeout(limits.answer_s):
-                body = await read_body(request, limits, held)
-                asked = parse_request(body, self._service.encoder.most_text)
-                del body
-                _check_model(self._service, asked.model)
-                held.add_answers(asked.n - 1)
-                await unless_gone(receive, self._answer(asked, held, began, scope, receive, send))
+            body = await read_body(request, limits, held)
+            asked = parse_request(body, self._service.encoder.most_text)
+            del body
+            _check_model(self._service, asked.model)
+            if asked.n > limits.answers:
+                raise ApiError(400, f"n: {asked.n}; expected at most {limits.answers}", "n")
+            held.add_answers(asked.n - 1)
+            await unless_gone(receive, self._answer(asked, held, began, scope, receive, send))
 
     async def _answer(
         self,
@@ -185,9 +186,9 @@ class ChatCompletions:
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(service.pool, service.encoder, asked)
         held.set_bytes(prepared.num_bytes)
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        events = Events(limit_s=service.limits.answer_s)
         tickets = [
-            Ticket(request, number, events, is_streamed=asked.stream)
+            Ticket(request, number, events.queue, is_streamed=asked.stream)
             for number, request in enumerate(prepared.requests)
         ]
         form = AnswerForm(
@@ -217,7 +218,7 @@ class ChatCompletions:
         asked: ChatRequest,
         prepared: Asked,
         form: AnswerForm,
-        events: asyncio.Queue[Event],
+        events: Events,
         began: float,
         send: Send,
     ) -> dict[int, Ended]:
@@ -231,9 +232,7 @@ class ChatCompletions:
 
         try:
             while len(ended) < len(prepared.requests):
-                number, what = await events.get()
-                if isinstance(what, Exception):
-                    raise what
+                number, what = await events.next()
                 if not is_begun:
                     self._service.metrics.first_token.observe(time.perf_counter() - began)
                     await send(_STREAM_START)
@@ -256,6 +255,31 @@ class ChatCompletions:
             await say(form.last_chunk(one.result for one in ended.values()))
         await say(DONE, more=False)
         return ended
+
+
+class Events:
+    """What comes of the answers to a request, for a limited time.
+
+    Args:
+        limit_s: From now on.
+    """
+
+    def __init__(self, *, limit_s: float) -> None:
+        self.queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._end = asyncio.get_running_loop().time() + limit_s
+
+    async def next(self) -> tuple[int, Piece | Ended]:
+        """Number of an answer, and what comes of it.
+
+        Raises:
+            TimeoutError: The time is over.
+            Exception: What ended an answer.
+        """
+        async with asyncio.timeout_at(self._end):
+            number, what = await self.queue.get()
+        if isinstance(what, Exception):
+            raise what
+        return number, what
 
 
 _STREAM_START: Message = {
@@ -323,12 +347,10 @@ async def unless_gone(receive: Receive, answering: Coroutine[Any, Any, None]) ->
         await asyncio.gather(answer, left, return_exceptions=True)
 
 
-async def _all_ended(events: asyncio.Queue[Event], count: int) -> dict[int, Ended]:
+async def _all_ended(events: Events, count: int) -> dict[int, Ended]:
     ended: dict[int, Ended] = {}
     while len(ended) < count:
-        number, what = await events.get()
-        if isinstance(what, Exception):
-            raise what
+        number, what = await events.next()
         if isinstance(what, Ended):
             ended[number] = what
     return ended

@@ -75,8 +75,6 @@ class RequestEncoder:
             ApiError: 400, with the field.
             MonoInternVLError: Messages and images do not make a prompt.
         """
-        if asked.n > self._limits.answers:
-            raise ApiError(400, f"n: {asked.n}; expected at most {self._limits.answers}", "n")
         if asked.messages[-1].role != "user":
             last = f"messages[{len(asked.messages) - 1}]"
             raise ApiError(400, f"{last}: the last message must be the user's", f"{last}.role")

@@ -163,12 +163,10 @@ class EngineThread:
     def _fail(self, error: Exception) -> None:
         """End the answers that an error of a step belongs to: those it cancelled, or else all."""
         logger.error("a step of the engine failed", exc_info=error)
-        failed = [
-            (generation, ticket)
-            for generation, ticket in self._tickets.items()
-            if generation.finish_reason == "cancelled" and not ticket.is_cancelled
-        ]
-        for generation, ticket in failed or list(self._tickets.items()):
-            generation.cancel()
-            del self._tickets[generation]
+        waiting = {g: ticket for g, ticket in self._tickets.items() if not ticket.is_cancelled}
+        if not waiting:  # the engine cannot even let go of what was cancelled
+            self._tickets.clear()
+        failed = [ticket for g, ticket in waiting.items() if g.finish_reason == "cancelled"]
+        for ticket in failed or waiting.values():
+            ticket.cancel()  # the next step lets go of it
             ticket.fail(error)

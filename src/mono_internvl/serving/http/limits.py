@@ -34,7 +34,7 @@ class Limits:
         connections: Open at a time.
         upload_s: For a request to arrive whole, headers and body each.
         send_s: For a client to take what it is sent.
-        answer_s: From a request's arrival to the end of its answer.
+        answer_s: From the moment a request was read to the end of its answers.
         drain_s: For answers under way when the server is told to stop.
     """
 

@@ -77,6 +77,9 @@ class PatientProtocol(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Say what is wrong where nothing was said yet, and hang up."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # the application is past being heard
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json_bytes(error.body())
             headers = [
