@@ -76,7 +76,7 @@ def test_images_have_bounds_together(session: ChatSession) -> None:
     with Served(session, image_pixels=2 * 60 * 60, images=3) as served:
         assert served.ask(chat(user("look", uri, uri)))[0] == 200
         status, _, body = served.ask(chat(user("look", uri, uri, uri)))
-        assert status == 400 and "at most 0 are decoded" in body["error"]["message"]
+        assert status == 400 and "may have 0 beside" in body["error"]["message"]
         small = data_uri(picture(0, side=10))
         status, _, body = served.ask(chat(user("look", small, small, small, small)))
         assert status == 400 and "more than 3 images" in body["error"]["message"]

@@ -16,7 +16,7 @@ from PIL import Image
 from mono_internvl.errors import ImageError
 from mono_internvl.generation.request import Request
 from mono_internvl.generation.sampling import Sampling
-from mono_internvl.processing.image_files import load_image
+from mono_internvl.processing.image_files import image_size, load_image
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.processing.prompts import GROUNDING_TOKENS
 from mono_internvl.serving.http.errors import ApiError
@@ -162,10 +162,17 @@ class RequestEncoder:
 def _decoded(url: str, param: str, most_pixels: int) -> Image.Image:
     """The image of a data URI or of base64."""
     try:
-        if url[:5].lower() == "data:":
-            return load_image(url, max_pixels=most_pixels)
-        if ":" in url[:16]:
-            raise ImageError("nothing is fetched; send the image as a data URI")
-        return load_image(base64.b64decode(url, validate=True), max_pixels=most_pixels)
+        source: str | bytes = url
+        if url[:5].lower() != "data:":
+            if ":" in url[:16]:
+                raise ImageError("nothing is fetched; send the image as a data URI")
+            source = base64.b64decode(url, validate=True)
+        width, height = image_size(source)
+        if width * height > most_pixels:
+            raise ImageError(
+                f"{width}x{height} = {width * height} pixels, but the images of a request may have "
+                f"{most_pixels} beside those before it; scale it down first"
+            )
+        return load_image(source)
     except (ImageError, binascii.Error, ValueError) as error:
         raise ApiError(400, f"{param}: {error}", param, "invalid_image") from error
