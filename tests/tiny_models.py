@@ -72,3 +72,9 @@ def tile_pixels(tiles: int = 1, seed: int = 0) -> Tensor:
     """(tiles, 3, S, S) pixels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tiles, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def tile_after_tile(is_visual: Tensor, per_tile: int = TOKENS_PER_TILE) -> Tensor:
+    """(visual tokens, 2) tile and feature of it, of visual tokens that stand tile after tile."""
+    order = torch.arange(int(is_visual.sum()))
+    return torch.stack((order // per_tile, order % per_tile), dim=1)

@@ -1,13 +1,14 @@
 """Memory and time of the 2B model on machines at hand: computed, not measured.
 
-Operations and bytes are counted from the configuration (`model.accounting`,
-`model.training_costs`); the rate and the bandwidth of a machine are assumed, and shown. A product
+Operations and bytes are counted from the configuration (`costs.inference`,
+`costs.training`); the rate and the bandwidth of a machine are assumed, and shown. A product
 is taken to run at the rate, a generated token to wait for the weights that it reads.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mono_internvl.checkpoints.presets import mono_internvl_2b
 from mono_internvl.costs.inference import parameter_table, prompt_costs, skeleton
 from mono_internvl.costs.info import trainable_parameters
 from mono_internvl.costs.training import SampleShape, step_flops
+from mono_internvl.processing.tiling import InternVLTiling
 from mono_internvl.recipes import PUBLISHED
 from mono_internvl.reports.markdown import table
 from mono_internvl.training.recipe import Stage
@@ -120,7 +122,10 @@ def training_block(_: Path) -> str:
 def sample_flops(stage: Stage) -> int:
     """Operations of one sample of a stage on 2B, forward and backward, as long as it may be."""
     config = mono_internvl_2b()
-    visual = (stage.max_tiles + 1) * config.num_image_tokens_per_tile
+    side = config.force_image_size
+    tiling = InternVLTiling(side, max_tiles=stage.max_tiles, use_thumbnail=config.use_thumbnail)
+    tokens_per_side = math.isqrt(config.num_image_tokens_per_tile)
+    visual = tiling.layout(stage.max_tiles * side, side, tokens_per_side).num_visual_tokens
     text = stage.max_tokens - visual
     model = skeleton(config)
     groups = apply_rules(model, config, stage)

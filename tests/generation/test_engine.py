@@ -326,6 +326,14 @@ def test_engine_refuses_what_never_fits() -> None:
         ({"input_ids": [1, VOCAB]}, f"ids 1 to {VOCAB}"),
         ({"input_ids": [-1]}, "ids -1 to -1"),
         ({"input_ids": [[1]]}, r"shape \(1, 1\)"),
+        (
+            {
+                "input_ids": image_ids(1)[0],
+                "pixel_values": tile_pixels(1),
+                "feature_order": torch.tensor([0, 1, 2, 2]),
+            },
+            "each of 0 to 3 once",
+        ),
         ({"input_ids": [3], "visual_token_mask": torch.zeros(2, dtype=torch.bool)}, "mask.*2"),
     ],
 )

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import IMAGE_TOKEN, TOKENS_PER_TILE, image_ids, text_ids, tile_pixels, tiny_model
+from tiny_models import (
+    IMAGE_TOKEN,
+    TOKENS_PER_TILE,
+    image_ids,
+    text_ids,
+    tile_after_tile,
+    tile_pixels,
+    tiny_model,
+)
 from torch import Tensor
 
 from mono_internvl.errors import ConfigError
@@ -86,7 +94,8 @@ def test_prefix_that_is_too_large_is_read_each_time() -> None:
 def _shared(one: Request, other: Request) -> int:
     def signature(request: Request) -> Tensor:
         ids = torch.as_tensor(request.input_ids)
-        return signature_of(ids, ids == IMAGE_TOKEN, request.pixel_values, TOKENS_PER_TILE)
+        is_visual = ids == IMAGE_TOKEN
+        return signature_of(ids, is_visual, request.pixel_values, tile_after_tile(is_visual))
 
     return num_shared(signature(one), signature(other))
 
@@ -111,9 +120,9 @@ def test_num_shared_divides_no_image() -> None:
 
 def test_num_shared_tells_a_generated_image_token_from_an_image() -> None:
     ids = torch.tensor([5, IMAGE_TOKEN, 6])
-    pixels, nowhere = tile_pixels(1), torch.zeros(3, dtype=torch.bool)
-    text = signature_of(ids, nowhere, None, 1)
-    assert num_shared(text, signature_of(ids, ids == IMAGE_TOKEN, pixels, 1)) == 1
+    here, nowhere = ids == IMAGE_TOKEN, torch.zeros(3, dtype=torch.bool)
+    text = signature_of(ids, nowhere, None, tile_after_tile(nowhere))
+    assert num_shared(text, signature_of(ids, here, tile_pixels(1), tile_after_tile(here))) == 1
 
 
 def _tensors(num_bytes: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tile_after_tile
 
 from mono_internvl import ChatSession, load
 from mono_internvl.configuration.model import MonoInternVLConfig
@@ -98,7 +99,8 @@ def assert_kept_is_full_prefill(session, pixel_values, generated_contexts=()):
         )
     session.engine.step()
     per_tile = session.processor.tokens_per_tile
-    signature = signature_of(ids[0], is_visual[0], pixel_values, per_tile)
+    shown = tile_after_tile(is_visual, per_tile)
+    signature = signature_of(ids[0], is_visual[0], pixel_values, shown)
     length, kept = session.engine.prefixes.find(signature)
     assert length >= len(session.ids) - 2
     theirs = [x[0] for one in full.past_key_values.layers for x in (one.keys, one.values)]

@@ -28,6 +28,7 @@ from mono_internvl.errors import (
 )
 from mono_internvl.experts.routing import KeptRows, Routing
 from mono_internvl.processing.encoding import Sample
+from mono_internvl.processing.tiling import feature_order
 
 LossWeighting = Literal["token", "square", "sample"]
 OnBadSample = Literal["raise", "skip"]
@@ -75,6 +76,8 @@ class Batch:
         num_images: Images.
         record_ids: Of the samples, in order.
         skipped: The records left out (`on_bad_sample="skip"`).
+        feature_order: (visual tokens,) int64, which feature of the tiles stands at each; None where
+            they stand tile after tile.
         position_ids: (B, T) int64, of packed samples: they start anew with every sample, and tokens
             of one attend to those of no other. None where each row is one sample.
     """
@@ -89,11 +92,12 @@ class Batch:
     num_images: int
     record_ids: tuple[str, ...]
     skipped: tuple[Skipped, ...] = ()
+    feature_order: Tensor | None = None
     position_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; nothing waits until they are there."""
-        pixels, positions = self.pixel_values, self.position_ids
+        pixels, order, positions = self.pixel_values, self.feature_order, self.position_ids
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -102,6 +106,7 @@ class Batch:
             pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
             routing=self.routing.to(device),
             labelled=self.labelled.to(device),
+            feature_order=None if order is None else order.to(device, non_blocking=True),
             position_ids=None if positions is None else positions.to(device, non_blocking=True),
         )
 
@@ -306,6 +311,7 @@ def _batch(
         num_images=sum(len(sample.num_tiles) for sample in samples),
         record_ids=record_ids,
         skipped=skipped,
+        feature_order=feature_order([layout for sample in samples for layout in sample.layouts]),
     )
 
 

@@ -63,6 +63,7 @@ class PromptEncoder:
             encoded.get("pixel_values"),
             Sampling(max_new_tokens=self.max_new_tokens),
             stop_ids=frozenset(self.processor.stop_token_ids),
+            feature_order=encoded.get("feature_order"),
         )
 
     def _check(self, num_tokens: int, where: str) -> None:

@@ -267,8 +267,7 @@ class Engine:
     def _signature_of(self, prompt: Prompt) -> Tensor | None:
         if not self._is_shareable(len(prompt)):
             return None
-        per_tile = self.model.config.num_image_tokens_per_tile
-        return signature_of(prompt.input_ids, prompt.is_visual, prompt.pixel_values, per_tile)
+        return signature_of(prompt.input_ids, prompt.is_visual, prompt.pixel_values, prompt.shown)
 
     def _known(self, entry: _Entry) -> tuple[int, Sequence[Tensor]]:
         """Tokens of a prompt that need no reading, and keys and values to copy them from."""

@@ -1,8 +1,9 @@
 """What prompts begin with, read once: system message, images, the earlier turns of a conversation.
 
 Attention is causal, so keys and values of a beginning do not depend on what follows. Beginnings
-are compared by signature: a text token counts by its id, a visual one by the pixels of its tile.
-An image is shared whole or not at all, as its tokens may attend to each other both ways.
+are compared by signature: a text token counts by its id, a visual one by the pixels of its tile and
+its number in it. An image is shared whole or not at all, as its tokens may attend to each other
+both ways.
 
 Legend: T tokens.
 """
@@ -77,21 +78,21 @@ class PrefixCache:
 
 
 def signature_of(
-    input_ids: Tensor, is_visual: Tensor, pixel_values: Tensor | None, tokens_per_tile: int
+    input_ids: Tensor, is_visual: Tensor, pixel_values: Tensor | None, shown: Tensor
 ) -> Tensor:
-    """(T,) int64: ids of text tokens, and below 0, for visual ones, a fingerprint of their tile.
+    """(T,) int64: ids of text tokens, and below 0, for visual ones, a fingerprint of what they see.
 
     Args:
         input_ids: (T,).
         is_visual: (T,) bool.
         pixel_values: (tiles, 3, S, S), as many as the visual tokens need.
-        tokens_per_tile: Visual tokens of a tile.
+        shown: (visual tokens, 2) int64, tile and feature of it that stand at each.
     """
     if pixel_values is None:
         return input_ids
-    tiles = torch.tensor([~_fingerprint(tile) for tile in pixel_values])
+    tiles = torch.tensor([_fingerprint(tile) for tile in pixel_values])
     signature = input_ids.clone()
-    signature[is_visual] = tiles.repeat_interleave(tokens_per_tile)
+    signature[is_visual] = ~(tiles[shown[:, 0]] ^ shown[:, 1])
     return signature
 
 

@@ -50,11 +50,13 @@ class Prompt:
         input_ids: (T,) int64, on the CPU.
         is_visual: (T,) bool, on the CPU.
         pixel_values: (tiles, 3, S, S), or None without images.
+        shown: (visual tokens, 2) int64, tile and feature of it that stand at each.
     """
 
     input_ids: Tensor
     is_visual: Tensor
     pixel_values: Tensor | None
+    shown: Tensor
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -91,7 +93,7 @@ class Reader:
         """The prompt of a request, on the host.
 
         Raises:
-            PromptError: Tiles and places do not match, or an id is outside the vocabulary.
+            PromptError: Tiles, places and order do not match, or an id is outside the vocabulary.
         """
         ids = torch.as_tensor(request.input_ids).detach().cpu().long()
         vocabulary = self.config.text_config.vocab_size
@@ -116,7 +118,17 @@ class Reader:
                 f"the prompt has {wanted} image tokens but {tiles} tiles give {tiles * per_tile}; "
                 "expand one placeholder per image with the processor of this checkpoint"
             )
-        return Prompt(ids, is_visual, request.pixel_values if tiles else None)
+        order = torch.arange(wanted)  # tile after tile
+        if request.feature_order is not None:
+            given = request.feature_order.detach().cpu().long()
+            if not torch.equal(given.flatten().sort().values, order):
+                raise PromptError(
+                    f"feature_order of shape {tuple(given.shape)}; expected each of 0 to "
+                    f"{wanted - 1} once, one for each image token, as the processor gives it"
+                )
+            order = given.flatten()
+        shown = torch.stack((order // per_tile, order % per_tile), dim=1)
+        return Prompt(ids, is_visual, request.pixel_values if tiles else None, shown)
 
     def fit_together(self, rows: Sequence[Row]) -> bool:
         """Whether prompts may be read in one pass: from the same column on, and nearly as long."""
@@ -233,20 +245,21 @@ class Reader:
 
     def _features(self, rows: Sequence[Row]) -> Tensor:
         """(visual tokens, D) of the images that are still to be read."""
-        per_tile = self.config.num_image_tokens_per_tile
-        pixels, read = [], []
+        pixels, shown, count = [], [], 0
         for row in rows:
-            if row.prompt.pixel_values is not None:
-                # Where separators stand within an image, a tile may have been read in part.
-                tile, tokens = divmod(int(row.prompt.is_visual[: row.length].sum()), per_tile)
-                pixels.append(row.prompt.pixel_values[tile:])
-                read.append(tokens)
-        if not any(len(tiles) for tiles in pixels):
+            rest = row.prompt.shown[int(row.prompt.is_visual[: row.length].sum()) :]
+            if row.prompt.pixel_values is not None and len(rest):
+                # Where other tokens stand within an image, a tile may have been read in part.
+                first = int(rest[:, 0].min())
+                pixels.append(row.prompt.pixel_values[first:])
+                shown.append(rest + torch.tensor([count - first, 0]))
+                count += len(pixels[-1])
+        if not pixels:
             weight = self.model.get_input_embeddings().weight
             return weight.new_empty(0, weight.shape[1])  # type: ignore[no-any-return]
-        found = self.model.get_image_features(torch.cat(pixels).to(self.device)).flatten(0, 1)
-        parts = found.split([len(tiles) * per_tile for tiles in pixels])
-        return torch.cat([part[tokens:] for part, tokens in zip(parts, read, strict=True)])
+        tiles, features = torch.cat(shown).to(self.device).unbind(1)
+        found = self.model.get_image_features(torch.cat(pixels).to(self.device))
+        return found[tiles, features]
 
     def _chunk_ends(self, is_visual: Tensor, start: int) -> list[int]:
         """In one piece where a chunk would be given other rotary angles than the whole."""

@@ -39,6 +39,8 @@ class Request:
         num_alternatives: With them, how many of the likeliest tokens in the place of each.
         visual_token_mask: (T,) bool, where the visual tokens go; wherever `<IMG_CONTEXT>` stands
             unless given. A prompt that repeats a *generated* one says so.
+        feature_order: (visual tokens,) int64, which feature of the tiles stands at each; tile after
+            tile unless given.
         is_continued: Whether a later prompt will go on from this one and its answer: their keys and
             values are kept.
 
@@ -57,6 +59,7 @@ class Request:
     has_logprobs: bool = False
     num_alternatives: int = 0
     visual_token_mask: Tensor | None = None
+    feature_order: Tensor | None = None
     is_continued: bool = False
 
     def __post_init__(self) -> None:

@@ -91,12 +91,25 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         x = x.unflatten(1, (side, side))
         return self.projector(pixel_shuffle(x, self.config.ps_version))
 
+    def ordered_features(self, pixel_values: Tensor, order: Tensor | None) -> Tensor:
+        """Visual tokens of tiles as they stand in the prompt.
+
+        Args:
+            pixel_values: (tiles, 3, S, S).
+            order: (rows,) int64, which feature stands at each place; tile after tile if None.
+
+        Returns:
+            (rows, D).
+        """
+        x = self.get_image_features(pixel_values).flatten(0, 1)  # (rows, D)
+        return x if order is None else x.index_select(0, order)
+
     def place_features(self, input_ids: Tensor, image_features: Tensor, routing: Routing) -> Tensor:
         """Embed the tokens and put the image features into the visual rows.
 
         Args:
             input_ids: (B, T).
-            image_features: (rows, D), in flattened batch order, tile after tile.
+            image_features: (rows, D), in flattened batch order.
             routing: Which rows are visual. It is known to the host: nothing waits for the device.
 
         Returns:
@@ -126,11 +139,12 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
         visual_token_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         routing: Routing | None = None,
+        feature_order: Tensor | None = None,
         **kwargs: Any,
     ) -> MonoInternVLOutput:
         """Pixels and words to hidden states; see `MonoInternVLForConditionalGeneration.forward`."""
         if pixel_values is not None:
-            image_features = self.get_image_features(pixel_values).flatten(0, 1)  # (rows, D)
+            image_features = self.ordered_features(pixel_values, feature_order)  # (rows, D)
         if image_features is not None and input_ids is None:
             raise PromptError("images need input_ids: they say where the features go")
         if routing is None and image_features is not None and visual_token_mask is None:
@@ -214,8 +228,10 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             visual_token_mask: (B, T) bool, where features go; the context tokens unless given.
             logits_to_keep: 0 all rows, n the last n, a tensor those rows, None no logits at all.
             labelled: The rows of `labels`; looked for on the device unless given.
-            **kwargs: As the decoder's; and `routing`, of the mask of visual tokens. With it and
-                `labelled`, made on the host as a `Batch` has them, nothing waits for the device.
+            **kwargs: As the decoder's; `routing`, of the mask of visual tokens: with it and
+                `labelled`, made on the host as a `Batch` has them, nothing waits for the device;
+                and `feature_order`, (rows,) int64, which feature of `pixel_values` stands at each
+                visual row, where they do not stand tile after tile.
         """
         with_label = None  # (R,) rows
         if labels is not None:
@@ -304,6 +320,10 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         Raises:
             PromptError: What the cache has not seen has places for images, but there are no images.
         """
+        order = kwargs.pop("feature_order", None)
+        if order is not None and (pixels := kwargs.pop("pixel_values", None)) is not None:
+            with torch.no_grad():  # here, so that rows are repeated with features in their order
+                kwargs["image_features"] = self.model.ordered_features(pixels, order)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None and kwargs.get("visual_token_mask") is None:
             if any(kwargs.get(name) is not None for name in (*_IMAGE_INPUTS, "inputs_embeds")):

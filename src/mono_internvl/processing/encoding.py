@@ -80,7 +80,7 @@ def encode_pieces(
     encoder = _Encoder(tokenizer, continues)
     if add_bos and tokenizer.bos_token_id is not None:
         encoder.add_bos(tokenizer.bos_token_id)
-    start, context, end = map(tokenizer.control_id, (IMAGE_START, IMAGE_CONTEXT, IMAGE_END))
+    start, end = map(tokenizer.control_id, (IMAGE_START, IMAGE_END))
     rest = iter(layouts)
     for piece in pieces:
         if piece.kind == "text":
@@ -89,8 +89,7 @@ def encode_pieces(
             encoder.add_ids([tokenizer.control_id(piece.text)], piece.is_learned)
         else:
             layout = next(rest)
-            separator = tokenizer.control_id(layout.separator) if layout.separator else None
-            encoder.add_ids([start, *layout.ids(context, separator), end], is_learned=False)
+            encoder.add_ids([start, *layout.ids(tokenizer.control_id), end], is_learned=False)
     return encoder.finish()
 
 

@@ -19,7 +19,7 @@ from mono_internvl.configuration.checks import check_choice, check_integer
 from mono_internvl.errors import ConfigError, ImageError
 from mono_internvl.processing.fast_decoding import Decoding, load_fast
 from mono_internvl.processing.image_files import load_image
-from mono_internvl.processing.tiling import TILINGS, Tiling, TokenLayout
+from mono_internvl.processing.tiling import TILINGS, Tiling, TokenLayout, feature_order
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -195,7 +195,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         Returns:
             `pixel_values`, float32 (N, 3, S, S), tiles of all images in order; `num_tiles`, for
             each image its tiles with the thumbnail: a list, or int64 if `return_tensors` is given;
-            `layouts`, for each image its `TokenLayout`.
+            `layouts`, for each image its `TokenLayout`, and what `feature_order` makes of them.
 
         Raises:
             ImageError: If an image cannot be decoded, or there is none.
@@ -233,6 +233,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         else:
             num_tiles = counts if return_tensors is None else torch.tensor(counts)
             data = {"pixel_values": torch.from_numpy(pixels), "num_tiles": num_tiles}
+        if (order := feature_order(layouts)) is not None:
+            data["feature_order"] = order.numpy() if return_tensors == "np" else order
         return BatchFeature({**data, "layouts": layouts})
 
 

@@ -41,7 +41,7 @@ from mono_internvl.processing.prompts import (
 from mono_internvl.processing.prompts import chat_template as make_chat_template
 from mono_internvl.processing.templates import JINJA_FORM, RELEASED_FORM
 from mono_internvl.processing.templates import prompt_form as make_prompt_form
-from mono_internvl.processing.tiling import TokenLayout
+from mono_internvl.processing.tiling import TokenLayout, feature_order
 from mono_internvl.processing.tokenizer import (
     HUB_OPTIONS,
     MonoInternVLTokenizer,
@@ -253,7 +253,8 @@ class MonoInternVLProcessor(HostProcessor):
             on_control: Whether control tokens in the text become plain text or an error.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 (1, T); with images `pixel_values` (N, 3, S, S).
+            `input_ids` and `attention_mask`, int64 (1, T); with images `pixel_values` (N, 3, S, S),
+            and `feature_order` where their tokens do not stand tile after tile.
 
         Raises:
             PromptError: If messages are malformed, or images and placeholders differ in number.
@@ -436,6 +437,8 @@ class MonoInternVLProcessor(HostProcessor):
         batch = pad_left(rows, self.tokenizer.pad_token_id)
         if pixel_values is not None:
             batch["pixel_values"] = pixel_values
+        if (order := feature_order(layouts)) is not None:
+            batch["feature_order"] = order
         self.check_image_tokens(batch["input_ids"], layouts)
         return BatchFeature(batch)
 

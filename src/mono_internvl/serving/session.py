@@ -79,11 +79,13 @@ class _Said:
         ids: Its tokens.
         is_visual: Which of them stand for an image; a generated `<IMG_CONTEXT>` does not.
         tiles: (tiles, 3, S, S) of every question with images.
+        feature_order: Which feature of the tiles stands at each visual token.
     """
 
     ids: tuple[int, ...] = ()
     is_visual: tuple[bool, ...] = ()
     tiles: tuple[Tensor, ...] = ()
+    feature_order: tuple[int, ...] = ()
 
 
 class ChatSession:
@@ -246,6 +248,7 @@ class ChatSession:
                 decode=self.processor.decode_answer,
                 on_text=pieces.append,
                 visual_token_mask=torch.tensor(prompt.is_visual),
+                feature_order=torch.tensor(prompt.feature_order, dtype=torch.int64),
                 is_continued=True,
             )
         )
@@ -282,10 +285,15 @@ class ChatSession:
             batch = self.processor.encode_prompt([*system, message], max_tiles=max_tiles)
         ids = batch["input_ids"][0].tolist()
         tiles = [batch["pixel_values"]] if "pixel_values" in batch else []
+        is_visual = [token == self._image_token for token in ids]
+        seen, order = len(said.feature_order), list(range(sum(is_visual)))
+        if "feature_order" in batch:
+            order = batch["feature_order"].tolist()
         return _Said(
             (*said.ids, *ids),
-            (*said.is_visual, *(token == self._image_token for token in ids)),
+            (*said.is_visual, *is_visual),
             (*said.tiles, *tiles),
+            (*said.feature_order, *(seen + number for number in order)),
         )
 
     def _close_turn(self, message: dict[str, Any], prompt: _Said, generated: list[int]) -> None:
@@ -293,7 +301,9 @@ class ChatSession:
         answer = self.processor.decode_answer(generated, keep_grounding=True)
         new = (*generated, self._turn_end)
         text = (False,) * len(new)
-        self._said = _Said((*prompt.ids, *new), (*prompt.is_visual, *text), prompt.tiles)
+        self._said = dataclasses.replace(
+            prompt, ids=(*prompt.ids, *new), is_visual=(*prompt.is_visual, *text)
+        )
         self._messages += [message, {"role": "assistant", "content": answer}]
 
     def _room_after(self, num_prompt: int) -> int:

@@ -100,6 +100,7 @@ class RequestEncoder:
             decode=self._processor.decode_answer,
             has_logprobs=asked.logprobs,
             num_alternatives=asked.top_logprobs,
+            feature_order=batch.get("feature_order"),
         )
         num_bytes = ids.nbytes + (0 if pixels is None else pixels.nbytes)
         return Asked(request.samples(asked.n), len(ids), num_bytes)

@@ -32,6 +32,7 @@ class NextToken(Objective):
         loss: Tensor = model(
             input_ids=batch.input_ids,
             pixel_values=batch.pixel_values,
+            feature_order=batch.feature_order,
             position_ids=batch.position_ids,
             routing=batch.routing,
             labelled=batch.labelled,
