@@ -29,7 +29,7 @@ def bench_images(setting: Setting, *, max_tiles: int = 6) -> list[BenchRow]:
     processor = MonoInternVLImageProcessor()
     subjects = []
     for width, height in SIDES_PX:
-        files = [_jpeg(width, height, seed) for seed in range(FILES)]
+        files = [jpeg(width, height, seed) for seed in range(FILES)]
 
         def decode(files: list[bytes] = files) -> None:
             for file in files:
@@ -53,7 +53,7 @@ def bench_images(setting: Setting, *, max_tiles: int = 6) -> list[BenchRow]:
     )
 
 
-def _jpeg(width: int, height: int, seed: int) -> bytes:
+def jpeg(width: int, height: int, seed: int) -> bytes:
     """A picture of smooth colours with some noise: neither flat nor incompressible."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 255, (12, 16, 3), dtype=np.uint8)

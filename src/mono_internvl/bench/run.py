@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from mono_internvl.bench.data import bench_data
 from mono_internvl.bench.decode import bench_decode, bench_prefix
 from mono_internvl.bench.engine import bench_engine
 from mono_internvl.bench.experts import bench_experts
@@ -47,6 +48,7 @@ COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
     "serve": bench_serve,
     "engine": bench_engine,
     "images": bench_images,
+    "data": partial(bench_data, stages=EVIP.stages),
     "targets": bench_targets,
     "experts": bench_experts,
     "gpu": partial(bench_gpu, stage=EVIP.stages[0]),

@@ -409,7 +409,7 @@ def bench(
         str,
         typer.Argument(
             help="targets, prefill, modular, decode, prefix, profile, train, serve, engine, "
-            "images, experts or gpu."
+            "images, data, experts or gpu."
         ),
     ],
     size: Annotated[str | None, typer.Option(help="tiny, middle or 2b; middle, gpu: 2b.")] = None,

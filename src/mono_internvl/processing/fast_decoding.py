@@ -8,6 +8,7 @@ Source: measured beside Pillow, `mono-internvl bench images`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +51,22 @@ class FastImage:
         x = torch.from_numpy(self.pixels).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last
         scaled = F.interpolate(x, (size[1], size[0]), mode="bicubic", antialias=True)
         return scaled[0].permute(1, 2, 0).numpy()
+
+
+def normalize_fast(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalises uint8 tiles (N, S, S, 3) by one product and one sum; equal but for rounding.
+
+    Args:
+        tiles: As a tiling cuts them.
+        mean, std: Of (R, G, B) in [0, 1].
+
+    Returns:
+        float32 (N, 3, S, S).
+    """
+    x = torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 3, 1, 2)
+    means, stds = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    out = torch.empty(x.shape, dtype=torch.float32).copy_(x)
+    return out.mul_(1 / (255 * stds)).sub_(means / stds).numpy()
 
 
 def load_fast(source: ImageSource) -> Any:

@@ -17,7 +17,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from mono_internvl.configuration.checks import check_choice, check_integer
 from mono_internvl.errors import ConfigError, ImageError
-from mono_internvl.processing.fast_decoding import Decoding, load_fast
+from mono_internvl.processing.fast_decoding import Decoding, load_fast, normalize_fast
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.tiling import TILINGS, Tiling, TokenLayout, feature_order
 
@@ -225,7 +225,11 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             image = load(source)
             tiles.append(self.tiling_with(**settings, max_tiles=limit).cut(image))
             layouts.append(self.layout_of(*image.size, **settings, max_tiles=limit))
-        pixels = self.normalize_tiles(np.concatenate(tiles) if len(tiles) > 1 else tiles[0])
+        whole = np.concatenate(tiles) if len(tiles) > 1 else tiles[0]
+        if self.decoding == "fast":
+            pixels = normalize_fast(whole, self.image_mean, self.image_std)
+        else:
+            pixels = self.normalize_tiles(whole)
         counts = [layout.num_tiles for layout in layouts]
         data: dict[str, Any]
         if return_tensors == "np":
