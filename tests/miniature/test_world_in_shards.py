@@ -1,7 +1,4 @@
-"""The world in tar shards: prepared, shown, checked and trained on, packed, in one and two processes.
-
-By the command line, as a user does it.
-"""
+"""The world in tar shards, by the command line: prepared, shown, checked, trained on packed."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.images import MonoInternVLImageProcessor
 from mono_internvl.training.recipe import Stage
 
-PACKED_TOKENS = 8192
+PACKED_TOKENS = (8192, 16_384)
+"""Of a row: the default, and where samples may fill more than half of it, twice that, too."""
 _STEPS = 8
 _SHARD_RECORDS, _LISTED, _LINES = 1000, 10_000, 2_000_000
 _DRAWN = 2000
@@ -93,19 +94,43 @@ def _packing(setting: Setting, stages: Sequence[Stage]) -> Iterator[BenchRow]:
     for stage in stages:
         drawn = lengths(stage, _STEPS * stage.batch_size)
         steps = [drawn[i : i + stage.batch_size] for i in range(0, len(drawn), stage.batch_size)]
-        began = time.process_time()
-        rows = sum(len(pack(step, PACKED_TOKENS)) for step in steps)
-        seconds = time.process_time() - began
-        notes = {
-            "samples_of_a_step": stage.batch_size,
-            "rows_of_a_step": rows / _STEPS,
-            "tokens_of_a_sample": round(sum(drawn) / len(drawn)),
-            "packed_tokens": PACKED_TOKENS,
-        }
-        filled = sum(drawn) / (rows * PACKED_TOKENS)
-        yield _row(setting, "data: packing", f"{stage.name}, slots used", filled, "ratio", notes)
-        name = f"{stage.name}, samples packed"
-        yield _row(setting, "data: packing", name, len(drawn) / seconds, "samples/s/core", notes)
+        fills_half = stage.max_tokens > PACKED_TOKENS[0] // 2
+        for capacity in PACKED_TOKENS if fills_half else PACKED_TOKENS[:1]:
+            began = time.process_time()
+            rows = sum(len(pack(step, capacity)) for step in steps)
+            seconds = time.process_time() - began
+            notes = {
+                "packed_tokens": capacity,
+                "samples_of_a_step": stage.batch_size,
+                "tokens_of_a_sample": round(sum(drawn) / len(drawn)),
+                "rows": rows,
+                "fewest_rows_possible": sum(fewest_rows(step, capacity) for step in steps),
+            }
+            name = f"{stage.name}, rows of {capacity:,}"
+            used = sum(drawn) / (rows * capacity)
+            yield _row(setting, "data: packing", f"{name}, slots used", used, "ratio", notes)
+            per_second = len(drawn) / seconds
+            yield _row(
+                setting, "data: packing", f"{name}, packed", per_second, "samples/s/core", notes
+            )
+
+
+def fewest_rows(lengths: Sequence[int], capacity: int) -> int:
+    """A number of rows that no packing can go below.
+
+    Samples longer than half of a row need rows of their own, and only what these leave can be
+    filled with shorter ones.
+
+    Source: the bound L2 of Martello and Toth for bin packing.
+    """
+    least = -(-sum(lengths) // capacity)
+    for small in {length for length in lengths if 2 * length <= capacity}:
+        alone = sum(length > capacity - small for length in lengths)
+        large = [x for x in lengths if 2 * x > capacity and x <= capacity - small]
+        rest = sum(x for x in lengths if small <= x and 2 * x <= capacity)
+        over = rest - (len(large) * capacity - sum(large))
+        least = max(least, alone + len(large) + max(0, -(-over // capacity)))
+    return least
 
 
 def _peer(setting: Setting, stage: Stage) -> Iterator[BenchRow]:
@@ -121,18 +146,18 @@ def _peer(setting: Setting, stage: Stage) -> Iterator[BenchRow]:
     packed = iter(
         FirstFitPackIterDataset(
             samples.shuffle(seed=0).repeat().to_iter_dataset(),
-            length_struct={"ids": PACKED_TOKENS},
+            length_struct={"ids": PACKED_TOKENS[0]},
             num_packing_bins=32,
         )
     )
     began, counts, used = time.process_time(), [], 0
     for _ in range(steps):
-        found = [next(packed)[0] for _ in range(packs)]
+        found = [next(packed) for _ in range(packs)]
         used += sum(int((one["ids"] != 0).sum()) for one in found)
         counts.append(sum(int(one["ids_segment_ids"].max()) for one in found))
     seconds = time.process_time() - began
     notes = {"samples_of_steps_of_equal_packs": counts, "packs_of_a_step": packs}
-    filled = used / (steps * packs * PACKED_TOKENS)
+    filled = used / (steps * packs * PACKED_TOKENS[0])
     name = f"{stage.name}, slots used, by Grain {grain.__version__}"
     yield _row(setting, "data: packing", name, filled, "ratio", notes)
     name = f"{stage.name}, samples packed, by Grain {grain.__version__}"
@@ -187,9 +212,8 @@ def as_released(processor: MonoInternVLImageProcessor, file: bytes, max_tiles: i
     ]
     if len(tiles) > 1:
         tiles.append(image.resize((side, side), Image.Resampling.BICUBIC))
-    mean, std = (
-        torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std)
-    )
+    settings = (processor.image_mean, processor.image_std)
+    mean, std = (torch.tensor(values)[:, None, None] for values in settings)
     out = []
     for tile in tiles:
         x = torch.from_numpy(np.array(tile, copy=True)).permute(2, 0, 1).contiguous()

@@ -58,9 +58,8 @@ def lengths(stage: Stage, count: int, seed: int = 0) -> list[int]:
     found: list[int] = []
     while len(found) < count:
         (kind,) = rng.choices(kinds, [kind.ratio for kind in kinds])
-        length = _TEMPLATE_TOKENS + round(
-            kind.text_tokens * rng.lognormvariate(0, kind.text_spread)
-        )
+        words = kind.text_tokens * rng.lognormvariate(0, kind.text_spread)
+        length = _TEMPLATE_TOKENS + round(words)
         if kind.side_px:
             side = kind.side_px * rng.lognormvariate(0, kind.side_spread)
             aspect = rng.lognormvariate(0, _ASPECT_SPREAD)
