@@ -19,6 +19,7 @@ from mono_internvl.runs.json_lines import read_lines
 TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "engine", "images")
 """Comparisons that have a block `bench-NAME`."""
 
+DATA_ROWS = "data.jsonl"
 _HEAD = (
     *("subject", "like for like", "p50", "p20 to p80", "n", "ratio", "GFLOP, its ratio", "GFLOP/s"),
     *("of one product's rate", "settings"),
@@ -39,6 +40,38 @@ def comparison_block(what: str) -> Callable[[Path], str]:
         return "\n".join(_table_of(rows) for rows in runs.values()) or NOTHING
 
     return block
+
+
+def data_block(results: Path) -> str:
+    """What `bench data` measured: one row of each, with its origin."""
+    rows = read_rows(results / DATA_ROWS)
+    if not rows:
+        return NOTHING
+
+    def value(row: BenchRow) -> str:
+        if row.unit == "ratio":
+            return f"{100 * row.p50:.1f} %"
+        if row.ratio is not None:
+            return f"{1 / row.ratio:.2f} x {row.baseline}" if row.ratio != 1 else "1"
+        return f"{row.p50:,.2f} {row.unit}" if row.p50 < 10 else f"{row.p50:,.0f} {row.unit}"
+
+    lines = (
+        (
+            row.what.removeprefix("data: "),
+            row.subject,
+            value(row),
+            ", ".join(f"{name.replace('_', ' ')} {said}" for name, said in row.notes.items())
+            if row.unit == "ratio"
+            else "",
+        )
+        for row in rows
+    )
+    body = table(("what", "of", "value", "with"), lines)
+    first = rows[0]
+    return (
+        f"{body}\n`{first.command}` at {first.commit}, {first.device}, {first.date}; "
+        f"{in_words(first.versions)}; all rows in `results/{DATA_ROWS}`.\n"
+    )
 
 
 def llama_block(results: Path) -> str:

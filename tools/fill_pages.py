@@ -19,6 +19,7 @@ from pathlib import Path
 from bench_pages import (
     TABLES,
     comparison_block,
+    data_block,
     experts_block,
     llama_block,
     profile_block,
@@ -291,6 +292,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     **LAB_BLOCKS,
     "quickstart-seeds": seeds_block,
     "rates": rates_block,
+    "data": data_block,
     "bench-targets": targets_block,
     "bench-experts": experts_block,
     "bench-llama": llama_block,

@@ -33,7 +33,7 @@ from mono_internvl.cli.app import app
 from mono_internvl.errors import ConfigError
 
 CPU = torch.device("cpu")
-ELSEWHERE = {"targets", "experts", "gpu"}
+ELSEWHERE = {"targets", "experts", "gpu", "data"}
 """Comparisons whose rows are of another form, with tests of their own."""
 
 ROW = replace(made_up.ROW, what="a", subject="b \u2028 \u00e9")
