@@ -225,10 +225,18 @@ def _row(
     setting: Setting, what: str, subject: str, value: float, unit: str, notes: dict[str, Any]
 ) -> BenchRow:
     """A row of one value."""
-    values = {"p20": value, "p50": value, "p80": value, "n": 1}
-    fields = fields_of(setting)
     return BenchRow(
-        what=what, subject=subject, shapes={}, layers=0, unit=unit, notes=notes, **values, **fields
+        what=what,
+        subject=subject,
+        shapes={},
+        layers=0,
+        unit=unit,
+        p20=value,
+        p50=value,
+        p80=value,
+        n=1,
+        notes=notes,
+        **fields_of(setting),
     )
 
 
