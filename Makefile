@@ -9,7 +9,7 @@ test test-slow bench: export OMP_NUM_THREADS ?= 1
 test test-slow bench: export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart bench test test-slow fuzz serve-load serve-hostile lint types clean
+.PHONY: help setup quickstart bench test test-slow fuzz serve-load serve-hostile serve-options lint types clean
 
 help:
 	@echo "make quickstart   train the miniature through all four stages, ask it, write a report"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow    also the tests that need minutes or gigabytes"
 	@echo "make fuzz         damaged files, records and requests for an hour (FUZZ_SECONDS=600: ten minutes)"
 	@echo "make serve-load RUN=DIR       sixteen clients for LOAD_SECONDS=300 on a quickstart's model, against one"
+	@echo "make serve-options RUN=DIR    what prompt look-up and int8 weights would spare there"
 	@echo "make serve-hostile MODEL=DIR  CASES=10000 malformed and hostile requests to a server"
 	@echo "make bench        speed on this machine's CPU against its targets, within 10 minutes"
 	@echo "make lint types   ruff and mypy"
@@ -45,9 +46,12 @@ test-slow: $(STAMP)
 fuzz: $(STAMP)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzing.py
 
-serve-load serve-hostile: export OMP_NUM_THREADS ?= 1
+serve-load serve-hostile serve-options: export OMP_NUM_THREADS ?= 1
 serve-load: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python tests/serving/http/load.py
+
+serve-options: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python tests/serving/http/options.py
 
 serve-hostile: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python tests/serving/http/hostile.py

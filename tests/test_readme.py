@@ -56,6 +56,7 @@ MINUTES_LLM = "takes minutes; tests/miniature/test_quickstart_llm.py walks a sma
 MINUTES_EVIP = "takes hours; tests/miniature/test_lab_evip.py walks a smaller form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
 DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
+SERVES = "needs a server; tests/serving/http/test_page.py has one"
 NOT_EXECUTED = {
     "make quickstart": MINUTES,
     "make test": "is what runs this",
@@ -90,6 +91,10 @@ NOT_EXECUTED = {
     "mono-internvl lab evip-plus-plus --processes 2": MINUTES_EVIP,
     "mono-internvl lab evip-plus-plus --seeds 1 --against runs/quickstart": MINUTES_EVIP,
     "mono-internvl lab evip-plus-plus --quick --seeds 1 --out runs/plus-quick": MINUTES_EVIP,
+    "mono-internvl serve --model runs/quickstart/model --name quickstart": SERVES,
+    "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d "
+    '\'{"model": "quickstart", "messages": [{"role": "user", '
+    '"content": "what does Mira keep?"}]}\'': SERVES,
     "python -m mono_internvl.miniature.digits runs/digits": DIGITS,
     "mono-internvl train miniature-sft --model runs/quickstart/model "
     "--data runs/digits/train.json --out runs/digits/run": DIGITS,
@@ -97,6 +102,9 @@ NOT_EXECUTED = {
     "--data runs/digits/heldout.jsonl": DIGITS,
 }
 """Command, as `shlex` writes it -> why it is only parsed."""
+
+SERVER = "127.0.0.1:8000"
+"""Python that asks a server is run by tests/serving/http/test_page.py, which has one."""
 
 QUICK_OPTIONS = {"train": ("--set", "steps=1", "--set", "batch_size=2", "--set", "warmup_steps=0")}
 """What a verb is given on top here, so that it ends at once."""
@@ -202,7 +210,7 @@ def runs(ground: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 
 
 def _execute(block: Block, run: Run, patch: pytest.MonkeyPatch) -> None:
-    if block.language == "python" and not block.path:
+    if block.language == "python" and not block.path and SERVER not in block.text:
         name = block.text.splitlines()[-1]
         run.printed[name] = _printed(name, run, lambda: exec(compile(block.text, name, "exec"), {}))
     for words in commands(block) if block.language == "bash" else ():

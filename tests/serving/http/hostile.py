@@ -69,7 +69,7 @@ def _png(width: int, height: int) -> str:
     return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + file).decode()
 
 
-_BOMBS = [_png(60_000, 60_000), _png(5_000, 5_000), _png(1, 65_536), _png(30_000, 500)]
+_BOMBS = [_png(60_000, 60_000), _png(5_000, 5_000), _png(1, 65_536), _png(33_000, 500)]
 _URLS = [
     "http://169.254.169.254/latest", "https://a.example/a.png", "file:///etc/passwd", "/etc/passwd",
     "ftp://a/b", "s3://a/b", "../../config.json", "", "data:", "data:,", "data:image/png;base64,",

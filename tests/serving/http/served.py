@@ -72,10 +72,17 @@ class Address:
 class Served(Address):
     """A server in a thread, for as long as the `with` block lasts."""
 
-    def __init__(self, session: ChatSession, *, api_key: str | None = None, **limits: int) -> None:
+    def __init__(
+        self,
+        session: ChatSession,
+        *,
+        name: str = NAME,
+        api_key: str | None = None,
+        **limits: int,
+    ) -> None:
         self.service = make_service(
             session,
-            NAME,
+            name,
             limits=Limits(**limits),
             kv_bytes=2**26,
             prefix_bytes=2**24,
