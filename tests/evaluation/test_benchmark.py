@@ -16,7 +16,7 @@ from mono_internvl.cli.app import app
 from mono_internvl.compute import make_plan
 from mono_internvl.data.records import Record
 from mono_internvl.errors import ConfigError
-from mono_internvl.evaluation.benchmark import Benchmark, Published, named
+from mono_internvl.evaluation.benchmark import Benchmark, named
 from mono_internvl.evaluation.benchmarks import BENCHMARKS
 from mono_internvl.evaluation.evaluate import evaluate
 from mono_internvl.evaluation.metrics.metric import Metric
@@ -24,6 +24,7 @@ from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.evaluation.questions import Question
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.processing.prompts import Turn
+from mono_internvl.runs.benchmark_results import PublishedScore
 
 
 def _load(folder: Path) -> Iterator[Question]:
@@ -52,7 +53,7 @@ TOY = Benchmark(
         "short": Protocol(max_new_tokens=1, prompt_suffix="\nOne word."),
     },
     load=_load,
-    published=(Published("someone's model", 71.5, "their table 3"),),
+    published=(PublishedScore("someone's model", 71.5, "their table 3"),),
 )
 
 

@@ -7,11 +7,12 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mono_internvl.cli.data import data as data_verbs
+from mono_internvl.cli.evaluation import evaluate
 from mono_internvl.cli.lab import lab
 from mono_internvl.cli.options import (
     Attention,
@@ -25,12 +26,10 @@ from mono_internvl.cli.options import (
     Threads,
     WorldSeed,
 )
+from mono_internvl.cli.plan import say_plan
 from mono_internvl.cli.serve import serve
 from mono_internvl.door import pass_through
 from mono_internvl.serving.terminal import Picture, answer, converse, print_json, quieten
-
-if TYPE_CHECKING:
-    from mono_internvl.compute import ComputePlan
 
 DEFAULT_PRESET = "mono-internvl-2b"
 app = typer.Typer(
@@ -44,6 +43,7 @@ app = typer.Typer(
 app.add_typer(data_verbs, name="data")
 app.add_typer(lab, name="lab")
 app.command()(serve)
+app.command()(evaluate)
 
 
 def main() -> None:
@@ -123,7 +123,7 @@ def chat(
     )
     plan = session.plan
     if plan is not None and (sys.stderr.isatty() or plan.precision == "int8"):  # a loss is said
-        _say_plan(plan)
+        say_plan(plan)
     if question is not None:
         answer(session, question, pictures, as_json)
     elif converse(session, pictures, as_json) and not sys.stdin.isatty():
@@ -348,62 +348,6 @@ def quickstart(
 
 
 @app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[
-        Path, typer.Option(metavar="FILE.jsonl", help="Records with a kind and its answer.")
-    ],
-    benchmark: Annotated[
-        str, typer.Option(help="How to ask and score: records (your own) or miniature.")
-    ] = "records",
-    blind: Annotated[bool, typer.Option("--blind", help="Hide the images.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Predictions; beside the model.")
-    ] = None,
-    per_kind: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many of each kind.")
-    ] = None,
-    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
-    device: Device = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
-    ] = "auto",
-    attention: Attention = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Score the answers to the records of a file."""
-    from mono_internvl.cli.benchmarks import BENCHMARKS
-    from mono_internvl.evaluation.benchmark import named
-    from mono_internvl.evaluation.evaluate import evaluate as run_evaluation
-
-    quieten()
-    chosen = named(BENCHMARKS, benchmark)
-    found = run_evaluation(
-        model,
-        data,
-        benchmark=chosen,
-        protocol=chosen.protocol.changed(
-            attention=attention, max_tiles=max_tiles, precision=precision
-        ),
-        blind=blind,
-        device=device,
-        threads=threads,
-        out=out,
-        per_kind=per_kind,
-        on_plan=_say_plan,
-    )
-    if as_json:
-        print_json(dataclasses.asdict(found))
-        return
-    for kind, mean in found.scores.items():
-        typer.echo(f"{kind:<20} {100 * mean:5.1f} %  of {found.items[kind]}")
-    for one in chosen.published:
-        typer.echo(f"published: {one.model} {one.score:g} ({one.source})")
-    typer.echo(f"predictions: {found.predictions}")
-
-
-@app.command()
 def bench(
     what: Annotated[
         str,
@@ -455,10 +399,6 @@ def _config_of(model: str | None, preset: str, revision: str | None) -> Any:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{model}: no config.json; expected a checkpoint folder or a hub id")
     return read_config(folder)
-
-
-def _say_plan(plan: "ComputePlan") -> None:
-    typer.echo(plan.describe(), err=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from typing import Any
 from mono_internvl.errors import ConfigError, SampleError
 from mono_internvl.evaluation.metrics.metric import Metric
 from mono_internvl.evaluation.protocol import Protocol
-from mono_internvl.evaluation.questions import Question, read_records
+from mono_internvl.evaluation.questions import Question, read_records, with_suffix
 from mono_internvl.processing.prompts import Turn
+from mono_internvl.runs.benchmark_results import PublishedScore
 from mono_internvl.runs.json_lines import to_line
 from mono_internvl.runs.predictions import Prediction
 
@@ -28,29 +29,6 @@ class Mean:
 
     score: float
     items: int
-
-
-@dataclass(frozen=True)
-class Published:
-    """A score that others have published, shown beside ours and never mixed with it.
-
-    Attributes:
-        model: Whose.
-        score: In the source's own unit.
-        source: Paper and table, or address.
-    """
-
-    model: str
-    score: float
-    source: str
-
-
-def with_suffix(question: Question, protocol: Protocol) -> tuple[Turn, ...]:
-    """The conversation up to the answer, the protocol's suffix behind the last question."""
-    *before, last = question.prompt
-    if not protocol.prompt_suffix:
-        return question.prompt
-    return (*before, Turn(last.role, (*last.parts, protocol.prompt_suffix)))
 
 
 def kind_of(record: Mapping[str, Any]) -> str:
@@ -78,7 +56,7 @@ class Benchmark:
     load: Callable[[Path], Iterable[Question]] = read_records
     prompt: Callable[[Question, Protocol], tuple[Turn, ...]] = with_suffix
     group: Callable[[Mapping[str, Any]], str] = kind_of
-    published: tuple[Published, ...] = ()
+    published: tuple[PublishedScore, ...] = ()
 
     @property
     def protocol(self) -> Protocol:

@@ -84,6 +84,12 @@ class AnswerJournal:
             file.unlink()
 
 
+def remove_journals(predictions: Path) -> None:
+    """Remove the journals of all processes beside a file of predictions."""
+    for file in predictions.parent.glob(f".{predictions.name}.answers*"):
+        file.unlink()
+
+
 def key_of(question: Question) -> str:
     """What a question is known by: its record, which version of its images, whether it is blind."""
     images = [image.version() for image in question.sample.images]

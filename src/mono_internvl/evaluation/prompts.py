@@ -27,6 +27,7 @@ class PromptEncoder:
 
     def __init__(self, processor: MonoInternVLProcessor, most_tokens: int, protocol: Protocol):
         self.processor, self.max_tiles = processor, protocol.max_tiles
+        self.max_tiles_later = protocol.max_tiles_of_later_images
         self.most, self.max_new_tokens = most_tokens, protocol.max_new_tokens
 
     def check_text(self, turns: Sequence[Turn], where: str) -> None:
@@ -53,7 +54,7 @@ class PromptEncoder:
             SampleError: It is refused, an image is damaged, or it is too long.
         """
         try:
-            encoded = self.processor.encode_prompt(turns, max_tiles=self.max_tiles)
+            encoded = self.processor.encode_prompt(turns, max_tiles=self._limits(turns))
         except (ImageError, PromptError) as error:
             raise SampleError(f"{where}: {error}") from error
         ids = encoded["input_ids"][0]
@@ -65,6 +66,13 @@ class PromptEncoder:
             stop_ids=frozenset(self.processor.stop_token_ids),
             feature_order=encoded.get("feature_order"),
         )
+
+    def _limits(self, turns: Sequence[Turn]) -> int | list[int] | None:
+        """Most tiles of every image, or of each."""
+        if self.max_tiles_later is None or self.max_tiles is None:
+            return self.max_tiles
+        later = sum(len(turn.images) for turn in turns) - 1
+        return [self.max_tiles, *[self.max_tiles_later] * later]
 
     def _check(self, num_tokens: int, where: str) -> None:
         if num_tokens + self.max_new_tokens > self.most:

@@ -20,6 +20,7 @@ class Protocol:
         decoding: How a token is chosen.
         prompt_suffix: What stands behind every question, such as a wish for short answers.
         max_tiles: Most tiles per image; None is the processor's own number.
+        max_tiles_of_later_images: Of a question's images behind its first; None is `max_tiles`.
         precision: "bf16", "fp32" or "int8"; "auto" until there is a compute plan.
         attention: Attention implementation; None until there is a compute plan.
 
@@ -31,6 +32,7 @@ class Protocol:
     decoding: Literal["greedy"] = "greedy"
     prompt_suffix: str = ""
     max_tiles: int | None = None
+    max_tiles_of_later_images: int | None = None
     precision: str = "auto"
     attention: str | None = None
 

@@ -14,6 +14,7 @@ from PIL import Image
 from mono_internvl.data.records import Record
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import SampleError
+from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.prompts import ImagePart, Turn
 
@@ -71,6 +72,14 @@ def read_records(file: Path) -> Iterator[Question]:
         yield Question(found)
 
 
+def with_suffix(question: Question, protocol: Protocol) -> tuple[Turn, ...]:
+    """The conversation up to the answer, the protocol's suffix behind the last question."""
+    *before, last = question.prompt
+    if not protocol.prompt_suffix:
+        return question.prompt
+    return (*before, Turn(last.role, (*last.parts, protocol.prompt_suffix)))
+
+
 def first_of_each_kind(questions: Iterable[Question], count: int | None) -> list[Question]:
     """The first `count` questions of each kind; None is all."""
     seen: dict[str, int] = defaultdict(int)
@@ -106,3 +115,13 @@ def _hidden(part: str | ImagePart) -> str | ImagePart:
     image = load_image(part.source)
     mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     return ImagePart(Image.new("RGB", image.size, mean))
+
+
+def shares(questions: Sequence[Question], processes: int) -> list[list[Question]]:
+    """Questions dealt out to processes, those on the same images to the same one."""
+    dealt: list[list[Question]] = [[] for _ in range(processes)]
+    process_of: dict[Any, int] = {}
+    for number, question in enumerate(questions):
+        shown = question.sample.images or number
+        dealt[process_of.setdefault(shown, len(process_of) % processes)].append(question)
+    return dealt

@@ -7,8 +7,9 @@ them, in the order of the questions. A killed call goes on with what is left.
 from __future__ import annotations
 
 import dataclasses
+import typing
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,16 +20,16 @@ from mono_internvl.checkpoints.loading import load_planned
 from mono_internvl.compute import ComputePlan
 from mono_internvl.distributed import barrier, gathered, own_device, rank, world_size
 from mono_internvl.errors import ImageError, PromptError, SampleError
-from mono_internvl.evaluation.benchmark import Benchmark
 from mono_internvl.evaluation.journal import AnswerJournal, key_of
 from mono_internvl.evaluation.prompts import Outcome, PromptEncoder
 from mono_internvl.evaluation.protocol import Protocol
-from mono_internvl.evaluation.questions import Question, in_order
+from mono_internvl.evaluation.questions import Question, in_order, shares
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.prompts import Turn
 from mono_internvl.released.weight_files import digest_of_checkpoint
 from mono_internvl.runs.predictions import Prediction, write_predictions
 
@@ -65,13 +66,35 @@ class Subject:
         return cls(model, processor, plan, digest_of_checkpoint(folder))
 
 
+class Asked(typing.Protocol):
+    """What a benchmark has to say to be asked.
+
+    Attributes:
+        name: Of it.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def prompt(self) -> Callable[[Question, Protocol], tuple[Turn, ...]]:
+        """The turns that ask a question under a protocol."""
+        ...
+
+    def predict(self, question: Question, text: str, protocol: Protocol) -> Prediction:
+        """The answer to a question, scored if it is scored one by one."""
+        ...
+
+
 def ask(
     subject: Subject,
-    benchmark: Benchmark,
+    benchmark: Asked,
     protocol: Protocol,
     *sets: Sequence[Question],
     out: Path,
     batch_size: int = BATCH_SIZE,
+    on_answers: Callable[[int], None] | None = None,
+    keeps_journal: bool = False,
 ) -> list[Prediction]:
     """Ask questions, write their scored answers to a file and return them.
 
@@ -84,6 +107,9 @@ def ask(
         *sets: Questions, one set after another; only those of one set share a batch.
         out: File of the predictions, in the order of the questions.
         batch_size: Most questions that are answered at a time.
+        on_answers: Told how many more questions this process is through with, known ones first.
+        keeps_journal: Whether answers can be gone on with after the end too: this is one of several
+            sets of questions, and whoever asks them removes the journals (`remove_journals`).
 
     Raises:
         SampleError: Records cannot be asked: an image is damaged, or they are too long. The file
@@ -100,12 +126,15 @@ def ask(
     journal = AnswerJournal(out, settings)
     refused: list[str] = []
     for questions in sets:
-        own = questions[rank() :: world_size()]
+        own = shares(questions, world_size())[rank()]
         keys = [key_of(question) for question in own]
         known = {number for number, key in enumerate(keys) if key in journal.answers}
+        report = on_answers or (lambda count: None)
+        report(len(known))
         for outcomes in _outcomes(subject, benchmark, protocol, own, batch_size, known):
             refused += [str(one) for one in outcomes.values() if isinstance(one, SampleError)]
             journal.add({keys[n]: one for n, one in outcomes.items() if isinstance(one, str)})
+            report(len(outcomes))
     refused = [message for messages in gathered(refused) for message in messages]
     answers = journal.read()
     asked = [question for questions in sets for question in questions]
@@ -122,7 +151,7 @@ def ask(
             f"{len(refused)} of {len(asked)} records could not be asked, first {refused[0]}; "
             f"{out} holds the answers to the others, which another call does not ask again"
         )
-    if rank() == 0:
+    if rank() == 0 and not keeps_journal:
         journal.close()
     barrier()
     return predictions
@@ -131,7 +160,7 @@ def ask(
 @torch.inference_mode()
 def _outcomes(
     subject: Subject,
-    benchmark: Benchmark,
+    benchmark: Asked,
     protocol: Protocol,
     questions: Sequence[Question],
     batch_size: int,

@@ -23,7 +23,7 @@ class Prediction:
         record: The record that was asked.
         question: Its last question.
         text: What the model said, grounding tokens kept.
-        score: In [0, 1].
+        score: In [0, 1]; None where answers are scored together, afterwards.
         is_blind: Whether the images were hidden.
         protocol: How it was asked, as `Protocol.to_dict` gives it; None in files older than that.
     """
@@ -31,7 +31,7 @@ class Prediction:
     record: Mapping[str, Any]
     question: str
     text: str
-    score: float
+    score: float | None
     is_blind: bool
     protocol: Mapping[str, Any] | None = None
 
@@ -56,14 +56,14 @@ class Prediction:
         protocol = row.get("protocol")
         if not isinstance(row.get("kind"), str) or not isinstance(text, str):
             raise ValueError("kind and prediction have to be texts")
-        if isinstance(score, bool) or not isinstance(score, int | float):
+        if isinstance(score, bool) or not isinstance(score, int | float | None):
             raise ValueError(f"score={score!r}; expected a number")
-        if not math.isfinite(score) or not isinstance(is_blind, bool):
+        if not math.isfinite(score or 0) or not isinstance(is_blind, bool):
             raise ValueError(f"score={score!r}, blind={is_blind!r}; expected a number and a truth")
         if not isinstance(protocol, dict | None):
             raise ValueError(f"protocol={protocol!r}; expected an object")
         record = {name: value for name, value in row.items() if name not in _OURS}
-        return cls(record, str(row.get("question", "")), text, float(score), is_blind, protocol)
+        return cls(record, str(row.get("question", "")), text, score, is_blind, protocol)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ def read_answers(run: Path, stage: str) -> list[Answer]:
     answers = []
     for one in read_predictions(path) if path.is_file() else ():
         image = one.record.get("image")
-        if isinstance(image, str) and not one.is_blind:
-            answers.append(_answer(one, image))
+        if isinstance(image, str) and not one.is_blind and one.score is not None:
+            answers.append(_answer(one, image, one.score))
     return answers
 
 
-def _answer(one: Prediction, image: str) -> Answer:
+def _answer(one: Prediction, image: str, score: float) -> Answer:
     return Answer(
         id=str(one.record.get("id", "")),
         kind=one.kind,
@@ -149,5 +149,5 @@ def _answer(one: Prediction, image: str) -> Answer:
         question=one.question,
         truth=str(one.record.get("answer", "")),
         text=one.text,
-        score=one.score,
+        score=score,
     )

@@ -19,7 +19,7 @@ from mono_internvl.runs.predictions import Prediction
 
 def mean_of_scores(predictions: Sequence[Prediction]) -> float:
     """Return the mean over all answers."""
-    return sum(one.score for one in predictions) / len(predictions)
+    return sum(one.score or 0.0 for one in predictions) / len(predictions)
 
 
 @dataclass(frozen=True)

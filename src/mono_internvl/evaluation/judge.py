@@ -1,0 +1,141 @@
+"""A model that reads answers, behind any OpenAI-compatible endpoint; replies are kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from mono_internvl.errors import ConfigError
+from mono_internvl.runs.json_lines import read_lines, to_line
+
+KEY_VARIABLE = "JUDGE_API_KEY"
+"""Environment variable of the key; `OPENAI_API_KEY` where it is not set."""
+
+PROMPTS = "prompts 1"
+"""Version of the texts below, part of a judge's name: figures of two versions do not compare."""
+
+_GRADE = """You grade answers to questions about images. You see a question, the true answer and
+an answer to grade, not the image. In the true answer, <AND> stands between parts that all have to
+be given, <OR> between alternatives of which one is enough. Grade 0.0 for a wrong answer, 1.0 for
+a right one, a tenth between where only some of it is right. Reply with the number alone.
+
+Question: {question}
+True answer: {truth}
+Answer to grade: {answer}
+Grade:"""
+_EXTRACT = """Below are a question with a hint about the form of its answer, and a reply. Copy the
+final answer out of the reply in that form: an option letter, an integer, a number with as many
+decimals as asked for, a Python list, or a few words. Reply with the answer alone, or with nothing
+if the reply gives none.
+
+{question}
+Reply: {answer}
+Final answer:"""
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+_ATTEMPTS = 5
+_TIMEOUT_S = 120.0
+_MAX_TOKENS = 128
+_KEY_BYTES = 16
+
+
+@dataclass
+class EndpointJudge:
+    """A judge model at an address.
+
+    Attributes:
+        url: Up to `/v1`.
+        model: As the endpoint calls it.
+        cache: JSON lines of replies; a question that has one is not asked again.
+        wait_s: Before the second attempt; twice as long before each other.
+    """
+
+    url: str
+    model: str
+    cache: Path
+    wait_s: float = 1.0
+    _replies: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            raise ConfigError(f"judge_url={self.url!r}; expected http:// or https:// up to /v1")
+        for line in read_lines(self.cache) if self.cache.is_file() else []:
+            try:
+                self._replies.update(json.loads(line))
+            except ValueError:  # cut in two by a kill
+                continue
+
+    @property
+    def name(self) -> str:
+        """Model and version of our prompts."""
+        return f"{self.model} ({PROMPTS})"
+
+    def grade(self, question: str, truth: str, answer: str) -> float:
+        """How right an answer is, 0 to 1; 0 where the judge names no number.
+
+        Raises:
+            ConfigError: The endpoint does not answer.
+        """
+        reply = self._ask(_GRADE.format(question=question, truth=truth, answer=answer))
+        found = _NUMBER.search(reply)
+        return min(1.0, float(found[0])) if found else 0.0
+
+    def extract(self, question: str, answer: str) -> str:
+        """The bare answer in a reply.
+
+        Raises:
+            ConfigError: The endpoint does not answer.
+        """
+        return self._ask(_EXTRACT.format(question=question, answer=answer)).strip()
+
+    def _ask(self, prompt: str) -> str:
+        asked = json.dumps([self.url, self.model, prompt]).encode()
+        key = hashlib.blake2b(asked, digest_size=_KEY_BYTES).hexdigest()
+        if key not in self._replies:
+            self._replies[key] = self._call(prompt)
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            with self.cache.open("a", encoding="utf-8") as file:
+                file.write(to_line({key: self._replies[key]}))
+        return self._replies[key]
+
+    def _call(self, prompt: str) -> str:
+        key = os.environ.get(KEY_VARIABLE) or os.environ.get("OPENAI_API_KEY")
+        request = urllib.request.Request(
+            self.url.rstrip("/") + "/chat/completions",
+            json.dumps(
+                {
+                    "model": self.model,
+                    "messages": [{"role": "user", "content": prompt}],
+                    "temperature": 0,
+                    "max_tokens": _MAX_TOKENS,
+                }
+            ).encode(),
+            {"Content-Type": "application/json"}
+            | ({"Authorization": f"Bearer {key}"} if key else {}),
+        )
+        problem: Exception | None = None
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(self.wait_s * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+                    found: Any = json.load(response)
+                return str(found["choices"][0]["message"]["content"] or "")
+            except urllib.error.HTTPError as error:
+                problem = error
+                if error.code in (400, 401, 403, 404):  # asking again does not help
+                    break
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                problem = error
+        raise ConfigError(
+            f"judge_url={self.url!r}, judge_model={self.model!r}: no answer ({problem}); check "
+            f"address, model and {KEY_VARIABLE}; what it has said already is kept in {self.cache}"
+        )
