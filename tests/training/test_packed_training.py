@@ -148,6 +148,23 @@ def test_ten_kinds_of_broken_records_are_counted_and_quarantined_and_training_en
     assert str(tmp_path / "strict/quarantine.jsonl") in table and "1  mine" in table
 
 
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_two_processes_list_what_either_left_out(start: Path, tmp_path: Path, packing: str) -> None:
+    lines = [json.dumps(tiny_runs.text_record(n)).encode() for n in range(30)] + broken_records(
+        tmp_path
+    )
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    entry = {"mine": {"root": ".", "annotation": "a.jsonl"}}
+    tiny_shards.write_meta(tmp_path / "meta.json", entry)
+    fields = {"packing": packing, "steps": 2, "batch_size": 20, "on_bad_sample": "skip"}
+    stage = _stage(**fields, max_skipped_ratio=0.5, checkpoint_every=0)
+    run_processes(_train, 2, stage, start, tmp_path, tmp_path / "run")
+    listed = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").open()]
+    assert {row["reason"] for row in listed} == KINDS and len(listed) == 10
+    rows = tiny_runs.metric_rows(tmp_path / "run/metrics.jsonl")
+    assert sum(row["skipped"] for row in rows) == 10
+
+
 def test_resumed_run_lists_no_record_twice(
     monkeypatch: pytest.MonkeyPatch, start: Path, tmp_path: Path
 ) -> None:
