@@ -100,6 +100,11 @@ NOT_EXECUTED = {
     "--data runs/digits/train.json --out runs/digits/run": DIGITS,
     "mono-internvl evaluate --model runs/digits/run/sft/checkpoint "
     "--data runs/digits/heldout.jsonl": DIGITS,
+    ".venv/bin/pip install -c constraints.txt -e '.[real]'": NETWORK,
+    "python examples/real/run.py --size quick --out runs/real-quick": NETWORK,
+    "python examples/real/run.py --size cpu --out runs/real": NETWORK,
+    "mono-internvl chat --model runs/real/s2/checkpoint --image "
+    "runs/real/data/images/000000.png 'what is this?'": "needs the run of the command before",
 }
 """Command, as `shlex` writes it -> why it is only parsed."""
 

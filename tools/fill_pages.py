@@ -26,6 +26,7 @@ from bench_pages import (
     targets_block,
 )
 from cost_pages import inference_block, training_block
+from real_pages import real_block
 
 from mono_internvl.errors import ConfigError, TrainingStateError
 from mono_internvl.miniature.lab_pages import LAB_BLOCKS
@@ -293,6 +294,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quickstart-seeds": seeds_block,
     "rates": rates_block,
     "data": data_block,
+    "real": real_block,
     "bench-targets": targets_block,
     "bench-experts": experts_block,
     "bench-llama": llama_block,

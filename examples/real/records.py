@@ -39,7 +39,7 @@ GROUNDS = {
     "grey": (190, 190, 190),
 }
 COUNTS = ("one", "two", "three", "four")
-WORDS = ("cat", "sun", "tea", "map", "box", "milk", "door", "stop", "exit", "open")
+WORDS = ("hat", "sun", "tea", "map", "box", "milk", "door", "stop", "exit", "open")
 _FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 STAGES = ("s11", "s12", "s13", "s2")
 SETTINGS, HELD_OUT = "data.json", "heldout.jsonl"
