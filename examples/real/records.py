@@ -118,23 +118,32 @@ def make_data(out: Path, cache: Path, size: Size) -> dict[str, int]:
     Raises:
         Unreachable: A registry that is needed does not answer; the test collections are left out
             where there is no apt.
-        ValueError: The folder was made in another size.
+        ValueError: The folder was made in another size, or holds something else.
     """
     settings = out / SETTINGS
     if settings.is_file():
         found = json.loads(settings.read_text())
         if found["size"] != asdict(size):
             raise ValueError(f"{out} holds data of another size; choose another folder")
-        counts: dict[str, int] = found["counts"]
-        return counts
-    shutil.rmtree(out, ignore_errors=True)
-    (out / "images").mkdir(parents=True)
-    drawings = Drawings(cache)
-    maker = Maker(out, drawings, size)
+        made: dict[str, int] = found["counts"]
+        return made
+    if out.exists():
+        raise ValueError(f"{out} holds something else than this data; choose another folder")
+    partial = out.with_name(f"{out.name}.partial")  # what a killed call left is made anew
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "images").mkdir(parents=True)
+    counts = _write(partial, cache, size)
+    partial.rename(out)
+    return counts
+
+
+def _write(out: Path, cache: Path, size: Size) -> dict[str, int]:
+    """See `make_data`."""
+    maker = Maker(out, Drawings(cache), size)
     train = maker.training()
     titled, left_out = _collections(cache)
     held_out = [*maker.held_out(), *maker.titled(titled)]
-    counts = {}
+    counts: dict[str, int] = {}
     for name, records in {**train, "heldout": held_out, "plain": maker.plain()}.items():
         text = "".join(json.dumps(record) + "\n" for record in records)
         (out / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -145,8 +154,9 @@ def make_data(out: Path, cache: Path, size: Size) -> dict[str, int]:
     used = [package for package in sources.ALL if package.name not in left_out]
     (out / "LICENSES.md").write_text(sources.licences(used), encoding="utf-8")
     contact_sheet(out, held_out).save(out / "contact-sheet.png")
+    left_out |= {f"{kind}, unreadable": f"{n} pictures" for kind, n in maker.unreadable.items()}
     about = {"size": asdict(size), "counts": counts, "names": maker.names, "left_out": left_out}
-    settings.write_text(json.dumps(about, indent=1))
+    (out / SETTINGS).write_text(json.dumps(about, indent=1))
     return counts
 
 
@@ -172,6 +182,9 @@ class Maker:
         out: The folder.
         drawings: What there is.
         size: How much is made.
+
+    Attributes:
+        unreadable: Pictures of known things that no reader opens, too large or empty, by kind.
     """
 
     def __init__(self, out: Path, drawings: Drawings, size: Size):
@@ -181,6 +194,7 @@ class Maker:
         self._drawn = {name: drawings.of(name) for name in (*self.names, *NEVER_NAMED)}
         self._rng = random.Random(size.seed)
         self._count = 0
+        self.unreadable: Counter[str] = Counter()
 
     def training(self) -> dict[str, list[Record]]:
         """Records by stage: names; captions; captions, counts, places and words; questions."""
@@ -240,10 +254,14 @@ class Maker:
         for kind, pictures in collections.items():
             for one in pictures:
                 name = thing_in(one.title, self.names)
-                picture = one.picture() if name else None
-                if name and picture is not None and picture.getchannel("A").getbbox():
-                    image = self._save(compose([Placed(picture)], self.size.px))
-                    found.append(self._record(kind, image, WHAT, name, title=one.title))
+                if not name:
+                    continue
+                picture = one.picture()
+                if picture is None or not picture.getchannel("A").getbbox():
+                    self.unreadable[kind] += 1
+                    continue
+                image = self._save(compose([Placed(picture)], self.size.px))
+                found.append(self._record(kind, image, WHAT, name, title=one.title))
         return found
 
     def _singles(self) -> Iterator[tuple[str, str, str]]:

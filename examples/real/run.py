@@ -40,7 +40,7 @@ from mono_internvl.evaluation.benchmark import Benchmark
 from mono_internvl.evaluation.metrics import METRICS as METRICS_BY_NAME
 from mono_internvl.evaluation.metrics import Metric
 from mono_internvl.evaluation.protocol import Protocol
-from mono_internvl.evaluation.questions import Question
+from mono_internvl.evaluation.questions import Question, first_of_each_kind
 from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.reports.report import write_report
 from mono_internvl.runs.folder import exclusive, resumable
@@ -182,8 +182,7 @@ def train_and_evaluate(this: Run) -> None:
     language = this.out / "language.jsonl"
     language.write_text("".join(json.dumps(r) + "\n" for r in language_records()))
     most = _PER_KIND[this.size]
-    if most is not None:
-        questions = _first(questions, most)
+    questions = first_of_each_kind(questions, most)
     torch.set_num_threads(this.compute.threads)
     evaluate(this, START, this.start, questions, is_last=False)
     checkpoint = this.start
@@ -235,16 +234,6 @@ def _pixels(this: Run, by_kind: dict[str, list[Question]]) -> dict[str, dict[str
         for kind, found in by_kind.items()
     }
     return pixel_baselines(this.data, (plain, plain + varied[: 10 * len(plain)]), asked)
-
-
-def _first(questions: Sequence[Question], most: int) -> list[Question]:
-    kinds: dict[str, int] = {}
-    found = []
-    for question in questions:
-        kinds[question.kind] = kinds.get(question.kind, 0) + 1
-        if kinds[question.kind] <= most:
-            found.append(question)
-    return found
 
 
 def collect(this: Run, minutes: float) -> RunMetrics:
@@ -348,6 +337,8 @@ def main() -> None:
     except (MonoInternVLError, ValueError) as error:
         sys.exit(f"error: {error}")
     except Unreachable as error:
+        if given.size != "quick":
+            sys.exit(f"error: {error}")
         print(f"skipped: {error}")
         return
     print(f"report: {report}")

@@ -25,7 +25,7 @@ from mono_internvl.evaluation.evaluate import evaluate
 from mono_internvl.evaluation.journal import key_of
 from mono_internvl.evaluation.perplexity import perplexity
 from mono_internvl.evaluation.protocol import Protocol
-from mono_internvl.evaluation.questions import Question, first_of_each_kind
+from mono_internvl.evaluation.questions import Question, first_of_each_kind, read_records
 from mono_internvl.evaluation.runner import Subject, ask
 from mono_internvl.generation.engine import Engine
 from mono_internvl.generation.request import Generation, Request
@@ -412,3 +412,10 @@ def test_predictions_with_line_separators_are_read_again(tmp_path: Path) -> None
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(SampleError, match="not a readable predictions file"):
         read_predictions(file)
+
+
+def test_text_without_question_is_refused_by_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "heldout.jsonl"
+    file.write_text('{"text": "plain words", "kind": "exact"}\n')
+    with pytest.raises(SampleError, match=r"heldout.jsonl:1: a text without question and answer"):
+        list(read_records(file))

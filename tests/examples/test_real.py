@@ -148,6 +148,12 @@ def test_data_folder_keeps_its_splits(tmp_path: Path, monkeypatch) -> None:
     assert records.make_data(out, tmp_path / "cache", size) == counts
     with pytest.raises(ValueError, match="another size"):
         records.make_data(out, tmp_path / "cache", records.Size(variants=2))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mine.txt").write_text("kept")
+    with pytest.raises(ValueError, match="something else"):
+        records.make_data(foreign, tmp_path / "cache", size)
+    assert (foreign / "mine.txt").read_text() == "kept"
     held_out = [json.loads(line) for line in (out / "heldout.jsonl").open()]
     trained: set[str] = set()
     for stage in records.STAGES:

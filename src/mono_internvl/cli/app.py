@@ -15,6 +15,7 @@ from mono_internvl.cli.data import data as data_verbs
 from mono_internvl.cli.evaluation import evaluate
 from mono_internvl.cli.lab import lab
 from mono_internvl.cli.options import (
+    AnswerPrecision,
     Attention,
     Device,
     Experts,
@@ -93,9 +94,7 @@ def chat(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 repeats less.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the choices.")] = None,
     device: Device = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
-    ] = "auto",
+    precision: AnswerPrecision = "auto",
     attention: Attention = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
     experts: Experts = "auto",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mono_internvl.cli.options import Attention, Device, Json
+from mono_internvl.cli.options import AnswerPrecision, Attention, Device, Json
 from mono_internvl.cli.plan import say_plan
 from mono_internvl.errors import ConfigError
 from mono_internvl.serving.terminal import print_json, quieten
@@ -66,9 +66,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Most tiles of an image; the benchmark's.")
     ] = None,
     device: Device = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
-    ] = "auto",
+    precision: AnswerPrecision = "auto",
     attention: Attention = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="That share out a suite's questions.")] = 1,

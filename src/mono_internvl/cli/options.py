@@ -9,6 +9,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, xpu or mps."
 Precision = Annotated[
     str, typer.Option(help="auto (what this machine multiplies faster), bf16 or fp32.")
 ]
+AnswerPrecision = Annotated[
+    str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
+]
 Attention = Annotated[
     str | None, typer.Option(metavar="NAME", help="sdpa, blocked, eager, ...; by the plan.")
 ]

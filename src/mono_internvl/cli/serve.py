@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from mono_internvl.cli.options import Attention, Device, Experts, Model, Revision
+from mono_internvl.cli.options import AnswerPrecision, Attention, Device, Experts, Model, Revision
 from mono_internvl.errors import MissingDependency
 from mono_internvl.serving.terminal import quieten
 
 KEY_VARIABLE = "MONO_INTERNVL_API_KEY"
-_MIB = 2**20
 
 
 def serve(
@@ -37,19 +36,15 @@ def serve(
     answer_s: Annotated[int, typer.Option(min=1, help="Longest wait for an answer.")] = 300,
     drain_s: Annotated[int, typer.Option(min=1, help="To finish answers at the end.")] = 60,
     device: Device = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto (by machine and memory), bf16, fp32, or int8 on a CPU.")
-    ] = "auto",
+    precision: AnswerPrecision = "auto",
     attention: Attention = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
     experts: Experts = "auto",
     revision: Revision = None,
 ) -> None:
     """Serve a checkpoint over HTTP, in the form of the OpenAI API."""
-    import os
-
     try:
-        from mono_internvl.serving.http.limits import Limits
+        from mono_internvl.serving.http.limits import MIB, Limits
         from mono_internvl.serving.http.run import (
             LOOPBACK,
             bind,
@@ -69,13 +64,13 @@ def serve(
         rows=rows,
         queue=queue,
         answer_tokens=answer_tokens,
-        body_bytes=body_mb * _MIB,
+        body_bytes=body_mb * MIB,
         image_pixels=image_mp * 1_000_000,
-        memory_bytes=memory_mb * _MIB,
+        memory_bytes=memory_mb * MIB,
         answer_s=answer_s,
         drain_s=drain_s,
     )
-    key = read_key(api_key_file, os.environ.get(KEY_VARIABLE))
+    key = read_key(api_key_file, KEY_VARIABLE)
     listener = bind(host, port)
     session = load(
         model,
@@ -90,8 +85,8 @@ def serve(
         session,
         name or model,
         limits=limits,
-        kv_bytes=None if kv_mb is None else kv_mb * _MIB,
-        prefix_bytes=prefix_mb * _MIB,
+        kv_bytes=None if kv_mb is None else kv_mb * MIB,
+        prefix_bytes=prefix_mb * MIB,
         max_tiles=max_tiles,
         api_key=key,
     )

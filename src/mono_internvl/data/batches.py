@@ -15,14 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mono_internvl.configuration.labels import IGNORED_LABEL
-from mono_internvl.data.encoder import as_sample_error, check_characters, check_sample
+from mono_internvl.data.encoder import encode_checked
 from mono_internvl.data.order import Mixture, batch_positions, mix
 from mono_internvl.data.records import Record
 from mono_internvl.data.sources import Source
 from mono_internvl.errors import (
-    ImageError,
     MonoInternVLError,
-    PromptError,
     RecipeError,
     SampleError,
 )
@@ -195,7 +193,7 @@ class BatchStream(Dataset[Batch]):
             source, index = self.mixture.locate(position)
             try:
                 record = drawn(self.sources[source].record(index), self.seed, position)
-                samples.append(self._encode(record))
+                samples.append(encode_checked(self.encode, record, plan.max_tokens))
                 ids.append(record.record_id)
             except SampleError as error:
                 if plan.on_bad_sample == "raise":
@@ -221,15 +219,6 @@ class BatchStream(Dataset[Batch]):
             batches = batch_positions(sizes, window, start, self.plan.batch_size, self.seed)
             self._window = (window, batches)
         return self._window[1]
-
-    def _encode(self, record: Record) -> Sample:
-        check_characters(record, self.plan.max_tokens)
-        try:
-            sample = self.encode(record)
-        except (ImageError, PromptError) as error:
-            raise as_sample_error(error, record.where) from error
-        check_sample(sample, record.where, self.plan.max_tokens)
-        return sample
 
 
 def collate(

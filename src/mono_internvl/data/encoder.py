@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -104,15 +104,28 @@ def check_length(length: int, where: str, max_tokens: int) -> None:
         )
 
 
-def check_sample(sample: Sample, where: str, max_tokens: int) -> None:
-    """Refuse a sample that is too long, or that nothing is learnt from.
+def encode_checked(encode: Callable[[Record], Sample], record: Record, max_tokens: int) -> Sample:
+    """The sample of a record that fits and that something is learnt from.
+
+    Args:
+        encode: A record to ids, labels and pixels, such as a `RecordEncoder`.
+        record: To encode.
+        max_tokens: Most tokens of the sample.
 
     Raises:
-        SampleError: It is one of these.
+        SampleError: It cannot be encoded, is too long, or has no label.
     """
-    check_length(len(sample.input_ids), where, max_tokens)
+    check_characters(record, max_tokens)
+    try:
+        sample = encode(record)
+    except (ImageError, PromptError) as error:
+        raise as_sample_error(error, record.where) from error
+    check_length(len(sample.input_ids), record.where, max_tokens)
     if not (sample.labels != IGNORED_LABEL).any():
-        raise SampleError(f"{where}: no answer token to learn from", reason="nothing to learn")
+        raise SampleError(
+            f"{record.where}: no answer token to learn from", reason="nothing to learn"
+        )
+    return sample
 
 
 def as_sample_error(error: ImageError | PromptError, where: str) -> SampleError:

@@ -20,7 +20,7 @@ from mono_internvl.data.encoder import (
     as_sample_error,
     check_characters,
     check_length,
-    check_sample,
+    encode_checked,
 )
 from mono_internvl.data.order import Mixture
 from mono_internvl.data.packing import pack
@@ -118,12 +118,7 @@ class PackedStream(Dataset[tuple[Batch, ...]]):
     def _sample(self, placed: _Placed) -> tuple[Sample, str]:
         source, index = self.mixture.locate(placed.position)
         record = drawn(self.sources[source].record(index), self.seed, placed.position)
-        check_characters(record, self.plan.max_tokens)
-        try:
-            sample = self.encode(record)
-        except (ImageError, PromptError) as error:
-            raise as_sample_error(error, record.where) from error
-        check_sample(sample, record.where, self.plan.max_tokens)
+        sample = encode_checked(self.encode, record, self.plan.max_tokens)
         if len(sample.input_ids) != placed.length:
             raise SampleError(
                 f"{record.where}: {len(sample.input_ids)} tokens, its shard's index says "

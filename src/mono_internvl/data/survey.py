@@ -11,16 +11,11 @@ from dataclasses import dataclass, field
 from torch.utils.data import Dataset
 
 from mono_internvl.data.batches import Skipped, read_ahead
-from mono_internvl.data.encoder import (
-    RecordEncoder,
-    as_sample_error,
-    check_characters,
-    check_sample,
-)
+from mono_internvl.data.encoder import RecordEncoder, encode_checked
 from mono_internvl.data.order import permuted
 from mono_internvl.data.records import Record
 from mono_internvl.data.sources import Source
-from mono_internvl.errors import ImageError, PromptError, SampleError
+from mono_internvl.errors import SampleError
 from mono_internvl.processing.encoding import Sample
 
 
@@ -136,13 +131,7 @@ class Survey(Dataset[Finding]):
 
     def _read(self, source: Source, index: int) -> tuple[Record, Sample]:
         record = source.record(index)
-        check_characters(record, self.max_tokens)
-        try:
-            sample = self.encode(record)
-        except (ImageError, PromptError) as error:
-            raise as_sample_error(error, record.where) from error
-        check_sample(sample, record.where, self.max_tokens)
-        return record, sample
+        return record, encode_checked(self.encode, record, self.max_tokens)
 
 
 def count(findings: Iterable[Finding]) -> dict[str, SourceCount]:

@@ -54,13 +54,9 @@ class AnswerJournal:
     def read(self) -> dict[str, str]:
         """The answers of all processes that are on disk."""
         answers: dict[str, str] = {}
-        for file in self._files():
+        for file in _journals(self.predictions):
             answers |= self._read_file(file)
         return answers
-
-    def _files(self) -> list[Path]:
-        folder, name = self.predictions.parent, f".{self.predictions.name}.answers"
-        return sorted(f for f in folder.iterdir() if f.name.startswith(name) and f.is_file())
 
     def _read_file(self, file: Path) -> dict[str, str]:
         answers: dict[str, str] = {}
@@ -78,16 +74,18 @@ class AnswerJournal:
         with self.file.open("a", encoding="utf-8") as file:
             file.writelines(to_line({key: text}) for key, text in answers.items())
 
-    def close(self) -> None:
-        """Remove the files of all processes: the predictions are written."""
-        for file in self._files():
-            file.unlink()
-
 
 def remove_journals(predictions: Path) -> None:
     """Remove the journals of all processes beside a file of predictions."""
-    for file in predictions.parent.glob(f".{predictions.name}.answers*"):
+    for file in _journals(predictions):
         file.unlink()
+
+
+def _journals(predictions: Path) -> list[Path]:
+    name = f".{predictions.name}.answers"
+    return sorted(
+        f for f in predictions.parent.iterdir() if f.name.startswith(name) and f.is_file()
+    )
 
 
 def key_of(question: Question) -> str:

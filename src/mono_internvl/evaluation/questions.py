@@ -66,6 +66,10 @@ def read_records(file: Path) -> Iterator[Question]:
     source = JsonlSource(file, file.parent)
     for index in range(len(source)):
         found = source.record(index)
+        if found.document is not None:
+            raise SampleError(
+                f"{found.where}: a text without question and answer; write them as `conversations`"
+            )
         kind = found.fields.get("kind")
         if not isinstance(kind, str):
             raise SampleError(f"{found.where}: kind={kind!r}; expected the name of a kind")

@@ -20,7 +20,7 @@ from mono_internvl.checkpoints.loading import load_planned
 from mono_internvl.compute import ComputePlan
 from mono_internvl.distributed import barrier, gathered, own_device, rank, world_size
 from mono_internvl.errors import ImageError, PromptError, SampleError
-from mono_internvl.evaluation.journal import AnswerJournal, key_of
+from mono_internvl.evaluation.journal import AnswerJournal, key_of, remove_journals
 from mono_internvl.evaluation.prompts import Outcome, PromptEncoder
 from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.evaluation.questions import Question, in_order, shares
@@ -152,7 +152,7 @@ def ask(
             f"{out} holds the answers to the others, which another call does not ask again"
         )
     if rank() == 0 and not keeps_journal:
-        journal.close()
+        remove_journals(out)
     barrier()
     return predictions
 

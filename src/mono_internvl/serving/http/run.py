@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -83,16 +84,20 @@ def bind(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def read_key(file: Path | None, from_environment: str | None) -> str | None:
+def read_key(file: Path | None, variable: str) -> str | None:
     """The API key: of a file if one is named, else of the environment; None if there is none.
+
+    Args:
+        file: That holds it.
+        variable: Of the environment.
 
     Raises:
         ConfigError: The file cannot be read, or there is no key in it.
     """
     if file is None:
-        if from_environment is None:
+        if variable not in os.environ:
             return None
-        source, text = "MONO_INTERNVL_API_KEY", from_environment
+        source, text = variable, os.environ[variable]
     else:
         source = f"--api-key-file {file}"
         try:
