@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "generation": {"attention", "experts", "model"},
     "data": {"experts.routing", "processing"},
     "training": {"released", "model", "processing", "data"},
-    "recipes": {"training.recipe"},
+    "recipes": {"training.objectives", "training.recipe"},
     "evaluation": {
         "released",
         "model",

@@ -40,7 +40,7 @@ from mono_internvl.serving import terminal
 from mono_internvl.serving.session import ChatSession
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ALL_PAGES = [
     *PAGES,
     ROOT / "CONTRIBUTING.md",

@@ -81,7 +81,7 @@ class Row:
 
 def pages(root: Path) -> list[Path]:
     """The pages of a checkout that may hold blocks."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
 
 
 def stale_pages(root: Path) -> list[Path]:

@@ -110,6 +110,22 @@ _SFT: dict[str, tuple[Any, str]] = {
     "checkpoint_every": (500, "ours"),
 }
 
+# `M` is the script internvl3_2b_mpo.sh of OpenGVLab/InternVL at 2410d1d.
+_MPO: dict[str, tuple[Any, str]] = {
+    **_SFT,
+    "name": ("mpo", "ours"),
+    "data": ("mpo.json", "ours"),
+    "objective": ("mpo", "M: sigmoid and bco_pair at 0.8 and 0.2, rpo_alpha 1"),
+    "loss_weighting": ("sample", "arXiv 2411.10442: 1 / |y_c| of each answer"),
+    "rules": (((".*", 2e-7),), "M"),
+    "batch_size": (256, "M"),
+    "weight_decay": (0.05, "M"),
+    "warmup_ratio": (0.03, "M"),
+    "max_tokens": (12_288, "M"),
+    "max_tiles": (12, "ours"),
+    "checkpoint_every": (100, "ours"),
+}
+
 PUBLISHED: dict[str, tuple[dict[str, tuple[Any, str]], ...]] = {
     "evip-2b": (_S11, _S12, _S13, _S2),
     "evip-plus-plus-2b": (
@@ -123,6 +139,7 @@ PUBLISHED: dict[str, tuple[dict[str, tuple[Any, str]], ...]] = {
         _S2,
     ),
     "sft": (_SFT,),
+    "mpo": (_MPO,),
 }
 _PROSE = {"title"}
 STAGES = [
@@ -191,7 +208,7 @@ def _rate_of(name: str, recipe: str, stage: str) -> float | None:
     if stage == "s13":
         also_attention = recipe == "evip-2b" and is_shared_attention
         return 5e-5 if is_new or also_attention else None
-    return {"s2": 2e-5, "sft": 4e-5}[stage]
+    return {"s2": 2e-5, "sft": 4e-5, "mpo": 2e-7}[stage]
 
 
 @pytest.mark.parametrize(("recipe", "number"), STAGES)

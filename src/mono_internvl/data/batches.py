@@ -78,6 +78,9 @@ class Batch:
             they stand tile after tile.
         position_ids: (B, T) int64, of packed samples: they start anew with every sample, and tokens
             of one attend to those of no other. None where each row is one sample.
+        num_pairs: Of paired samples: so many rows with chosen answers, then as many with the
+            rejected ones to the same questions, whose labels weigh 0. Both show the same tiles. 0
+            where nothing is paired.
     """
 
     input_ids: Tensor
@@ -92,6 +95,7 @@ class Batch:
     skipped: tuple[Skipped, ...] = ()
     feature_order: Tensor | None = None
     position_ids: Tensor | None = None
+    num_pairs: int = 0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; nothing waits until they are there."""
@@ -126,6 +130,7 @@ class BatchPlan:
         window: Steps within which samples of like length are grouped.
         num_steps: Steps of the run. Its last window ends there, so that a run of whole epochs sees
             every record equally often.
+        is_paired: Whether every record has to be a pair, and is read as one.
     """
 
     batch_size: int
@@ -139,6 +144,7 @@ class BatchPlan:
     on_bad_sample: OnBadSample = "raise"
     window: int = 16
     num_steps: int | None = None
+    is_paired: bool = False
 
 
 class BatchStream(Dataset[Batch]):
@@ -193,7 +199,14 @@ class BatchStream(Dataset[Batch]):
             source, index = self.mixture.locate(position)
             try:
                 record = drawn(self.sources[source].record(index), self.seed, position)
-                samples.append(encode_checked(self.encode, record, plan.max_tokens))
+                sample = encode_checked(self.encode, record, plan.max_tokens)
+                if plan.is_paired and sample.rejected is None:
+                    raise SampleError(
+                        f"{record.where}: no pair, but this stage learns from pairs; give "
+                        "`question`, `chosen` and `rejected`",
+                        reason="no pair",
+                    )
+                samples.append(sample)
                 ids.append(record.record_id)
             except SampleError as error:
                 if plan.on_bad_sample == "raise":
@@ -227,16 +240,30 @@ def collate(
     record_ids: tuple[str, ...],
     skipped: tuple[Skipped, ...],
 ) -> Batch:
-    """Samples as rows of a micro-batch, padded on the right."""
-    shape = (len(samples), max(len(sample.input_ids) for sample in samples))
+    """Samples as rows of a micro-batch, padded on the right; of pairs, the chosen ones first."""
+    others = [s.rejected for s in samples if s.rejected is not None] if plan.is_paired else []
+    rows = [*samples, *others]
+    shape = (len(rows), max(len(sample.input_ids) for sample in rows))
     input_ids = torch.full(shape, plan.pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
     weight = torch.zeros(shape)
-    for row, sample in enumerate(samples):
+    for row, sample in enumerate(rows):
         length = len(sample.input_ids)
         input_ids[row, :length] = sample.input_ids
         labels[row, :length], weight[row, :length] = _labels_and_weight(sample, plan)
-    return _batch(samples, plan, input_ids, labels, weight, record_ids, skipped)
+    weight[len(samples) :] = 0
+    batch = _batch(samples, plan, input_ids, labels, weight, record_ids, skipped)
+    if not others:
+        return batch
+    order = batch.feature_order
+    if order is None:  # the tiles are read once: every feature stands in two rows
+        order = torch.arange(batch.routing.num_visual // 2)
+    return replace(
+        batch,
+        num_tokens=sum(len(sample.input_ids) for sample in rows),
+        num_pairs=len(samples),
+        feature_order=None if batch.pixel_values is None else torch.cat((order, order)),
+    )
 
 
 def collate_packed(

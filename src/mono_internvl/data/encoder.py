@@ -47,7 +47,10 @@ class RecordEncoder:
         if record.augmentation is not None:
             turns = _augmented(turns, record.augmentation)
         max_tiles = record.max_tiles or self.max_tiles
-        return self.processor.encode_conversation(turns, max_tiles=max_tiles)
+        sample = self.processor.encode_conversation(turns, max_tiles=max_tiles)
+        if (other := record.rejected_turns) is None:
+            return sample
+        return replace(sample, rejected=self.processor.encode_with_images_of(sample, other))
 
     @cached_property
     def tokenized_by(self) -> str:
@@ -120,11 +123,14 @@ def encode_checked(encode: Callable[[Record], Sample], record: Record, max_token
         sample = encode(record)
     except (ImageError, PromptError) as error:
         raise as_sample_error(error, record.where) from error
-    check_length(len(sample.input_ids), record.where, max_tokens)
-    if not (sample.labels != IGNORED_LABEL).any():
-        raise SampleError(
-            f"{record.where}: no answer token to learn from", reason="nothing to learn"
-        )
+    for one in (sample, sample.rejected):
+        if one is None:
+            continue
+        check_length(len(one.input_ids), record.where, max_tokens)
+        if not (one.labels != IGNORED_LABEL).any():
+            raise SampleError(
+                f"{record.where}: no answer token to learn from", reason="nothing to learn"
+            )
     return sample
 
 

@@ -56,6 +56,7 @@ class Record:
         max_tiles: Most tiles per image for this record, or None for the stage's.
         document: A text that is learnt as a whole; then there are no turns.
         augmentation: Where its images are augmented, what the draws are made from; None elsewhere.
+        rejected: Of a pair, the answer that is to be less likely than the last turn's.
     """
 
     turns: tuple[Turn, ...]
@@ -65,11 +66,19 @@ class Record:
     max_tiles: int | None = None
     document: str | None = None
     augmentation: int | None = None
+    rejected: str | None = None
 
     @property
     def num_characters(self) -> int:
         """Of all of its texts."""
-        return count_characters(self.turns) + len(self.document or "")
+        return count_characters(self.turns) + len(self.document or "") + len(self.rejected or "")
+
+    @property
+    def rejected_turns(self) -> tuple[Turn, ...] | None:
+        """Of a pair, the conversation with the rejected answer; None elsewhere."""
+        if self.rejected is None:
+            return None
+        return (*self.turns[:-1], Turn("assistant", (self.rejected,)))
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -92,8 +101,9 @@ def parse_record(
     user turn. A first assistant turn is dropped, as the released code does.
 
     Args:
-        value: `{"id", "image", "conversations": [{"from", "value"}, ...], ...}`, or a document,
-            `{"text"}`.
+        value: `{"id", "image", "conversations": [{"from", "value"}, ...], ...}`; a document,
+            `{"text"}`; or a pair, `{"image", "question", "chosen", "rejected"}`, in which a
+            conversation that ends with a question may stand in the place of `question`.
         index: Its id where it has none.
         where: Its place, for messages.
         open_image: From a name in `image` to the image.
@@ -108,7 +118,8 @@ def parse_record(
     if isinstance(value.get("text"), str) and "conversations" not in value:
         return _document(value, index, where)
     images = [open_image(name) for name in _image_names(value, where)]
-    turns = _speeches(value, where)
+    rejected = _rejected(value, where) if {"chosen", "rejected"} <= value.keys() else None
+    turns = _speeches(value if rejected is None else _with_chosen(value), where)
     num_places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
     if num_places == 0 and len(images) == 1:
         first = next(i for i, (role, _) in enumerate(turns) if role == "user")
@@ -141,7 +152,32 @@ def parse_record(
         value,
         max_tiles,
         augmentation=0 if augments else None,
+        rejected=rejected,
     )
+
+
+def _rejected(value: dict[str, Any], where: str) -> str:
+    """The rejected answer of a pair."""
+    chosen, rejected = value["chosen"], value["rejected"]
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(text, str) or not text.strip() or IMAGE_PLACEHOLDER in text:
+            raise SampleError(
+                f"{where}: {name}={shortened(repr(text))}; expected an answer in words",
+                reason="no pair",
+            )
+    if chosen.strip() == rejected.strip():
+        raise SampleError(
+            f"{where}: chosen and rejected are the same; there is nothing to prefer, remove it",
+            reason="no pair",
+        )
+    return str(rejected)
+
+
+def _with_chosen(value: dict[str, Any]) -> dict[str, Any]:
+    """A pair as a conversation that ends with the chosen answer."""
+    before = value.get("conversations", [{"from": "human", "value": value.get("question")}])
+    before = before if isinstance(before, list) else []
+    return {"conversations": [*before, {"from": "gpt", "value": value["chosen"]}]}
 
 
 def _document(value: dict[str, Any], index: int, where: str) -> Record:
@@ -163,6 +199,9 @@ def to_conversation(record: Record) -> dict[str, Any]:
     if record.document is not None:
         return {"id": record.record_id, "text": record.document}
     names = {role: name for name, role in _ROLES.items()}
+    of_pair = {}
+    if record.rejected is not None:
+        of_pair = {"chosen": record.turns[-1].text, "rejected": record.rejected}
     turns = [
         {
             "from": names[turn.role],
@@ -170,9 +209,9 @@ def to_conversation(record: Record) -> dict[str, Any]:
                 part if isinstance(part, str) else IMAGE_PLACEHOLDER for part in turn.parts
             ),
         }
-        for turn in record.turns
+        for turn in record.turns[: -1 if of_pair else None]
     ]
-    return {"id": record.record_id, "conversations": turns}
+    return {"id": record.record_id, "conversations": turns, **of_pair}
 
 
 def count_characters(turns: Iterable[Turn]) -> int:

@@ -44,6 +44,7 @@ class MonoInternVLOutput(ModelOutput):
         hidden_states: L + 1 tensors (B, T, D): the embeddings, the output of each layer but the
             last, and the final norm of the last one.
         attentions: L tensors (B, H, T, T_kv), with eager attention only.
+        label_losses: (R,) fp32, the cross-entropy of every label in order; only where asked for.
     """
 
     loss: Tensor | None = None
@@ -52,6 +53,7 @@ class MonoInternVLOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    label_losses: Tensor | None = None
 
 
 class MonoInternVLPreTrainedModel(WholeCheckpointModel):

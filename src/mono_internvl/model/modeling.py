@@ -207,6 +207,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         visual_token_mask: Tensor | None = None,
         logits_to_keep: int | Tensor | None = 0,
         labelled: KeptRows | None = None,
+        output_label_losses: bool = False,
         **kwargs: Any,
     ) -> MonoInternVLOutput:
         """One pass: prefill, a chunk of it, a later cached turn, a decoding step, a training batch.
@@ -228,6 +229,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             visual_token_mask: (B, T) bool, where features go; the context tokens unless given.
             logits_to_keep: 0 all rows, n the last n, a tensor those rows, None no logits at all.
             labelled: The rows of `labels`; looked for on the device unless given.
+            output_label_losses: Whether the cross-entropy of each label is returned, too.
             **kwargs: As the decoder's; `routing`, of the mask of visual tokens: with it and
                 `labelled`, made on the host as a `Batch` has them, nothing waits for the device;
                 and `feature_order`, (rows,) int64, which feature of `pixel_values` stands at each
@@ -258,7 +260,10 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         x = out.last_hidden_state  # (B, T, D), or of the rows to keep: (B, T', D) or (R, D)
         if labels is not None and with_label is not None:
             of_labels = x if keep is not None else x.flatten(0, 1).index_select(0, with_label)
-            out.loss = self._loss(of_labels, with_label, labels, loss_weight, num_items_in_batch)
+            targets = labels.flatten().index_select(0, with_label + 1)
+            ce = F.cross_entropy(self.lm_head(of_labels).float(), targets, reduction="none")
+            out.loss = self._loss(ce, with_label, loss_weight, num_items_in_batch)
+            out.label_losses = ce if output_label_losses else None
         if logits_to_keep is not None:
             if keep is None:
                 is_count = isinstance(logits_to_keep, int)
@@ -270,26 +275,22 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
 
     def _loss(
         self,
-        x: Tensor,
+        ce: Tensor,
         labelled: Tensor,
-        labels: Tensor,
         weight: Tensor | None,
         denominator: Tensor | float | None,
     ) -> Tensor:
-        """Next-token cross entropy in fp32; logits only of the rows that have a label.
+        """The weighted mean of next-token cross-entropies.
 
         Without any label, or with weights of 0 alone, the loss is 0 and has a graph: every gradient
         is 0, so that a batch with nothing to learn changes nothing. It is never 0 / 0.
 
         Args:
-            x: (R, D) hidden states of the labelled rows.
+            ce: (R,) fp32, of the labelled rows.
             labelled: (R,) their numbers among the B * T rows.
-            labels: (B, T), `IGNORED_LABEL` where nothing is learnt.
             weight: (B, T) or None.
             denominator: Of the sum; the weight of the labels in this batch unless given.
         """
-        targets = labels.flatten().index_select(0, labelled + 1)
-        ce = F.cross_entropy(self.lm_head(x).float(), targets, reduction="none")
         if weight is None:
             total: Tensor | float = labelled.numel()
         else:

@@ -32,12 +32,15 @@ class Sample:
             the label of a position is its own id.
         pixel_values: float32 (N, 3, S, S), or None without images.
         layouts: For each image how it is cut and laid out.
+        rejected: The same images and question with the answer that is to be less likely; without
+            pixels of its own. None unless the record is a pair.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     pixel_values: torch.Tensor | None
     layouts: tuple[TokenLayout, ...]
+    rejected: "Sample | None" = None
 
     @property
     def num_tiles(self) -> tuple[int, ...]:

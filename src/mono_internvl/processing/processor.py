@@ -379,6 +379,27 @@ class MonoInternVLProcessor(HostProcessor):
                 )
         return Sample(torch.tensor(ids), torch.tensor(labels), pixel_values, tuple(layouts))
 
+    def encode_with_images_of(self, sample: Sample, messages: Conversation) -> Sample:
+        """A training sample of another text to the same images, which are not read again.
+
+        Args:
+            sample: Whose images these are.
+            messages: As `encode_conversation` takes them.
+
+        Returns:
+            Ids and labels; the pixels are those of `sample`, and not repeated.
+
+        Raises:
+            PromptError: As in `encode_conversation`.
+        """
+        pieces = self._form.render(
+            to_turns(messages, strip=True),
+            default_system_prompt=self.default_system_prompt,
+            add_generation_prompt=False,
+        )
+        ids, labels = self._ids(pieces, sample.layouts)
+        return Sample(torch.tensor(ids), torch.tensor(labels), None, sample.layouts)
+
     def encode_document(self, text: str) -> Sample:
         """A text that is learned as a whole, with the end of a text behind it; no template."""
         ids, labels = self._ids([Piece("text", text, is_learned=True)], [])

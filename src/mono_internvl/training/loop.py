@@ -300,6 +300,7 @@ class _Loop:
             loss_weighting=stage.loss_weighting,
             on_bad_sample=stage.on_bad_sample,
             num_steps=stage.steps,
+            is_paired=stage.objective.reads_pairs,
         )
         self.processor.image_processor.decoding = stage.decoding
         encode = RecordEncoder(self.processor, stage.max_tiles)

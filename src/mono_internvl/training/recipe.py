@@ -168,6 +168,12 @@ class Stage:
                 f"stage {self.name!r}: batch_size={self.batch_size} is not a multiple of "
                 f"accumulation={self.accumulation}; change one of them"
             )
+        if self.objective.reads_pairs and (self.loss_weighting, self.packing) != ("sample", "none"):
+            raise RecipeError(
+                f"stage {self.name!r}: loss_weighting={self.loss_weighting!r}, packing="
+                f"{self.packing!r}; objective {self.objective.name!r} learns from pairs: "
+                'set loss_weighting="sample" and packing="none"'
+            )
         if self.packing == "none":
             return
         if self.packed_tokens < self.max_tokens:

@@ -34,6 +34,11 @@ class Objective(Protocol):
         """Whether the model that the stage starts from is kept beside it, frozen."""
         return False
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether its batches hold pairs, see `Batch.num_pairs`."""
+        return False
+
     def initial_state(self) -> State:
         """The state before the first step: CPU tensors; empty if there is none."""
         return {}
