@@ -167,3 +167,42 @@ def test_meta_that_is_no_object_is_refused(tmp_path: Path, content: str) -> None
         read_meta(tmp_path / "absent.json")
     with pytest.raises(SampleError, match="expected an object"):
         read_meta(_write_meta(tmp_path, "a.jsonl"))
+
+
+def _ratios(folder: Path, *entries: dict[str, Any]) -> Path:
+    """A meta file with sources of 1, 2, ... records."""
+    for number in range(1, len(entries) + 1):
+        line = json.dumps({"id": 0, "conversations": TURNS}) + "\n"
+        (folder / f"{number}.jsonl").write_text(line * number)
+    listed = enumerate(entries, 1)
+    meta = {str(n): {"root": ".", "annotation": f"{n}.jsonl", **entry} for n, entry in listed}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder / "meta.json"
+
+
+def test_ratios_of_a_meta_file_are_those_of_an_epoch(tmp_path: Path) -> None:
+    ratios = (0.539, 0.052, 0.409)
+    sources = read_meta(_ratios(tmp_path, *({"ratio": ratio} for ratio in ratios)))
+    counts = [len(source) * source.repeat for source in sources]
+    assert [count / sum(counts) for count in counts] == pytest.approx(ratios)
+    # Nothing is left out, and what is rarest beside its ratio is seen once.
+    assert min(source.repeat for source in sources) == pytest.approx(1)
+    assert sources[1].repeat == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("entries", "complaint"),
+    [
+        ([{"ratio": 0.5}, {}], r"'2': ratio=None; expected a number"),
+        ([{"ratio": 0.5}, {"ratio": "0.5"}], "'2': ratio='0.5'"),
+        ([{"ratio": True}], "ratio=True"),
+        ([{"ratio": 0}, {"ratio": 1}], "'1': ratio=0"),
+        ([{"ratio": 0.5}, {"ratio": 0.4}], "ratios add up to 0.9; expected 1"),
+        ([{"ratio": 1, "repeat_time": 2}], "repeat_time beside ratio=1"),
+    ],
+)
+def test_ratios_that_are_none_are_refused(
+    tmp_path: Path, entries: list[dict[str, Any]], complaint: str
+) -> None:
+    with pytest.raises(SampleError, match=complaint):
+        read_meta(_ratios(tmp_path, *entries))

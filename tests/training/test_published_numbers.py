@@ -2,12 +2,15 @@
 
 The tables stand apart from the recipes on purpose: who changes a number there must change it here,
 and say from where. `P` is arXiv 2410.08202, `R` the released fine-tuning script at 5b17ab4, `T` a
-third party's table of EViP++'s samples (README of NEO, October 2025), `ours` no source at all.
+third party's table of EViP++'s samples (README of NEO, October 2025), `I` arXiv 2504.10479 and its
+code, `ours` no source at all.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +128,21 @@ _MPO: dict[str, tuple[Any, str]] = {
     "max_tiles": (12, "ours"),
     "checkpoint_every": (100, "ours"),
 }
+_LLAVA: dict[str, tuple[Any, str]] = {**_SFT, "data": ("llava_665k.json", "ours")}
+_NATIVE: dict[str, tuple[Any, str]] = {
+    **_COMMON,
+    "name": ("native", "ours"),
+    "data": ("native.json", "ours"),
+    "rules": (((_VISUAL, 1e-4), (".*", 2e-5)), "I: everything; ours: rates"),
+    "loss_weighting": ("square", "I"),
+    "steps": (44_000, "ours: 200 billion tokens / 2,048 / 2,220"),
+    "schedule": ("cosine", "ours"),
+    "warmup_steps": (500, "ours"),
+    "max_tokens": (8192, "ours"),
+    "max_tiles": (12, "ours"),
+    "packing": ("best_fit", "ours"),
+    "checkpoint_every": (500, "ours"),
+}
 
 PUBLISHED: dict[str, tuple[dict[str, tuple[Any, str]], ...]] = {
     "evip-2b": (_S11, _S12, _S13, _S2),
@@ -138,6 +156,8 @@ PUBLISHED: dict[str, tuple[dict[str, tuple[Any, str]], ...]] = {
         },
         _S2,
     ),
+    "native-2b": (_NATIVE,),
+    "llava-665k": (_LLAVA,),
     "sft": (_SFT,),
     "mpo": (_MPO,),
 }
@@ -208,6 +228,8 @@ def _rate_of(name: str, recipe: str, stage: str) -> float | None:
     if stage == "s13":
         also_attention = recipe == "evip-2b" and is_shared_attention
         return 5e-5 if is_new or also_attention else None
+    if stage == "native":
+        return 1e-4 if is_new else 2e-5
     return {"s2": 2e-5, "sft": 4e-5, "mpo": 2e-7}[stage]
 
 
@@ -243,3 +265,37 @@ def test_published_data_of_evip_adds_up() -> None:
     sets = {name for part in data if part.stage == "s2" for name in part.datasets}
     assert len([part for part in data if part.stage == "s2"]) == 13
     assert {"TextCaps", "GeoQA+", "OpenHermes2.5", "POIE", "NTU RGB+D"} <= sets
+
+
+def test_published_data_of_llava_adds_up() -> None:
+    data = RECIPES["llava-665k"].published_data
+    ratios = {part.datasets[0]: part.ratio or 0 for part in data}
+    assert sum(ratios.values()) == pytest.approx(1, abs=0.005)
+    records = {name: round(665_298 * ratio) for name, ratio in ratios.items()}
+    assert records["LLaVA-Instruct (COCO)"] == pytest.approx(157_712, rel=0.02)
+    assert records["OCR-VQA"] == pytest.approx(80_000, rel=0.02)
+
+
+def _uncommented(source: str) -> list[str]:
+    """Fields of stages that are set without a comment in their line."""
+    lines = source.splitlines()
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Stage"
+    ]
+    return [
+        f"{keyword.lineno}: {keyword.arg}"
+        for call in calls
+        for keyword in call.keywords
+        if "  # " not in lines[keyword.lineno - 1]
+    ]
+
+
+def test_every_field_of_a_published_stage_says_unit_and_source() -> None:
+    assert _uncommented("Stage(\n  a=1,  # x\n  b=2,\n)") == ["3: b"]
+    import mono_internvl.recipes as package
+
+    files = sorted(Path(package.__path__[0]).glob("*.py"))
+    wrong = [f"{file.name}:{where}" for file in files for where in _uncommented(file.read_text())]
+    assert not wrong, wrong

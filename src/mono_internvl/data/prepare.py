@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 META_FILE, SETTINGS_FILE = "meta.json", "prepare.json"
 _EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
 _EXTENSIONS |= {b"II": "tif", b"MM": "tif"}
-_KEPT_FIELDS = ("repeat_time", "max_dynamic_patch", "data_augment", "prompt")
+_KEPT_FIELDS = ("repeat_time", "ratio", "max_dynamic_patch", "data_augment", "prompt")
 
 
 @dataclass(frozen=True)

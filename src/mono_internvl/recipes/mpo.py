@@ -25,21 +25,21 @@ MPO = Recipe(
     ),
     stages=(
         Stage(
-            name="mpo",
-            title="of two answers the better one: preference, quality, generation",
-            data="mpo.json",
-            rules=(Rule(".*", 2e-7),),
-            objective=mpo.MPO(),
-            loss_weighting="sample",
-            epochs=1.0,
-            batch_size=256,
-            schedule="cosine",
-            warmup_ratio=0.03,
-            weight_decay=0.05,
-            max_tokens=12_288,
-            max_tiles=12,
-            checkpoint_every=100,
-            on_bad_sample="skip",
+            name="mpo",  # ours
+            title="of two answers the better one: preference, quality, generation",  # arXiv 2411.10442
+            data="mpo.json",  # ours
+            rules=(Rule(".*", 2e-7),),  # everything, peak rate of a step; script
+            objective=mpo.MPO(),  # weights 0.8, 0.2, 1; script
+            loss_weighting="sample",  # weight of a token, 1 / |y_c|; arXiv 2411.10442
+            epochs=1.0,  # passes over the data; script
+            batch_size=256,  # pairs of a step; script
+            schedule="cosine",  # behind the warm-up; script
+            warmup_ratio=0.03,  # of all steps; script
+            weight_decay=0.05,  # of AdamW, per step and rate; script
+            max_tokens=12_288,  # of an answer with its question, visual ones included; script
+            max_tiles=12,  # of an image; ours
+            checkpoint_every=100,  # optimizer steps; ours
+            on_bad_sample="skip",  # ours
         ),
     ),
     published_data=(

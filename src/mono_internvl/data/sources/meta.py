@@ -6,6 +6,9 @@ Paths in it are relative to the meta file. What an annotation is called says wha
 is a saved `datasets` dataset, else the suffix decides (`SOURCES`). Shards are one path, a list of
 them, or a pattern such as `shards/*.tar`.
 
+Instead of `repeat_time` every entry may have a `ratio` of the samples; they add up to 1. An epoch
+is then so long that each source is seen whole at least once, one of them exactly.
+
 Source: the meta files of OpenGVLab's InternVL models.
 """
 
@@ -34,6 +37,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
 """What reads an annotation, by its suffix, or by "/" if it is a folder; called as `JsonlSource` is,
 which reads all others. Shards get a list of paths."""
 _SHARDED = {".tar", ".parquet"}
+_RATIO_TOLERANCE = 0.002  # published ratios are rounded
 
 
 def read_meta(path: Path) -> list[Source]:
@@ -47,7 +51,15 @@ def read_meta(path: Path) -> list[Source]:
         SampleError: Not such a file, or a source of it is missing.
     """
     path = Path(path)
-    return [_source_of(path, name, entry) for name, entry in read_entries(path).items()]
+    entries = read_entries(path)
+    sources = [_source_of(path, name, entry) for name, entry in entries.items()]
+    ratios = [entry.get("ratio") for entry in entries.values()]
+    if any(ratio is not None for ratio in ratios):
+        _check_ratios(path, entries)
+        longest = max(len(s) / ratio for s, ratio in zip(sources, ratios, strict=True))
+        for source, ratio in zip(sources, ratios, strict=True):
+            source.repeat = ratio * longest / len(source)
+    return sources
 
 
 def read_entries(path: Path) -> Mapping[str, Any]:
@@ -86,6 +98,23 @@ def _source_of(meta: Path, name: str, entry: Any) -> Source:
         )
     open_source = SOURCES.get(FOLDER if is_folder else suffix, JsonlSource)
     return open_source(base / names[0], base / root, **options)
+
+
+def _check_ratios(meta: Path, entries: Mapping[str, Any]) -> None:
+    for name, entry in entries.items():
+        ratio = entry.get("ratio")
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise SampleError(
+                f"{meta}: source {name!r}: ratio={ratio!r}; expected a number above 0 and up to 1 "
+                "in every entry, or in none"
+            )
+        if "repeat_time" in entry:
+            raise SampleError(
+                f"{meta}: source {name!r}: repeat_time beside ratio={ratio!r}; remove one of them"
+            )
+    total = sum(entry["ratio"] for entry in entries.values())
+    if abs(total - 1) > _RATIO_TOLERANCE:
+        raise SampleError(f"{meta}: the ratios add up to {total:g}; expected 1")
 
 
 def _names_of(here: str, annotation: Any) -> list[str]:
