@@ -26,7 +26,7 @@ MPO = Recipe(
     stages=(
         Stage(
             name="mpo",  # ours
-            title="of two answers the better one: preference, quality, generation",  # arXiv 2411.10442
+            title="of two answers the better one: preference, quality, generation",  # the paper
             data="mpo.json",  # ours
             rules=(Rule(".*", 2e-7),),  # everything, peak rate of a step; script
             objective=mpo.MPO(),  # weights 0.8, 0.2, 1; script
@@ -36,7 +36,7 @@ MPO = Recipe(
             schedule="cosine",  # behind the warm-up; script
             warmup_ratio=0.03,  # of all steps; script
             weight_decay=0.05,  # of AdamW, per step and rate; script
-            max_tokens=12_288,  # of an answer with its question, visual ones included; script
+            max_tokens=12_288,  # of a pair, see `ours`; script
             max_tiles=12,  # of an image; ours
             checkpoint_every=100,  # optimizer steps; ours
             on_bad_sample="skip",  # ours
