@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mono_internvl.cli.attention_map import attention_map
 from mono_internvl.cli.data import data as data_verbs
 from mono_internvl.cli.evaluation import evaluate
 from mono_internvl.cli.lab import lab
@@ -27,6 +28,7 @@ from mono_internvl.cli.options import (
     Threads,
     WorldSeed,
 )
+from mono_internvl.cli.pictures import check_picture_path, draw_answer
 from mono_internvl.cli.plan import say_plan
 from mono_internvl.cli.serve import serve
 from mono_internvl.door import pass_through
@@ -45,6 +47,7 @@ app.add_typer(data_verbs, name="data")
 app.add_typer(lab, name="lab")
 app.command()(serve)
 app.command()(evaluate)
+app.command()(attention_map)
 
 
 def main() -> None:
@@ -99,6 +102,10 @@ def chat(
     threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
     experts: Experts = "auto",
     revision: Revision = None,
+    draw: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Draw the answer's boxes on the image, into this file."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Ask about images: one question, or a conversation."""
@@ -106,6 +113,10 @@ def chat(
     from mono_internvl.serving.loading import load
 
     quieten()
+    if draw is not None:
+        if question is None or len(image or ()) != 1:
+            raise typer.BadParameter("--draw takes one question about one --image")
+        check_picture_path(draw, "--draw", (".png", ".jpg", ".jpeg", ".webp"))
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
     pictures = [Picture.load(name) for name in image or ()]
     session = load(
@@ -125,6 +136,8 @@ def chat(
         say_plan(plan)
     if question is not None:
         answer(session, question, pictures, as_json)
+        if draw is not None:
+            draw_answer(session.history[-1]["content"], pictures[0].image, draw)
     elif converse(session, pictures, as_json) and not sys.stdin.isatty():
         raise typer.Exit(1)
 

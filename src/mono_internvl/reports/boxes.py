@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
 
 from mono_internvl.processing.prompts import parse_boxes
 
 BOX_SCALE = 1000
 """Edges are thousandths of the image's width and height."""
+
+_COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+_SMALLEST_EDGE_PX = 448  # below, words cannot be read; the picture is made larger
+_LONGEST_LABEL = 60
 
 _PHRASE = re.compile(r"<ref>(?P<label>.*?)</ref>\s*<box>(?P<boxes>.*?)</box>", re.DOTALL)
 
@@ -69,3 +76,49 @@ def _bare_boxes(label: str, text: str) -> list[Box]:
         if x1 < x2 and y1 < y2:
             boxes.append(Box(label, x1, y1, x2, y2))
     return boxes
+
+
+def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """Draw boxes with their labels on a copy of an image.
+
+    Args:
+        image: Of any mode; a small one is made larger, by a whole number, so that labels are read.
+        boxes: What to draw; equal labels share a colour.
+
+    Returns:
+        An RGB image.
+    """
+    scale = max(1, -(-_SMALLEST_EDGE_PX // max(image.size)))
+    size = (image.width * scale, image.height * scale)
+    drawn = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+    width, height = drawn.size
+    line = max(2, round(max(drawn.size) / 250))
+    font = ImageFont.load_default(max(12, round(max(drawn.size) / 36)))
+    pen = ImageDraw.Draw(drawn)
+    labels = list(dict.fromkeys(box.label for box in boxes))
+    for box in boxes:
+        colour = _COLOURS[labels.index(box.label) % len(_COLOURS)]
+        left, right = (x * (width - 1) // BOX_SCALE for x in (box.x1, box.x2))
+        top, bottom = (y * (height - 1) // BOX_SCALE for y in (box.y1, box.y2))
+        pen.rectangle((left, top, right, bottom), outline=colour, width=line)
+        if box.label:
+            _write_label(pen, " ".join(box.label.split()), (left, top), colour, font, drawn.size)
+    return drawn
+
+
+def _write_label(
+    pen: ImageDraw.ImageDraw,
+    label: str,
+    corner: tuple[int, int],
+    colour: str,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    size: tuple[int, int],
+) -> None:
+    """White on the box's colour, above its corner where there is room, never beyond the image."""
+    text = label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…"
+    x0, y0, x1, y1 = pen.textbbox((0, 0), text, font=font)
+    wide, high = round(x1 - x0) + 6, round(y1 - y0) + 6
+    left = max(0, min(corner[0], size[0] - wide))
+    top = corner[1] - high if corner[1] >= high else min(corner[1], size[1] - high)
+    pen.rectangle((left, top, left + wide, top + high), fill=colour)
+    pen.text((left + 3 - x0, top + 3 - y0), text, fill="white", font=font)

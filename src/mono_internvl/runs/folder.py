@@ -104,10 +104,12 @@ def resumable(run: Path) -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all; a line break ends it."""
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file that is there whole or not at all; a line break ends a text."""
+    if isinstance(content, str):
+        content = (content.removesuffix("\n") + "\n").encode("utf-8")
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text.removesuffix("\n") + "\n", encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(file)
 
 
