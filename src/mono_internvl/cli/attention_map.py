@@ -79,9 +79,10 @@ def _print(found: AttentionMaps, out: Path, as_json: bool) -> None:
     import dataclasses
 
     if as_json:
-        layers = [dataclasses.asdict(layer) for layer in found.layers]
-        for layer in layers:
-            del layer["weights"]
+        layers = [
+            {name: value for name, value in vars(layer).items() if name != "weights"}
+            for layer in found.layers
+        ]
         segments = [dataclasses.asdict(segment) for segment in found.segments]
         values = {"num_tokens": found.num_tokens, "segments": segments, "layers": layers}
         print_json({**values, "picture": str(out)})
@@ -90,9 +91,9 @@ def _print(found: AttentionMaps, out: Path, as_json: bool) -> None:
     typer.echo(f"{found.num_tokens} tokens: {spans}")
     typer.echo("in brackets: the same of attention spread evenly over what a token sees")
     typer.echo(f"layer   {_DISTANCE:<32}{_TO_IMAGE:<20}{_TO_TEXT}")
-    for layer in found.layers:
-        distance = f"{layer.visual_distance:.2f} ({layer.uniform_visual_distance:.2f})"
-        to_image = f"{layer.text_to_image:.3f} ({layer.uniform_text_to_image:.3f})"
-        to_text = f"{layer.image_to_text:.3f} ({layer.uniform_image_to_text:.3f})"
-        typer.echo(f"{layer.layer:>5}   {distance:<32}{to_image:<20}{to_text}")
+    for one in found.layers:
+        distance = f"{one.visual_distance:.2f} ({one.uniform_visual_distance:.2f})"
+        to_image = f"{one.text_to_image:.3f} ({one.uniform_text_to_image:.3f})"
+        to_text = f"{one.image_to_text:.3f} ({one.uniform_image_to_text:.3f})"
+        typer.echo(f"{one.layer:>5}   {distance:<32}{to_image:<20}{to_text}")
     typer.echo(f"picture: {out}")
