@@ -51,6 +51,7 @@ IMAGES = ROOT / "tests" / "parity" / "golden" / "python"
 
 NETWORK = "needs the network"
 MINUTES = "takes minutes; .ci/run walks the quick form"
+PAIRS = "needs a model that is right at times; tests/evaluation/test_pairs.py has one"
 MINUTES_MODULAR = "takes minutes; tests/miniature/test_lab_modular.py walks a smaller form"
 MINUTES_LLM = "takes minutes; tests/miniature/test_quickstart_llm.py walks a smaller form"
 MINUTES_EVIP = "takes hours; tests/miniature/test_lab_evip.py walks a smaller form"
@@ -87,6 +88,8 @@ NOT_EXECUTED = {
     "mono-internvl lab images --against runs/quickstart": "trains two more models; "
     "tests/miniature/test_lab_images.py walks the path",
     "mono-internvl lab modular --against runs/quickstart": MINUTES,
+    "mono-internvl data pairs --model runs/quickstart/model --benchmark miniature "
+    "--data runs/quickstart/data/validation.jsonl --out runs/own-pairs": PAIRS,
     "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,
     "mono-internvl lab evip-plus-plus --processes 2": MINUTES_EVIP,
     "mono-internvl lab evip-plus-plus --seeds 1 --against runs/quickstart": MINUTES_EVIP,

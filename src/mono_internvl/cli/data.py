@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mono_internvl.cli.options import Json
+from mono_internvl.cli.options import (
+    AnswerFormat,
+    AnswerPrecision,
+    Device,
+    Json,
+    MaxNewTokens,
+    Model,
+)
 from mono_internvl.serving.terminal import print_json, quieten
 
 if TYPE_CHECKING:
@@ -145,6 +152,61 @@ def data_inspect(
     write_contact_sheet(out, str(meta), said, shown, bad[:50])
     _print_counts(counts, as_json)
     typer.echo(f"sheet: {out}", err=as_json)
+
+
+@data.command("pairs")
+def data_pairs(
+    model: Model,
+    records: Annotated[
+        Path, typer.Option("--data", metavar="FILE.jsonl", help="Records with a kind and a truth.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the pairs.")],
+    benchmark: Annotated[
+        str, typer.Option(metavar="NAME", help="Who asks and scores: records or miniature.")
+    ] = "records",
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 32,
+    per_question: Annotated[int, typer.Option(min=1, help="Most pairs of a question.")] = 15,
+    answer_format: AnswerFormat = "whole",
+    dropout: Annotated[
+        bool, typer.Option("--dropout", help="Also truths against answers without the image.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = None,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    device: Device = "auto",
+    precision: AnswerPrecision = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw answers of a model and pair right with wrong ones; call it again to go on."""
+    import dataclasses
+
+    from mono_internvl.cli.benchmarks import BENCHMARKS
+    from mono_internvl.evaluation.benchmark import named
+    from mono_internvl.evaluation.pairs import META, PairPlan, make_pairs
+
+    quieten()
+    chosen = named(BENCHMARKS, benchmark)
+    protocol = chosen.protocol.changed(attention=None, max_tiles=max_tiles, precision=precision)
+    counts = make_pairs(
+        model,
+        records,
+        out,
+        benchmark=chosen,
+        protocol=protocol.of_length(max_new_tokens),
+        plan=PairPlan(samples, per_question, answer_format, dropout),
+        device=device,
+        threads=threads,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(counts))
+        return
+    typer.echo(
+        f"answers: {counts.right:,} right, {counts.wrong:,} wrong, {counts.unreadable:,} without a "
+        f"result, to {counts.questions:,} questions; {counts.without:,} questions give no pair"
+    )
+    for name, number in counts.pairs.items():
+        typer.echo(f"pairs:   {number:,} in {out / name}.jsonl")
+    typer.echo(f"meta:    {out / META}")
 
 
 def _encoder(model: str, max_tiles: int) -> RecordEncoder:

@@ -29,3 +29,13 @@ Experts = Annotated[
 ]
 WorldSeed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the rendered world.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
+AnswerFormat = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="Where a result stands: whole (all of the answer), marked (behind 'Final answer:') or "
+        "final (the same, and the question asks for it).",
+    ),
+]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer; the benchmark's.")]

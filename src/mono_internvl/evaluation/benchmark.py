@@ -122,7 +122,13 @@ class Benchmark:
         """The scored answer to a question."""
         score = self.score(question.record, text)
         return Prediction(
-            question.record, question.text, text, score, question.is_blind, protocol.to_dict()
+            question.record,
+            question.text,
+            text,
+            score,
+            question.is_blind,
+            protocol.to_dict(),
+            question.draw,
         )
 
     def mean_scores(self, predictions: Iterable[Prediction]) -> dict[str, Mean]:

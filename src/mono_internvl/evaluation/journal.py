@@ -89,8 +89,10 @@ def _journals(predictions: Path) -> list[Path]:
 
 
 def key_of(question: Question) -> str:
-    """What a question is known by: its record, which version of its images, whether it is blind."""
+    """What a question is known by: its record, which version of its images, how it is asked."""
     images = [image.version() for image in question.sample.images]
-    seen = [question.record, images, question.is_blind]
+    seen: list[Any] = [question.record, images, question.is_blind]
+    if question.draw is not None or question.answer_start:
+        seen += [question.draw, question.answer_start]
     text = json.dumps(seen, sort_keys=True).encode()
     return hashlib.blake2b(text, digest_size=_DIGEST_BYTES).hexdigest()

@@ -47,14 +47,21 @@ class PromptEncoder:
             raise SampleError(f"{where}: {error}") from error
         self._check(num_tokens, where)
 
-    def encode(self, turns: Sequence[Turn], where: str) -> Request:
+    def encode(self, turns: Sequence[Turn], where: str, answer_start: str = "") -> Request:
         """A prompt with its images, to be answered greedily.
+
+        Args:
+            turns: The conversation up to the answer.
+            where: Place of the record, for messages.
+            answer_start: What the answer begins with.
 
         Raises:
             SampleError: It is refused, an image is damaged, or it is too long.
         """
         try:
-            encoded = self.processor.encode_prompt(turns, max_tiles=self._limits(turns))
+            encoded = self.processor.encode_prompt(
+                turns, max_tiles=self._limits(turns), answer_start=answer_start
+            )
         except (ImageError, PromptError) as error:
             raise SampleError(f"{where}: {error}") from error
         ids = encoded["input_ids"][0]

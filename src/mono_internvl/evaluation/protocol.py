@@ -9,6 +9,46 @@ from typing import Any, Literal
 
 from mono_internvl.compute import ComputePlan
 from mono_internvl.errors import ConfigError
+from mono_internvl.generation.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How further answers to a question are drawn.
+
+    Attributes:
+        temperature: Of the draws.
+        top_p: Least share of probability to choose from; 1 for all.
+        top_k: How many of the most likely tokens to choose from; 0 for all.
+        greedy_first: Whether the first answer is the greedy one.
+
+    Raises:
+        ConfigError: A field is out of its range.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy_first: bool = False
+
+    def __post_init__(self) -> None:
+        self.sampling(1, 1, 0)
+        if self.temperature == 0:
+            raise ConfigError("temperature=0; every draw would be the same, give more than 0")
+
+    def sampling(self, draw: int, max_new_tokens: int, seed: int) -> Sampling:
+        """How a draw is made.
+
+        Args:
+            draw: Its number, from 0.
+            max_new_tokens: Longest answer.
+            seed: Of this draw.
+        """
+        if self.greedy_first and draw == 0:
+            return Sampling(max_new_tokens=max_new_tokens)
+        return Sampling(
+            self.temperature, self.top_p, self.top_k, max_new_tokens=max_new_tokens, seed=seed
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +58,7 @@ class Protocol:
     Attributes:
         max_new_tokens: Longest answer.
         decoding: How a token is chosen.
+        drawing: With decoding "sampled", how.
         prompt_suffix: What stands behind every question, such as a wish for short answers.
         max_tiles: Most tiles per image; None is the processor's own number.
         max_tiles_of_later_images: Of a question's images behind its first; None is `max_tiles`.
@@ -29,7 +70,8 @@ class Protocol:
     """
 
     max_new_tokens: int = 96
-    decoding: Literal["greedy"] = "greedy"
+    decoding: Literal["greedy", "sampled"] = "greedy"
+    drawing: Drawing | None = None
     prompt_suffix: str = ""
     max_tiles: int | None = None
     max_tiles_of_later_images: int | None = None
@@ -41,8 +83,11 @@ class Protocol:
             is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not is_number and (name, value) != ("max_tiles", None):
                 raise ConfigError(f"{name}={value!r}; expected an integer >= 1")
-        if self.decoding != "greedy":
-            raise ConfigError(f"decoding={self.decoding!r}; expected 'greedy'")
+        if self.decoding != ("greedy" if self.drawing is None else "sampled"):
+            raise ConfigError(
+                f"decoding={self.decoding!r}, drawing={self.drawing}; expected 'greedy', or "
+                "'sampled' and how"
+            )
 
     def changed(
         self, *, attention: str | None, max_tiles: int | None, precision: str = "auto"
@@ -54,6 +99,15 @@ class Protocol:
             max_tiles=max_tiles or self.max_tiles,
             precision=self.precision if precision == "auto" else precision,
         )
+
+    def of_length(self, max_new_tokens: int | None) -> Protocol:
+        """The protocol with another longest answer, if one is given."""
+        most = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        return dataclasses.replace(self, max_new_tokens=most)
+
+    def drawn(self, drawing: Drawing) -> Protocol:
+        """The protocol by which several answers are drawn."""
+        return dataclasses.replace(self, decoding="sampled", drawing=drawing)
 
     def planned(self, plan: ComputePlan) -> Protocol:
         """The protocol with the precision and attention of a plan.

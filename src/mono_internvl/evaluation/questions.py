@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from mono_internvl.data.order import mix
 from mono_internvl.data.records import Record
 from mono_internvl.data.sources import JsonlSource
 from mono_internvl.errors import SampleError
@@ -26,10 +29,14 @@ class Question:
     Attributes:
         sample: Its conversation; the last turn is the true answer.
         is_blind: Whether its images are hidden: what remains is what the question gives away.
+        draw: Where several answers are drawn, which of them; None where there is one.
+        answer_start: What the answer begins with; the model goes on from there.
     """
 
     sample: Record
     is_blind: bool = False
+    draw: int | None = None
+    answer_start: str = ""
 
     @property
     def record(self) -> dict[str, Any]:
@@ -55,6 +62,15 @@ class Question:
     def without_images(self) -> Question:
         """The same question, asked blind."""
         return dataclasses.replace(self, is_blind=True)
+
+    def draws(self, count: int) -> list[Question]:
+        """The same question so many times, for answers to choose from."""
+        return [dataclasses.replace(self, draw=number) for number in range(count)]
+
+    def seed(self) -> int:
+        """Of this draw: a function of what is asked and of its number alone."""
+        asked = json.dumps([self.record, self.is_blind, self.answer_start], sort_keys=True)
+        return mix(zlib.crc32(asked.encode()), self.draw or 0)
 
 
 def read_records(file: Path) -> Iterator[Question]:
@@ -99,7 +115,7 @@ def in_order(questions: Sequence[Question]) -> list[int]:
     """By kind and length of the true answer, but questions on the same images one after another."""
     keys = [(question.kind, len(question.sample.turns[-1].text)) for question in questions]
     first: dict[Any, tuple[str, int]] = {}  # images -> least key of a question on them
-    images = [question.sample.images or number for number, question in enumerate(questions)]
+    images = [q.sample.images or q.sample.where or number for number, q in enumerate(questions)]
     for key, shown in zip(keys, images, strict=True):
         first[shown] = min(key, first.get(shown, key))
     numbers = {shown: number for number, shown in enumerate(dict.fromkeys(images))}
@@ -126,6 +142,6 @@ def shares(questions: Sequence[Question], processes: int) -> list[list[Question]
     dealt: list[list[Question]] = [[] for _ in range(processes)]
     process_of: dict[Any, int] = {}
     for number, question in enumerate(questions):
-        shown = question.sample.images or number
+        shown = question.sample.images or question.sample.where or number
         dealt[process_of.setdefault(shown, len(process_of) % processes)].append(question)
     return dealt

@@ -26,7 +26,7 @@ from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.evaluation.questions import Question, in_order, shares
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.engine import Engine
-from mono_internvl.generation.request import Generation
+from mono_internvl.generation.request import Generation, Request
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.processing.prompts import Turn
@@ -176,6 +176,7 @@ def _outcomes(
     engine = Engine(model, max_rows=batch_size)
     asked: dict[Generation, int] = {}
     refused: dict[int, Outcome] = {}
+    requests = _Requests(benchmark, protocol, encoder)
 
     def submissions() -> Iterator[None]:
         """One more question in the engine's queue each time."""
@@ -184,8 +185,7 @@ def _outcomes(
             if number in known:
                 continue
             try:
-                prompt = benchmark.prompt(question, protocol)
-                asked[engine.submit(encoder.encode(prompt, question.sample.where))] = number
+                asked[engine.submit(requests.of(question))] = number
             except (ImageError, PromptError) as error:
                 refused[number] = SampleError(f"{question.sample.where}: {error}")
             except SampleError as error:
@@ -205,10 +205,58 @@ def _outcomes(
                 if not asked:
                     break
                 for ended in engine.step():
-                    text = processor.decode_answer(ended.result.ids, keep_grounding=True)
-                    answers[asked.pop(ended)] = text
+                    number = asked.pop(ended)
+                    answers[number] = _answer_text(processor, ended, questions[number])
         if answers or refused:
             yield {**refused, **answers}
             refused.clear()
         if not answers:
             return
+
+
+class _Requests:
+    """Questions as requests; the draws of one question share its prompt.
+
+    Args:
+        benchmark: Whose prompts these are.
+        protocol: How answers are chosen.
+        encoder: Of prompts.
+    """
+
+    def __init__(self, benchmark: Asked, protocol: Protocol, encoder: PromptEncoder) -> None:
+        self.benchmark, self.protocol, self.encoder = benchmark, protocol, encoder
+        self._last: tuple[Question, Request] | None = None
+
+    def of(self, question: Question) -> Request:
+        """The request of a question.
+
+        Raises:
+            ImageError, PromptError, SampleError: It cannot be asked.
+        """
+        alike = dataclasses.replace(question, draw=None)
+        if self._last is None or self._last[0] != alike:
+            turns = self.benchmark.prompt(question, self.protocol)
+            request = self.encoder.encode(turns, question.sample.where, question.answer_start)
+            self._last = (alike, request)
+        request, drawing = self._last[1], self.protocol.drawing
+        if drawing is None:
+            return request
+        most = request.sampling.max_new_tokens
+        sampling = drawing.sampling(question.draw or 0, most, question.seed())
+        return dataclasses.replace(request, sampling=sampling)
+
+
+def _answer_text(processor: MonoInternVLProcessor, ended: Generation, question: Question) -> str:
+    """An answer, what it was made to begin with included."""
+    ids = ended.result.ids
+    if not question.answer_start:
+        return processor.decode_answer(ids, keep_grounding=True)
+    # Decoded behind the beginning: spaces and line breaks between both are part of the answer.
+    before = torch.as_tensor(ended.request.input_ids).tolist()
+    control = set(processor.tokenizer.control_tokens.values())
+    start = 1 + max((place for place, token in enumerate(before) if token in control), default=-1)
+    begun, whole = (
+        processor.decode_answer([*before[start:], *more], keep_grounding=True) for more in ((), ids)
+    )
+    new = whole.removeprefix(begun) if whole.startswith(begun) else processor.decode_answer(ids)
+    return question.answer_start + new

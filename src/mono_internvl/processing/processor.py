@@ -36,6 +36,7 @@ from mono_internvl.processing.prompts import (
     Piece,
     Turn,
     check_no_control,
+    open_answer,
     to_turns,
 )
 from mono_internvl.processing.prompts import chat_template as make_chat_template
@@ -243,6 +244,7 @@ class MonoInternVLProcessor(HostProcessor):
         max_tiles: int | Sequence[int] | None = None,
         share_budget: bool = False,
         on_control: OnControl = "escape",
+        answer_start: str = "",
     ) -> BatchFeature:
         """A prompt that is open for an answer.
 
@@ -251,6 +253,7 @@ class MonoInternVLProcessor(HostProcessor):
             max_tiles: Most tiles of an image, or one number for each; None: the processor's own.
             share_budget: Whether the images share `max_tiles` instead of having it each.
             on_control: Whether control tokens in the text become plain text or an error.
+            answer_start: What the answer begins with; the model goes on from there.
 
         Returns:
             `input_ids` and `attention_mask`, int64 (1, T); with images `pixel_values` (N, 3, S, S),
@@ -261,7 +264,11 @@ class MonoInternVLProcessor(HostProcessor):
             ImageError: If an image cannot be decoded.
         """
         return self.encode_prompts(
-            [messages], max_tiles=max_tiles, share_budget=share_budget, on_control=on_control
+            [messages],
+            max_tiles=max_tiles,
+            share_budget=share_budget,
+            on_control=on_control,
+            answer_start=answer_start,
         )
 
     def encode_prompts(
@@ -271,6 +278,7 @@ class MonoInternVLProcessor(HostProcessor):
         max_tiles: int | Sequence[int] | None = None,
         share_budget: bool = False,
         on_control: OnControl = "escape",
+        answer_start: str = "",
     ) -> BatchFeature:
         """A batch of prompts, padded on the left; see `encode_prompt`.
 
@@ -290,7 +298,7 @@ class MonoInternVLProcessor(HostProcessor):
             pieces = self._form.render(
                 turns, default_system_prompt=self.default_system_prompt, add_generation_prompt=True
             )
-            rendered.append((pieces, len(shown)))
+            rendered.append(([*pieces, *open_answer(answer_start)], len(shown)))
         limits.check_used_up()
         pixel_values, layouts = self._cut(images, image_limits)
         rows, position = [], 0

@@ -170,6 +170,15 @@ def render_turn(turn: Turn) -> list[Piece]:
     return pieces
 
 
+def open_answer(text: str) -> list[Piece]:
+    """The beginning of an answer that a model is to go on with, behind an open assistant turn."""
+    return [
+        Piece("control" if part in GROUNDING_TOKENS else "text", part)
+        for part in _GROUNDING.split(text)
+        if part
+    ]
+
+
 def check_no_control(turns: Iterable[Turn], control_tokens: Iterable[str]) -> None:
     """Refuses control tokens in the text of turns; grounding tokens are allowed.
 

@@ -13,6 +13,7 @@ from mono_internvl.errors import SampleError
 from mono_internvl.runs.json_lines import read_lines, to_line
 
 _OURS = ("question", "prediction", "score", "blind", "protocol")
+_DRAW = "draw"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Prediction:
         score: In [0, 1]; None where answers are scored together, afterwards.
         is_blind: Whether the images were hidden.
         protocol: How it was asked, as `Protocol.to_dict` gives it; None in files older than that.
+        draw: Where several answers were drawn, which of them; None where there is one.
     """
 
     record: Mapping[str, Any]
@@ -34,6 +36,7 @@ class Prediction:
     score: float | None
     is_blind: bool
     protocol: Mapping[str, Any] | None = None
+    draw: int | None = None
 
     @property
     def kind(self) -> str:
@@ -43,7 +46,8 @@ class Prediction:
     def to_row(self) -> dict[str, Any]:
         """The record with what was said: one line of a file."""
         own = (self.question, self.text, self.score, self.is_blind, self.protocol)
-        return {**self.record, **dict(zip(_OURS, own, strict=True))}
+        drawn = {} if self.draw is None else {_DRAW: self.draw}
+        return {**self.record, **dict(zip(_OURS, own, strict=True)), **drawn}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Prediction:
@@ -62,8 +66,13 @@ class Prediction:
             raise ValueError(f"score={score!r}, blind={is_blind!r}; expected a number and a truth")
         if not isinstance(protocol, dict | None):
             raise ValueError(f"protocol={protocol!r}; expected an object")
-        record = {name: value for name, value in row.items() if name not in _OURS}
-        return cls(record, str(row.get("question", "")), text, score, is_blind, protocol)
+        is_drawn = bool(protocol and protocol.get("drawing"))
+        draw = row.get(_DRAW) if is_drawn else None
+        if draw is not None and (isinstance(draw, bool) or not isinstance(draw, int)):
+            raise ValueError(f"draw={draw!r}; expected its number")
+        ours = {*_OURS, _DRAW} if is_drawn else set(_OURS)
+        record = {name: value for name, value in row.items() if name not in ours}
+        return cls(record, str(row.get("question", "")), text, score, is_blind, protocol, draw)
 
 
 @dataclass(frozen=True)
