@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
     },
     "serving": {"released", "model", "processing", "checkpoints", "generation", "door"},
-    "costs": {"model", "training.recipe", "training.rules", "recipes"},
+    "costs": {"model", "processing.images", "training.recipe", "training.rules", "recipes"},
     "reports": {"processing"},
     "bench": {
         "attention",

@@ -85,6 +85,8 @@ NOT_EXECUTED = {
     "--image-attention bidirectional": NETWORK,
     "mono-internvl init --llm Qwen/Qwen3-0.6B --out runs/start --position-step 0.25 "
     "--position-steps 1,0.5,0.25,0.125": NETWORK,
+    "mono-internvl init --llm Qwen/Qwen3-0.6B --out runs/start-4khd "
+    "--tiling xcomposer_4khd": NETWORK,
     "mono-internvl lab images --against runs/quickstart": "trains two more models; "
     "tests/miniature/test_lab_images.py walks the path",
     "mono-internvl lab modular --against runs/quickstart": MINUTES,

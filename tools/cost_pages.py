@@ -125,7 +125,7 @@ def sample_flops(stage: Stage) -> int:
     side = config.force_image_size
     tiling = InternVLTiling(side, max_tiles=stage.max_tiles, use_thumbnail=config.use_thumbnail)
     tokens_per_side = math.isqrt(config.num_image_tokens_per_tile)
-    visual = tiling.layout(stage.max_tiles * side, side, tokens_per_side).num_visual_tokens
+    visual = tiling.layout(stage.max_tiles * side, side, tokens_per_side).num_tokens
     text = stage.max_tokens - visual
     model = skeleton(config)
     groups = apply_rules(model, config, stage)

@@ -64,12 +64,13 @@ def test_options_that_differ_from_the_released_models_are_shown() -> None:
 @pytest.mark.parametrize(
     ("given", "parsed"),
     [
-        ("visual=768,text=256", (768, 256)),
-        ("text=5", (0, 5)),
-        (" text = 5 , visual = 256 ", (256, 5)),
+        ("visual=768,text=256", (768, 256, [])),
+        ("text=5", (0, 5, [])),
+        (" text = 5 , visual = 256 ", (256, 5, [])),
+        ("image=640x480,text=5,image=2x3", (0, 5, [(640, 480), (2, 3)])),
     ],
 )
-def test_tokens_are_parsed(given: str, parsed: tuple[int, int]) -> None:
+def test_tokens_are_parsed(given: str, parsed: tuple[int, int, list[tuple[int, int]]]) -> None:
     assert parse_tokens(given) == parsed
 
 

@@ -28,7 +28,7 @@ def _encode(record: Record) -> Sample:
     labels = ids.clone()
     labels[:question] = -100
     pixels = torch.full((2 * images, 3, 4, 4), float(answer)) if images else None
-    return Sample(ids, labels, pixels, (TokenLayout(2, (1, 1)),) * images)
+    return Sample(ids, labels, pixels, (TokenLayout(2, 2),) * images)
 
 
 def _source(folder: Path, *specs: str) -> JsonlSource:

@@ -145,7 +145,7 @@ def _tiling(x: Inputs) -> dict[str, int]:
         "cols": columns,
         "rows": rows,
         "tiles_with_thumbnail": layout.num_tiles,
-        "visual_tokens": layout.num_visual_tokens,
+        "visual_tokens": layout.num_tokens,
     }
 
 

@@ -215,7 +215,7 @@ def check_label_row(
     ids, labels = encode_pieces(
         tokenizer,
         pieces,
-        [TokenLayout(1, (count,)) for count in row["num_image_token_list"][:num_images]],
+        [TokenLayout(1, count) for count in row["num_image_token_list"][:num_images]],
     )
     if reference_failed:
         answers = [turn.text for turn in turns if turn.role == "assistant"]

@@ -137,7 +137,7 @@ def test_first_label_is_never_set() -> None:
 
 def test_encode_pieces_refuses_another_number_of_images() -> None:
     with pytest.raises(PromptError, match="1 image placeholders but 2 images"):
-        encode_pieces(P.tokenizer, [Piece("image")], [TokenLayout(1, (4,))] * 2)
+        encode_pieces(P.tokenizer, [Piece("image")], [TokenLayout(1, 4)] * 2)
 
 
 def test_empty_answer_leaves_its_turn_open_and_learns_nothing() -> None:

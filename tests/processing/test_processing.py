@@ -77,11 +77,7 @@ def test_images_stand_where_the_message_puts_them(parts: list[Any], expected: st
     assert question_of(batch) == expected
     P.check_image_tokens(
         batch["input_ids"],
-        [
-            TokenLayout(
-                len(batch["pixel_values"]), (P.tokens_per_tile,) * len(batch["pixel_values"])
-            )
-        ],
+        [TokenLayout(len(batch["pixel_values"]), P.tokens_per_tile * len(batch["pixel_values"]))],
     )
     rendered = P.apply_chat_template([user(*parts)]).rpartition("user\n")[2]
     spelled = expected.replace("#3", "<IMG_CONTEXT>").replace("#1", "<IMG_CONTEXT>")
@@ -222,7 +218,7 @@ def test_placeholder_mismatch_names_both_numbers(
 def test_feature_count_mismatch_names_both_numbers() -> None:
     batch = P.encode_prompt([user(WIDE, "Q")])
     with pytest.raises(PromptError, match=r"3 <IMG_CONTEXT> but 2 visual tokens of 2 tiles"):
-        P.check_image_tokens(batch["input_ids"], [TokenLayout(2, (P.tokens_per_tile,) * 2)])
+        P.check_image_tokens(batch["input_ids"], [TokenLayout(2, P.tokens_per_tile * 2)])
 
 
 def test_calling_with_rendered_text_checks_the_number_of_images() -> None:

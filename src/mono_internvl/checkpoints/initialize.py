@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mono_internvl.checkpoints.from_gguf import find_gguf, write_language_model
 from mono_internvl.checkpoints.from_llm import MonolithicStart, monolithic_from_llm
+from mono_internvl.configuration.checks import check_choice
 from mono_internvl.configuration.model import MonoInternVLVisionConfig
+from mono_internvl.configuration.options import TILINGS
 from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
@@ -43,6 +45,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 VISUAL_TOKEN_PX = 2 * MonoInternVLVisionConfig.patch_size
+_TILE_SETTINGS = {"internvl": (448, 12), "xcomposer_4khd": (336, 25)}
 _STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -53,9 +56,10 @@ def init(
     visual_experts: tuple[str, ...] = ("ffn",),
     chat_template: str | None = None,
     template_date: str | None = None,
-    tile_px: int = 448,
+    tiling: str = "internvl",
+    tile_px: int | None = None,
     patch_width: int = 1024,
-    max_tiles: int = 12,
+    max_tiles: int | None = None,
     image_attention: str = "causal",
     visual_position_step: float = 1.0,
     visual_position_steps: tuple[float, ...] = (),
@@ -76,9 +80,11 @@ def init(
             None takes the language model's own template, and that form if it has none.
         template_date: What a template that prints today's date prints instead, YYYY-MM-DD; "today"
             leaves it the clock; None is `TEMPLATE_DATE`.
-        tile_px: Side of a tile, a multiple of 28.
+        tiling: How images are cut, of `TILINGS`.
+        tile_px: Side of a tile, a multiple of 28; None: 448, or 336 as XComposer2-4KHD has it.
         patch_width: Of the patch embedding.
-        max_tiles: Most tiles of an image, thumbnail not counted.
+        max_tiles: Most tiles of an image, thumbnail or global view not counted; None: 12, or the HD
+            limit of 25 that XComposer2-4KHD answers most benchmarks with.
         image_attention: How the tokens of an image see each other, of `IMAGE_ATTENTION`.
         visual_position_step: Distance between visual tokens in answers, in positions; a word is 1.
         visual_position_steps: Distances that training draws from, one an image (V2PE); none: the
@@ -98,6 +104,9 @@ def init(
         raise CheckpointError(f"{out}: is there already; give a new folder, nothing is overwritten")
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype={dtype!r}; expected auto, {', '.join(DTYPES)}")
+    check_choice("tiling", tiling, TILINGS)
+    default_px, default_tiles = _TILE_SETTINGS[tiling]
+    tile_px = default_px if tile_px is None else tile_px
     if tile_px < VISUAL_TOKEN_PX or tile_px % VISUAL_TOKEN_PX:
         raise ConfigError(
             f"tile_px={tile_px}; expected a multiple of {VISUAL_TOKEN_PX}, the side of a visual "
@@ -117,7 +126,8 @@ def init(
             seed=seed,
             dtype=DTYPES[_stored_dtype(folder) if dtype == "auto" else dtype],
             more_tokens=() if template else (TURN_START, TURN_END),
-            max_dynamic_patch=max_tiles,
+            max_dynamic_patch=default_tiles if max_tiles is None else max_tiles,
+            tiling=tiling,
             image_attention=image_attention,
             visual_position_step=visual_position_step,
             visual_position_steps=visual_position_steps,

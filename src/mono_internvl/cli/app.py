@@ -151,7 +151,7 @@ def info(
         str | None, typer.Option(help=f"Or v1, v1_5 (ours); {DEFAULT_PRESET}.")
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option(metavar="visual=N,text=N", help="A prompt, to cost it.")
+        str | None, typer.Option(metavar="visual=N,text=N", help="A prompt; image=WxH for visual.")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="What is trainable in each stage.")
@@ -214,9 +214,14 @@ def init(
         str | None, typer.Option(metavar="FILE", help="Jinja, or internlm2-chat; the model's own.")
     ] = None,
     template_date: Annotated[str | None, typer.Option(help="Of dated templates, or today.")] = None,
-    tile_px: Annotated[int, typer.Option(help="Side of a tile.")] = 448,
+    tiling: Annotated[
+        str, typer.Option(help="How images are cut: internvl or xcomposer_4khd.")
+    ] = "internvl",
+    tile_px: Annotated[int | None, typer.Option(help="Side of a tile; 448, of 4KHD 336.")] = None,
     patch_width: Annotated[int, typer.Option(min=1, help="Of the patch embedding.")] = 1024,
-    max_tiles: Annotated[int, typer.Option(min=1, help="Most tiles of an image.")] = 12,
+    max_tiles: Annotated[
+        int | None, typer.Option(min=1, help="Most tiles of an image; 12, of 4KHD 25.")
+    ] = None,
     image_attention: Annotated[
         str, typer.Option(help="Within an image: causal or bidirectional.")
     ] = "causal",
@@ -253,6 +258,7 @@ def init(
         visual_experts=experts,
         chat_template=chat_template,
         template_date=template_date,
+        tiling=tiling,
         tile_px=tile_px,
         patch_width=patch_width,
         max_tiles=max_tiles,

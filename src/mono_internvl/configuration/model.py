@@ -30,6 +30,7 @@ from mono_internvl.configuration.options import (
     MAX_TILES,
     check_image_attention,
     check_position_step,
+    check_tiling,
     visual_expert_set,
 )
 from mono_internvl.configuration.released_fields import (
@@ -182,6 +183,7 @@ class MonoInternVLConfig(PreTrainedConfig):
         ps_version: `"v2"`; `"v1"` is the transposed token order of the first InternVL releases.
         force_image_size: Side of a tile, px.
         min_dynamic_patch, max_dynamic_patch: Least and most tiles of an image, without thumbnail.
+        tiling: How an image is cut and its tokens are laid out, of `TILINGS`.
         template: Name of the chat template of the released checkpoints.
     """
 
@@ -210,6 +212,7 @@ class MonoInternVLConfig(PreTrainedConfig):
     use_thumbnail: bool = True
     min_dynamic_patch: int = 1
     max_dynamic_patch: int = 12
+    tiling: str = "internvl"
     pad2square: bool = False
     template: str | None = "internlm2-chat"
     tie_word_embeddings: bool = False
@@ -267,8 +270,7 @@ class MonoInternVLConfig(PreTrainedConfig):
                 f"{self.text_config.vocab_size} tokens, correct it or vocab_size"
             )
         vision = self.vision_config
-        if vision.kind not in VISION_KINDS.values():
-            raise ConfigError(f"vision_config.kind={vision.kind!r}; expected 'patch' or 'vit'")
+        check_choice("vision_config.kind", vision.kind, tuple(VISION_KINDS.values()))
         depth = vision.num_hidden_layers
         if vision.kind == "vit" and not (
             isinstance(self.select_layer, int) and -depth - 1 <= self.select_layer <= depth
@@ -277,12 +279,12 @@ class MonoInternVLConfig(PreTrainedConfig):
                 f"select_layer={self.select_layer!r}; expected {-depth - 1} to {depth}: the vision "
                 f"tower has {depth} layers, and -1 is the output of the last"
             )
-        if self.ps_version not in ("v1", "v2"):
-            raise ConfigError(f"ps_version={self.ps_version!r}; expected 'v1' or 'v2'")
+        check_choice("ps_version", self.ps_version, ("v1", "v2"))
         if self.downsample_ratio != 0.5:
             raise ConfigError(
                 f"downsample_ratio={self.downsample_ratio}; only 0.5 (2x2 patches) is known"
             )
+        check_tiling(self)
         check_image_attention(self.image_attention)
         check_position_step("visual_position_step", self.visual_position_step)
         for step in self.visual_position_steps:
@@ -293,6 +295,11 @@ class MonoInternVLConfig(PreTrainedConfig):
                 f"force_image_size={side} is not a multiple of {2 * self.vision_config.patch_size} "
                 "(a visual token covers 2x2 patches)"
             )
+
+    @property
+    def has_image_marks(self) -> bool:
+        """Whether learned tokens stand among the visual tokens of an image."""
+        return self.tiling == "xcomposer_4khd"
 
     @property
     def num_image_tokens_per_tile(self) -> int:
@@ -364,7 +371,7 @@ class MonoInternVLConfig(PreTrainedConfig):
         }
         out["img_context_token_id"] = self.image_token_id
         out["visual_experts"] = list(self.visual_experts)
-        for name in ("image_attention", "visual_position_step", "visual_position_steps"):
+        for name in _OPTIONS:
             out.pop(name, None)
             if (value := getattr(self, name)) != getattr(type(self), name):
                 out[name] = list(value) if isinstance(value, tuple) else value
@@ -383,6 +390,8 @@ _OWN_FIELDS = tuple(
     if name not in ("text_config", "vision_config")
 )
 
+# Written only where they are not as in the released models.
+_OPTIONS = ("image_attention", "visual_position_step", "visual_position_steps", "tiling")
 _FACTS = {*_OWN_FIELDS, "text_config", "vision_config", "dtype", "torch_dtype", "architectures"}
 _NOT_OF_THE_MODEL = frozenset(
     (

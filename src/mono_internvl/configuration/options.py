@@ -21,6 +21,10 @@ experts, but not their parts, and nothing of that model was released."""
 IMAGE_ATTENTION = ("causal", "bidirectional")
 """How the visual tokens of one image attend to each other."""
 
+TILINGS = ("internvl", "xcomposer_4khd")
+"""How an image is cut and how its tokens stand in a prompt: tile after tile, or as rows of one
+picture with learned tokens behind them."""
+
 MAX_TILES = 256
 """Most tiles that an image is cut into: at 448 px, twice what a context of 32,768 tokens holds."""
 
@@ -104,3 +108,26 @@ def check_position_step(field: str, value: Any) -> None:
             f"{field}={value!r}; expected a multiple of 1/{_STEPS_PER_UNIT} that is at most 1, for "
             "example 0.25"
         )
+
+
+def check_tiling(config: Any) -> None:
+    """Refuses a way to cut images that is not known, or that other settings contradict.
+
+    Args:
+        config: Of a model.
+    """
+    check_choice("tiling", config.tiling, TILINGS)
+    if not config.has_image_marks:
+        return
+    for name, value in (
+        ("dynamic_image_size", True),
+        ("use_thumbnail", True),
+        ("min_dynamic_patch", 1),
+        ("pad2square", False),
+        ("ps_version", "v2"),
+    ):
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"tiling={config.tiling!r} with {name}={getattr(config, name)!r}; expected "
+                f"{value!r}: its grids, padding and global view have one form"
+            )

@@ -107,7 +107,7 @@ class Costs:
     """What reading one prompt and going on from it costs.
 
     Attributes:
-        visual_tokens: Of the prompt, 28 px each; whole tiles.
+        visual_tokens: Of the prompt: of pixels, 28 px each, and learned ones among them.
         text_tokens: Of the prompt, everything that is not an image.
         tiles: That the visual tokens come from, thumbnails included.
         prefill: Reading the prompt, up to the logits of its last row.
@@ -138,26 +138,25 @@ def prompt_costs(
     visual_tokens: int,
     text_tokens: int,
     dtype: torch.dtype = torch.bfloat16,
+    tiles: int | None = None,
 ) -> Costs:
     """Operations and bytes of one prompt.
 
     Args:
         config: Of any size; only its shapes are built.
-        visual_tokens: A multiple of what one tile gives.
+        visual_tokens: A multiple of what one tile gives, or with learned tokens among them.
         text_tokens: Everything else, `<img>` and `</img>` included.
         dtype: Of weights and cache.
+        tiles: That the visual tokens come from; they say it themselves where they are whole tiles.
 
     Raises:
         ConfigError: The visual tokens are no whole tiles, or there is no token at all.
     """
     per_tile, tokens = config.num_image_tokens_per_tile, visual_tokens + text_tokens
-    if visual_tokens < 0 or visual_tokens % per_tile:
-        raise ConfigError(
-            f"visual={visual_tokens}; expected a multiple of {per_tile}, the tokens of one tile"
-        )
+    tiles = tiles_of(config, visual_tokens) if tiles is None else tiles
     if text_tokens < 0 or tokens == 0:
         raise ConfigError(f"text={text_tokens}; expected 0 or more, and a token in all")
-    model, text, tiles = skeleton(config), config.text_config, visual_tokens // per_tile
+    model, text = skeleton(config), config.text_config
     decoder_row = 2 * sum(
         module.weight.numel()
         for name, module in model.model.language_model.layers.named_modules()
@@ -169,7 +168,7 @@ def prompt_costs(
     head = 2 * text.vocab_size * text.hidden_size
     prefill = Flops(
         **_vision_flops(model, config, tiles),
-        projector=2 * _linear_weights(model.model.projector) * visual_tokens,
+        projector=2 * _linear_weights(model.model.projector) * tiles * per_tile,
         decoder_linear=decoder_row * tokens,
         decoder_attention=pair * sum(_pairs(tokens, window) for window in windows),
         head=head,
@@ -187,6 +186,25 @@ def prompt_costs(
         kv_cache_bytes=cached * dtype.itemsize,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def tiles_of(config: MonoInternVLConfig, visual_tokens: int) -> int:
+    """Tiles that give so many visual tokens.
+
+    Raises:
+        ConfigError: They are no whole tiles, or learned tokens stand among them.
+    """
+    per_tile = config.num_image_tokens_per_tile
+    if visual_tokens and config.has_image_marks:
+        raise ConfigError(
+            f"visual={visual_tokens}: with tiling={config.tiling!r} the tokens of an image depend "
+            "on its shape; say it, for example image=1344x1008"
+        )
+    if visual_tokens < 0 or visual_tokens % per_tile:
+        raise ConfigError(
+            f"visual={visual_tokens}; expected a multiple of {per_tile}, the tokens of one tile"
+        )
+    return visual_tokens // per_tile
 
 
 def attention_windows(text: MonoInternVLTextConfig, unlimited: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,16 @@ from mono_internvl.costs.inference import (
     parameter_table,
     prompt_costs,
     skeleton,
+    tiles_of,
 )
 from mono_internvl.errors import ConfigError
 from mono_internvl.model.layers import slides
+from mono_internvl.processing.images import MonoInternVLImageProcessor
 from mono_internvl.training.recipe import Recipe
 from mono_internvl.training.rules import apply_rules
 
-TOKENS_FORM = "visual=768,text=256"
+TOKENS_FORM = "visual=768,text=256 or image=1344x1008,text=256"
+_IMAGE_SIZE = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ def describe(
 
     Args:
         config: Of the model.
-        tokens: A prompt, as `visual=768,text=256`; a part left out is 0.
+        tokens: A prompt, as `visual=768,text=256`; a part left out is 0. Or with the size of images
+            in px, as `image=1344x1008,text=256`.
         recipe: Its stages are held against the model's parameters.
 
     Raises:
@@ -57,8 +62,13 @@ def describe(
     """
     costs = None
     if tokens is not None:
-        visual, text = parse_tokens(tokens)
-        costs = prompt_costs(config, visual, text, config.dtype or torch.bfloat16)
+        visual, text, sizes = parse_tokens(tokens)
+        cutter, tiles = MonoInternVLImageProcessor.from_config(config), None
+        if sizes:
+            layouts = [cutter.layout_of(*size) for size in sizes]
+            tiles = tiles_of(config, visual) + sum(layout.num_tiles for layout in layouts)
+            visual += sum(layout.num_tokens for layout in layouts)
+        costs = prompt_costs(config, visual, text, config.dtype or torch.bfloat16, tiles)
     return ModelInfo(
         parameters=parameter_table(config),
         config=_summary(config),
@@ -67,19 +77,26 @@ def describe(
     )
 
 
-def parse_tokens(tokens: str) -> tuple[int, int]:
-    """Visual and text tokens of `visual=768,text=256`, in any order.
+def parse_tokens(tokens: str) -> tuple[int, int, list[tuple[int, int]]]:
+    """Visual and text tokens of `visual=768,text=256`, in any order, and sizes of `image=448x448`.
+
+    Returns:
+        Visual tokens, text tokens, and (width, height) of images, px.
 
     Raises:
-        ConfigError: A part is no `visual=N` or `text=N`, or stands there twice.
+        ConfigError: A part is none of the three, or `visual` or `text` stands there twice.
     """
     counts: dict[str, int] = {}
+    sizes = []
     for part in tokens.split(","):
         name, _, number = (word.strip() for word in part.partition("="))
-        if name not in ("visual", "text") or name in counts or not number.isdecimal():
+        if name == "image" and (size := _IMAGE_SIZE.fullmatch(number)):
+            sizes.append((int(size[1]), int(size[2])))
+        elif name not in ("visual", "text") or name in counts or not number.isdecimal():
             raise ConfigError(f"tokens={tokens!r}: {part!r}; expected e.g. {TOKENS_FORM}")
-        counts[name] = int(number)
-    return counts.get("visual", 0), counts.get("text", 0)
+        else:
+            counts[name] = int(number)
+    return counts.get("visual", 0), counts.get("text", 0), sizes
 
 
 def trainable_parameters(config: MonoInternVLConfig, recipe: Recipe) -> dict[str, int]:
@@ -96,6 +113,7 @@ def _summary(config: MonoInternVLConfig) -> dict[str, Any]:
     layers = range(text.num_hidden_layers)
     # Shown where they are not as in the released models.
     options = {
+        "tiling": (config.tiling, "internvl"),
         "image_attention": (config.image_attention, "causal"),
         "visual_position_step": (config.visual_position_step, 1.0),
         "visual_position_steps": (list(config.visual_position_steps), []),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mono_internvl.configuration.model import MonoInternVLConfig
-from mono_internvl.costs.inference import attention_windows, skeleton
+from mono_internvl.costs.inference import attention_windows, skeleton, tiles_of
 from mono_internvl.errors import ConfigError
 
 
@@ -47,14 +47,16 @@ class SampleShape:
     """Tokens of a training sample.
 
     Attributes:
-        visual_tokens: A multiple of what one tile gives.
+        visual_tokens: A multiple of what one tile gives, or with learned tokens among them.
         text_tokens: Everything else.
         labelled_tokens: How many of the text tokens, the last ones, are to be predicted.
+        tiles: That the visual tokens come from; they say it themselves where they are whole tiles.
     """
 
     visual_tokens: int
     text_tokens: int
     labelled_tokens: int
+    tiles: int | None = None
 
 
 def step_flops(
@@ -72,29 +74,24 @@ def step_flops(
     """
     if config.vision_config.kind == "vit":
         raise ConfigError("vision_config.kind='vit'; operations of training are counted for patch")
-    per_tile, visual, text = (
-        config.num_image_tokens_per_tile,
-        sample.visual_tokens,
-        sample.text_tokens,
-    )
-    if visual % per_tile or not 0 < sample.labelled_tokens < text:
-        raise ConfigError(
-            f"{sample}; expected visual tokens in multiples of {per_tile}, and labels on some of "
-            "the text tokens but the first"
-        )
+    visual, text = sample.visual_tokens, sample.text_tokens
+    tiles = tiles_of(config, visual) if sample.tiles is None else sample.tiles
+    features = tiles * config.num_image_tokens_per_tile
+    if not 0 < sample.labelled_tokens < text:
+        raise ConfigError(f"{sample}; expected labels on some of the text tokens but the first")
     model = skeleton(config)
     count = _Counter(set(learned))
     patches = (config.force_image_size // config.vision_config.patch_size) ** 2
     embedding = model.model.vision_embedder
     count.group(
         "model.vision_embedder",
-        {"patch_embedding": (embedding.patch_embedding, visual // per_tile * patches)},
+        {"patch_embedding": (embedding.patch_embedding, tiles * patches)},
     )
     patch_embedding, count.total = count.total, 0
     count.pass_by("model.vision_embedder", "model.projector.norm")
     for name, module in model.model.projector.named_modules():
         if isinstance(module, nn.Linear):
-            count.group("model.projector", {name: (module, visual)})
+            count.group("model.projector", {name: (module, features)})
     count.pass_by("model.language_model.embed_tokens")
     layers, attention = model.model.language_model.layers, 0
     tokens, labelled = visual + text, sample.labelled_tokens

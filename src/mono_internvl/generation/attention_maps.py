@@ -238,6 +238,7 @@ def _tile_places(
 ) -> list[_Tile]:
     places = is_visual.nonzero()[:, 0]  # (V,)
     feature = torch.arange(len(places)) if feature_order is None else feature_order.cpu()
+    places, feature = places[feature >= 0], feature[feature >= 0]  # learned ones see nothing
     per_tile = config.num_image_tokens_per_tile
     tile, within = feature // per_tile, feature % per_tile
     side = round(per_tile**0.5)

@@ -86,13 +86,15 @@ def signature_of(
         input_ids: (T,).
         is_visual: (T,) bool.
         pixel_values: (tiles, 3, S, S), as many as the visual tokens need.
-        shown: (visual tokens, 2) int64, tile and feature of it that stand at each.
+        shown: (visual tokens, 2) int64, tile and feature of it that stand at each; both below 0 for
+            a learned token, which sees nothing.
     """
     if pixel_values is None:
         return input_ids
     tiles = torch.tensor([_fingerprint(tile) for tile in pixel_values])
     signature = input_ids.clone()
-    signature[is_visual] = ~(tiles[shown[:, 0]] ^ shown[:, 1])
+    tile, feature = shown.unbind(1)
+    signature[is_visual] = torch.where(tile < 0, feature, ~(tiles[tile] ^ feature))
     return signature
 
 

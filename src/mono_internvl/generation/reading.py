@@ -50,7 +50,8 @@ class Prompt:
         input_ids: (T,) int64, on the CPU.
         is_visual: (T,) bool, on the CPU.
         pixel_values: (tiles, 3, S, S), or None without images.
-        shown: (visual tokens, 2) int64, tile and feature of it that stand at each.
+        shown: (visual tokens, 2) int64, tile and feature of it that stand at each; -1 and what
+            `feature_order` says for a learned token.
     """
 
     input_ids: Tensor
@@ -112,23 +113,30 @@ class Reader:
                 f"visual_token_mask of shape {tuple(is_visual.shape)}; expected {tuple(ids.shape)}"
             )
         tiles = 0 if request.pixel_values is None else len(request.pixel_values)
-        wanted, per_tile = int(is_visual.sum()), self.config.num_image_tokens_per_tile
-        if wanted != tiles * per_tile:
-            raise PromptError(
-                f"the prompt has {wanted} image tokens but {tiles} tiles give {tiles * per_tile}; "
-                "expand one placeholder per image with the processor of this checkpoint"
-            )
-        order = torch.arange(wanted)  # tile after tile
-        if request.feature_order is not None:
-            given = request.feature_order.detach().cpu().long()
-            if not torch.equal(given.flatten().sort().values, order):
-                raise PromptError(
-                    f"feature_order of shape {tuple(given.shape)}; expected each of 0 to "
-                    f"{wanted - 1} once, one for each image token, as the processor gives it"
-                )
-            order = given.flatten()
-        shown = torch.stack((order // per_tile, order % per_tile), dim=1)
+        shown = self._shown(tiles, int(is_visual.sum()), request.feature_order)
         return Prompt(ids, is_visual, request.pixel_values if tiles else None, shown)
+
+    def _shown(self, tiles: int, wanted: int, order: Tensor | None) -> Tensor:
+        """(visual tokens, 2) int64: `Prompt.shown` of so many tiles and visual tokens."""
+        per_tile = self.config.num_image_tokens_per_tile
+        features = torch.arange(tiles * per_tile)  # tile after tile
+        shown = features if order is None else order.detach().cpu().long().flatten()
+        is_mark = shown < 0
+        if wanted != len(shown) or len(features) != wanted - int(is_mark.sum()):
+            raise PromptError(
+                f"the prompt has {wanted} image tokens but {tiles} tiles give {len(features)}"
+                f"{f' and {int(is_mark.sum())} learned ones' if is_mark.any() else ''}; expand one "
+                "placeholder per image with the processor of this checkpoint, and pass on its "
+                "feature_order if it gives one"
+            )
+        least = -2 if self.config.has_image_marks else 0
+        if not torch.equal(shown[~is_mark].sort().values, features) or (shown < least).any():
+            raise PromptError(
+                f"feature_order of shape {tuple(shown.shape)}; expected each of 0 to "
+                f"{len(features) - 1} once, one for each image token, as the processor gives it"
+            )
+        tile = torch.where(is_mark, -1, shown // per_tile)
+        return torch.stack((tile, torch.where(is_mark, shown, shown % per_tile)), dim=1)
 
     def fit_together(self, rows: Sequence[Row]) -> bool:
         """Whether prompts may be read in one pass: from the same column on, and nearly as long."""
@@ -245,21 +253,24 @@ class Reader:
 
     def _features(self, rows: Sequence[Row]) -> Tensor:
         """(visual tokens, D) of the images that are still to be read."""
-        pixels, shown, count = [], [], 0
+        pixels, order, count = [], [], 0
+        per_tile = self.config.num_image_tokens_per_tile
         for row in rows:
             rest = row.prompt.shown[int(row.prompt.is_visual[: row.length].sum()) :]
             if row.prompt.pixel_values is not None and len(rest):
                 # Where other tokens stand within an image, a tile may have been read in part.
-                first = int(rest[:, 0].min())
+                tile, feature = rest.unbind(1)
+                first = int(tile[tile >= 0].min())
                 pixels.append(row.prompt.pixel_values[first:])
-                shown.append(rest + torch.tensor([count - first, 0]))
+                number = (tile - first + count) * per_tile + feature
+                order.append(torch.where(tile >= 0, number, feature))
                 count += len(pixels[-1])
         if not pixels:
             weight = self.model.get_input_embeddings().weight
             return weight.new_empty(0, weight.shape[1])  # type: ignore[no-any-return]
-        tiles, features = torch.cat(shown).to(self.device).unbind(1)
-        found = self.model.get_image_features(torch.cat(pixels).to(self.device))
-        return found[tiles, features]
+        return self.model.model.ordered_features(
+            torch.cat(pixels).to(self.device), torch.cat(order).to(self.device)
+        )
 
     def _chunk_ends(self, is_visual: Tensor, start: int) -> list[int]:
         """In one piece where a chunk would be given other rotary angles than the whole."""

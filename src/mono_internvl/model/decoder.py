@@ -28,7 +28,7 @@ from mono_internvl.experts import KeptRows, Routing, check_implementation
 from mono_internvl.experts.registry import AUTO
 from mono_internvl.model.last_layer import LastLayer
 from mono_internvl.model.layers import DecoderLayer, RMSNorm, rotary_embeddings, slides
-from mono_internvl.model.visual_tokens import PatchEmbedder
+from mono_internvl.model.visual_tokens import ImageMarks, PatchEmbedder
 from mono_internvl.released.whole import WholeCheckpointModel
 
 
@@ -124,6 +124,9 @@ class MonoInternVLPreTrainedModel(WholeCheckpointModel):
             nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, ImageMarks):
+            nn.init.normal_(module.newline, std=std)
+            nn.init.normal_(module.separator, std=std)
         elif isinstance(module, PatchEmbedder):
             nn.init.normal_(module.class_embedding, std=std)
             nn.init.normal_(module.position_embedding, std=std)

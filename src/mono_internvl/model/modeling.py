@@ -96,13 +96,26 @@ class MonoInternVLModel(MonoInternVLPreTrainedModel):
 
         Args:
             pixel_values: (tiles, 3, S, S).
-            order: (rows,) int64, which feature stands at each place; tile after tile if None.
+            order: (rows,) int64, which feature stands at each place; tile after tile if None. Below
+                0 it is a learned token, counted from the end of `ImageMarks`.
 
         Returns:
             (rows, D).
         """
         x = self.get_image_features(pixel_values).flatten(0, 1)  # (rows, D)
-        return x if order is None else x.index_select(0, order)
+        if order is None:
+            return x
+        if self.projector.marks is not None:
+            x = torch.cat((x, self.projected_marks().to(x.dtype)))
+            order = order.remainder(x.shape[0])
+        return x.index_select(0, order)
+
+    def projected_marks(self) -> Tensor:
+        """(2, D): the learned tokens of images; (0, D) of a model that has none."""
+        projector = self.projector
+        if projector.marks is None:
+            return projector.fc2.weight.new_empty(0, projector.fc2.weight.shape[0])
+        return projector(projector.marks())  # type: ignore[no-any-return]
 
     def place_features(self, input_ids: Tensor, image_features: Tensor, routing: Routing) -> Tensor:
         """Embed the tokens and put the image features into the visual rows.
@@ -413,6 +426,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         chunk_tokens: int | None = None,
+        feature_order: Tensor | None = None,
     ) -> MonoInternVLOutput:
         """Read a prompt in chunks, with a boundary anywhere, also inside a causal image.
 
@@ -423,6 +437,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
             attention_mask: (B, T_seen + T), 0 at padding.
             chunk_tokens: Tokens per forward pass; by default 2,048, and in one piece images that
                 attend both ways and prompts that dynamic rotary scaling is for.
+            feature_order: (rows,) int64, as `forward` takes it.
 
         Returns:
             The output of the last chunk, with the logits of its last row.
@@ -432,7 +447,7 @@ class MonoInternVLForConditionalGeneration(MonoInternVLPreTrainedModel, Generati
         """
         features = None
         if pixel_values is not None:
-            features = self.get_image_features(pixel_values).flatten(0, 1)
+            features = self.model.ordered_features(pixel_values, feature_order)
             is_visual = input_ids == self.config.image_token_id
             routing = Routing.from_mask(is_visual)
             embeds = self.model.place_features(input_ids, features, routing)

@@ -71,6 +71,22 @@ def pixel_shuffle(x: Tensor, version: str = "v2") -> Tensor:
     return x.permute(order).reshape(tiles, height * width // 4, 4 * channels)
 
 
+class ImageMarks(nn.Module):
+    """Learned tokens that stand among those of pixels: what an image's rows and views end with.
+
+    Source: XComposer2-4KHD has one newline for the rows of global view and tiles and one separator,
+    as wide as merged patches, in front of its projector.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.newline = nn.Parameter(torch.empty(width))
+        self.separator = nn.Parameter(torch.empty(width))
+
+    def forward(self) -> Tensor:
+        return torch.stack((self.separator, self.newline))  # (2, 4C): counted from the end
+
+
 class VisualProjector(nn.Module):
     """Merged patches to the decoder's width: LayerNorm, Linear, GELU (erf), Linear."""
 
@@ -80,6 +96,7 @@ class VisualProjector(nn.Module):
         self.norm = nn.LayerNorm(merged)
         self.fc1 = nn.Linear(merged, width)
         self.fc2 = nn.Linear(width, width)
+        self.marks = ImageMarks(merged) if config.has_image_marks else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(self.norm(x))))

@@ -83,7 +83,7 @@ def encode_pieces(
     encoder = _Encoder(tokenizer, continues)
     if add_bos and tokenizer.bos_token_id is not None:
         encoder.add_bos(tokenizer.bos_token_id)
-    start, end = map(tokenizer.control_id, (IMAGE_START, IMAGE_END))
+    start, context, end = map(tokenizer.control_id, (IMAGE_START, IMAGE_CONTEXT, IMAGE_END))
     rest = iter(layouts)
     for piece in pieces:
         if piece.kind == "text":
@@ -92,7 +92,7 @@ def encode_pieces(
             encoder.add_ids([tokenizer.control_id(piece.text)], piece.is_learned)
         else:
             layout = next(rest)
-            encoder.add_ids([start, *layout.ids(tokenizer.control_id), end], is_learned=False)
+            encoder.add_ids([start, *[context] * layout.num_tokens, end], is_learned=False)
     return encoder.finish()
 
 

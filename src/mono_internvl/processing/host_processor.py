@@ -96,7 +96,7 @@ class HostProcessor(ProcessorMixin):
             PromptError: With both numbers.
         """
         placeholders = int((input_ids == self.image_token_id).sum())
-        features = sum(layout.num_visual_tokens for layout in layouts)
+        features = sum(layout.num_tokens for layout in layouts)
         if placeholders != features:
             raise PromptError(
                 f"input_ids: {placeholders} {IMAGE_CONTEXT} but {features} visual tokens of "

@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from mono_internvl.configuration.checks import check_choice, check_integer
+from mono_internvl.configuration.model import MonoInternVLConfig
 from mono_internvl.errors import ConfigError, ImageError
 from mono_internvl.processing.fast_decoding import Decoding, load_fast, normalize_fast
 from mono_internvl.processing.image_files import load_image
@@ -102,6 +103,20 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             raise ConfigError(
                 f"image_mean={image_mean}, image_std={image_std}; expected three values, std > 0"
             )
+
+    @classmethod
+    def from_config(cls, config: MonoInternVLConfig) -> "MonoInternVLImageProcessor":
+        """The settings of a model."""
+        tiled, vision = config.dynamic_image_size, config.vision_config
+        return cls(
+            image_size=config.force_image_size,
+            min_tiles=config.min_dynamic_patch if tiled else 1,
+            max_tiles=config.max_dynamic_patch if tiled else 1,
+            use_thumbnail=config.use_thumbnail and tiled,
+            pad2square=config.pad2square,
+            tiling=config.tiling,
+            visual_token_size=round(vision.patch_size / config.downsample_ratio),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that belong to a checkpoint; how files are decoded is a run's own choice."""

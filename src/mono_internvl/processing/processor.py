@@ -138,18 +138,8 @@ class MonoInternVLProcessor(HostProcessor):
                 f"template={config.template!r} is not supported; expected one of "
                 f"{', '.join(str(name) for name in SUPPORTED_TEMPLATES)}"
             )
-        tiled = config.dynamic_image_size
-        vision: Any = config.vision_config
-        image_processor = MonoInternVLImageProcessor(
-            image_size=config.force_image_size or vision.image_size,
-            min_tiles=config.min_dynamic_patch if tiled else 1,
-            max_tiles=config.max_dynamic_patch if tiled else 1,
-            use_thumbnail=config.use_thumbnail and tiled,
-            pad2square=config.pad2square,
-            visual_token_size=round(vision.patch_size / config.downsample_ratio),
-        )
         return cls(
-            image_processor,
+            MonoInternVLImageProcessor.from_config(config),
             tokenizer,
             chat_template=chat_template,
             default_system_prompt=default_system_prompt,
@@ -426,7 +416,7 @@ class MonoInternVLProcessor(HostProcessor):
             turns, default_system_prompt=self.default_system_prompt, add_generation_prompt=False
         )
         num_images = sum(len(turn.images) for turn in turns)
-        return len(self._ids(pieces, [TokenLayout(0, ())] * num_images)[0])
+        return len(self._ids(pieces, [TokenLayout(0, 0)] * num_images)[0])
 
     def text_digest(self) -> str:
         """What differs where the same conversation would have other text tokens."""

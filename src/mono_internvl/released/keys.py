@@ -5,7 +5,7 @@ loads and saves, the verification that runs before any weight is touched, and th
 parameter or gradient. Only safetensors files are read.
 
 Source: parameter names of OpenGVLab/Mono-InternVL at 5b17ab4. Names of parts that were never
-released (`*_ve` of attention and norms, `q_norm`, `k_norm`) are ours.
+released (`*_ve` of attention and norms, `q_norm`, `k_norm`, `image_marks`) are ours.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ TOP_LEVEL: dict[str, str] = {
     "mlp1.0": "model.projector.norm",
     "mlp1.1": "model.projector.fc1",
     "mlp1.3": "model.projector.fc2",
+    "image_marks": "model.projector.marks",
     "language_model.model.tok_embeddings": "model.language_model.embed_tokens",
     "language_model.model.norm": "model.language_model.norm",
     "language_model.output": "lm_head",

@@ -79,7 +79,7 @@ class _Said:
         ids: Its tokens.
         is_visual: Which of them stand for an image; a generated `<IMG_CONTEXT>` does not.
         tiles: (tiles, 3, S, S) of every question with images.
-        feature_order: Which feature of the tiles stands at each visual token.
+        feature_order: Which feature of the tiles stands at each visual token; -1, -2: learned ones.
     """
 
     ids: tuple[int, ...] = ()
@@ -286,14 +286,14 @@ class ChatSession:
         ids = batch["input_ids"][0].tolist()
         tiles = [batch["pixel_values"]] if "pixel_values" in batch else []
         is_visual = [token == self._image_token for token in ids]
-        seen, order = len(said.feature_order), list(range(sum(is_visual)))
+        seen, order = sum(at >= 0 for at in said.feature_order), list(range(sum(is_visual)))
         if "feature_order" in batch:
             order = batch["feature_order"].tolist()
         return _Said(
             (*said.ids, *ids),
             (*said.is_visual, *is_visual),
             (*said.tiles, *tiles),
-            (*said.feature_order, *(seen + number for number in order)),
+            (*said.feature_order, *(at if at < 0 else seen + at for at in order)),
         )
 
     def _close_turn(self, message: dict[str, Any], prompt: _Said, generated: list[int]) -> None:
@@ -353,6 +353,7 @@ def _check_belong_together(
     for name, of_model, of_processor in (
         ("visual tokens per tile", config.num_image_tokens_per_tile, processor.tokens_per_tile),
         ("id of <IMG_CONTEXT>", config.image_token_id, processor.image_token_id),
+        ("tiling", config.tiling, processor.image_processor.tiling),
     ):
         if of_model != of_processor:
             raise ConfigError(

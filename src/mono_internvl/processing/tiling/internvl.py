@@ -115,7 +115,7 @@ class InternVLTiling:
         tiles = columns * rows
         if self.use_thumbnail and tiles > 1:
             tiles += 1
-        return TokenLayout(tiles, (tokens_per_side**2,) * tiles)
+        return TokenLayout(tiles, tiles * tokens_per_side**2)
 
     def cut(self, image: Image.Image) -> np.ndarray:
         """Tiles row by row, the thumbnail last; see `Tiling`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,9 @@ from torch import Tensor
 from mono_internvl.errors import PromptError
 from mono_internvl.processing.prompts import IMAGE_CONTEXT
 
+NEWLINE, SEPARATOR = -1, -2
+"""In an order of features: the learned tokens of a model that has them (`ImageMarks`)."""
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -21,73 +24,52 @@ class TokenLayout:
 
     Attributes:
         num_tiles: Crops that the model reads, in the order of `Tiling.cut`.
-        runs: Visual tokens that stand side by side: of a tile, or of a row of the whole image.
-        ends: Token of the vocabulary behind each run, such as a newline; "" where the next one
-            touches it. Empty if there is none at all.
-        order: For each visual token the one of the tiles', counted tile after tile, that stands
-            there: each of them once. Empty if they stand tile after tile.
+        num_features: Visual tokens of all of them.
+        order: What stands at each token of the image: a feature of the tiles, counted tile after
+            tile, each of them once; or a learned token, `NEWLINE` or `SEPARATOR`. Empty if the
+            features stand tile after tile, and nothing else.
 
     Raises:
-        PromptError: `order` is no order of the visual tokens.
+        PromptError: `order` is no order of the features.
     """
 
     num_tiles: int
-    runs: tuple[int, ...]
-    ends: tuple[str, ...] = ()
+    num_features: int
     order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.order and sorted(self.order) != list(range(self.num_visual_tokens)):
+        features = [number for number in self.order if number not in (NEWLINE, SEPARATOR)]
+        if self.order and sorted(features) != list(range(self.num_features)):
             raise PromptError(
                 f"order of {len(self.order)} numbers; expected each of 0 to "
-                f"{self.num_visual_tokens - 1} once, for the visual tokens of the image"
+                f"{self.num_features - 1} once, for the visual tokens of the image"
             )
 
     @property
-    def num_visual_tokens(self) -> int:
-        """Tokens that stand for pixels."""
-        return sum(self.runs)
-
-    @property
     def num_tokens(self) -> int:
-        """Visual tokens, and those behind the runs."""
-        return self.num_visual_tokens + sum(end != "" for end in self.ends)
+        """Rows that the decoder reads: of features, and learned ones."""
+        return len(self.order) or self.num_features
 
     @property
     def text(self) -> str:
         """The layout as it is written in a prompt."""
-        return "".join(IMAGE_CONTEXT * run + end for run, end in self._parts())
-
-    def ids(self, id_of: Callable[[str], int]) -> list[int]:
-        """The layout as ids (`num_tokens`,).
-
-        Args:
-            id_of: From a token of the vocabulary to its id.
-        """
-        ids: list[int] = []
-        for run, end in self._parts():
-            ids += [id_of(IMAGE_CONTEXT)] * run
-            ids += [id_of(end)] if end else []
-        return ids
-
-    def _parts(self) -> Iterator[tuple[int, str]]:
-        return zip(self.runs, self.ends or ("",) * len(self.runs), strict=True)
+        return IMAGE_CONTEXT * self.num_tokens
 
 
 def feature_order(layouts: Sequence[TokenLayout]) -> Tensor | None:
-    """Which feature of the tiles stands at each visual token of several images.
+    """What stands at each visual token of several images.
 
     Returns:
-        (visual tokens,) int64 index into the features of all tiles, image after image; None where
-        they stand tile after tile.
+        (visual tokens,) int64: index into the features of all tiles, image after image, or a
+        learned token below 0; None where the features stand tile after tile.
     """
     if not any(layout.order for layout in layouts):
         return None
     orders, first = [], 0
     for layout in layouts:
-        count = layout.num_visual_tokens
-        orders.append(torch.tensor(layout.order or range(count), dtype=torch.int64) + first)
-        first += count
+        order = torch.tensor(layout.order or range(layout.num_features), dtype=torch.int64)
+        orders.append(torch.where(order < 0, order, order + first))
+        first += layout.num_features
     return torch.cat(orders)
 
 
