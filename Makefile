@@ -9,12 +9,13 @@ test test-slow bench: export OMP_NUM_THREADS ?= 1
 test test-slow bench: export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart bench test test-slow fuzz serve-load serve-hostile serve-options lint types clean
+.PHONY: help setup quickstart bench test test-slow test-web fuzz serve-load serve-hostile serve-options lint types clean
 
 help:
 	@echo "make quickstart   train the miniature through all four stages, ask it, write a report"
 	@echo "make test         the test suite"
 	@echo "make test-slow    also the tests that need minutes or gigabytes"
+	@echo "make test-web     the page of \`mono-internvl web\` in headless Chromium, in an environment of its own"
 	@echo "make fuzz         damaged files, records and requests for an hour (FUZZ_SECONDS=600: ten minutes)"
 	@echo "make serve-load RUN=DIR       sixteen clients for LOAD_SECONDS=300 on a quickstart's model, against one"
 	@echo "make serve-options RUN=DIR    what prompt look-up and int8 weights would spare there"
@@ -41,6 +42,17 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	RUN_SLOW=1 $(BIN)/python -m pytest -q -m slow
+
+# Gradio asks for an older Pillow than the rest is pinned to. RUN=DIR also asks a quickstart's model;
+# SCREENSHOT=FILE keeps what the browser shows of that.
+test-web: $(VENV)-web/.installed
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(VENV)-web/bin/python -m pytest -q -rs tests/serving/web
+
+$(VENV)-web/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)-web/bin/python || $(PYTHON) -m venv $(VENV)-web
+	grep -v '^pillow==' constraints.txt > $(VENV)-web/constraints.txt
+	$(VENV)-web/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-web/constraints.txt -e '.[ui]' pytest playwright
+	touch $@
 
 # FUZZ_SEED=N begins with other cases; FUZZ_CASE="TARGET SEED" repeats one.
 fuzz: $(STAMP)

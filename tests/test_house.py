@@ -42,7 +42,16 @@ ALLOWED: dict[str, set[str]] = {
         "generation",
         "data",
     },
-    "serving": {"released", "model", "processing", "checkpoints", "generation", "door"},
+    "serving": {
+        "released",
+        "model",
+        "processing",
+        "checkpoints",
+        "generation",
+        "door",
+        "reports.boxes",
+        "reports.attention_pages",
+    },
     "costs": {"model", "processing.images", "training.recipe", "training.rules", "recipes"},
     "reports": {"processing"},
     "bench": {

@@ -100,6 +100,8 @@ NOT_EXECUTED = {
     "'Detect the <ref>red circle</ref> in the image with its bounding box.'": "the tiny model "
     "here writes no box; tests/cli/test_pictures.py has answers",
     "mono-internvl serve --model runs/quickstart/model --name quickstart": SERVES,
+    "mono-internvl web --model runs/quickstart/model "
+    "--examples runs/quickstart/data/validation.jsonl": "serves; `make test-web` opens the page",
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d "
     '\'{"model": "quickstart", "messages": [{"role": "user", '
     '"content": "what does Mira keep?"}]}\'': SERVES,

@@ -31,6 +31,7 @@ from mono_internvl.cli.options import (
 from mono_internvl.cli.pictures import check_picture_path, draw_answer
 from mono_internvl.cli.plan import say_plan
 from mono_internvl.cli.serve import serve
+from mono_internvl.cli.web import web
 from mono_internvl.door import pass_through
 from mono_internvl.serving.terminal import Picture, answer, converse, print_json, quieten
 
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(data_verbs, name="data")
 app.add_typer(lab, name="lab")
 app.command()(serve)
+app.command()(web)
 app.command()(evaluate)
 app.command()(attention_map)
 

@@ -45,13 +45,8 @@ def serve(
     """Serve a checkpoint over HTTP, in the form of the OpenAI API."""
     try:
         from mono_internvl.serving.http.limits import MIB, Limits
-        from mono_internvl.serving.http.run import (
-            LOOPBACK,
-            bind,
-            make_server,
-            make_service,
-            read_key,
-        )
+        from mono_internvl.serving.http.run import make_server, make_service, read_key
+        from mono_internvl.serving.listening import LOOPBACK, bind, url_of
     except ModuleNotFoundError as error:
         raise MissingDependency(
             f"serve needs the package {error.name!r}, which is not installed; "
@@ -92,9 +87,8 @@ def serve(
     )
     if session.plan is not None:
         typer.echo(session.plan.describe(), err=True)
-    address = listener.getsockname()
-    where = f"[{address[0]}]" if ":" in address[0] else address[0]
-    if key is None and where not in (LOOPBACK, "[::1]"):
+    where = listener.getsockname()[0]
+    if key is None and where not in LOOPBACK:
         typer.echo(f"anybody who reaches {where} may ask; set {KEY_VARIABLE}", err=True)
-    ready = f"serving {service.name!r} at http://{where}:{address[1]}/v1"
+    ready = f"serving {service.name!r} at {url_of(listener)}/v1"
     make_server(service, lambda: typer.echo(ready, err=True)).run(sockets=[listener])

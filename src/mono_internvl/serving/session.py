@@ -101,6 +101,7 @@ class ChatSession:
         max_tiles: Most tiles of an image, thumbnail not counted; None takes the processor's own.
         sampling: Used where `ask` says nothing else.
         plan: What the model was loaded to compute with, for those who ask; None is unknown.
+        engine: Of the model, shared with other sessions of the same thread; None makes one.
 
     Raises:
         ConfigError: If model and processor do not belong together.
@@ -120,12 +121,15 @@ class ChatSession:
         max_tiles: int | None = None,
         sampling: Sampling = GREEDY,
         plan: ComputePlan | None = None,
+        engine: Engine | None = None,
     ) -> None:
         _check_belong_together(model, processor)
         _check_max_tiles(max_tiles)
-        # A row as long as memory allows, and as much again for the earlier turns.
-        num_bytes = max(1, free_bytes(model.device) // 3)
-        self.engine = Engine(model, max_rows=1, kv_bytes=num_bytes, prefix_bytes=num_bytes)
+        if engine is None:
+            # A row as long as memory allows, and as much again for the earlier turns.
+            num_bytes = max(1, free_bytes(model.device) // 3)
+            engine = Engine(model, max_rows=1, kv_bytes=num_bytes, prefix_bytes=num_bytes)
+        self.engine = engine
         self.model = model
         self.processor = processor
         self.system = system

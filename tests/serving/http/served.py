@@ -21,7 +21,8 @@ import numpy as np
 from PIL import Image
 
 from mono_internvl.serving.http.limits import Limits
-from mono_internvl.serving.http.run import bind, make_server, make_service
+from mono_internvl.serving.http.run import make_server, make_service
+from mono_internvl.serving.listening import bind
 from mono_internvl.serving.session import ChatSession
 
 CHAT = "/v1/chat/completions"

@@ -21,7 +21,8 @@ from mono_internvl.cli.app import app
 from mono_internvl.errors import CheckpointError, ConfigError
 from mono_internvl.generation.engine import Engine
 from mono_internvl.serving.http.limits import Admission, Limits
-from mono_internvl.serving.http.run import bind, read_key
+from mono_internvl.serving.http.run import read_key
+from mono_internvl.serving.listening import bind
 
 HI = chat(user("say one"))
 LONG = {**HI, "max_tokens": 400}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 
@@ -20,9 +18,9 @@ from mono_internvl.serving.http.encoding import RequestEncoder
 from mono_internvl.serving.http.engine_thread import EngineThread
 from mono_internvl.serving.http.limits import Admission, Limits
 from mono_internvl.serving.http.protocol import PatientProtocol
+from mono_internvl.serving.listening import Server
 from mono_internvl.serving.session import ChatSession
 
-LOOPBACK = "127.0.0.1"
 _LONGEST_KEY = 4096
 
 
@@ -62,26 +60,6 @@ def make_service(
         Admission(limits),
         api_key,
     )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that will listen; 0 takes a free port.
-
-    Raises:
-        ConfigError: The address cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        found = socket.socket(family, kind, protocol)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        return found
-    except (OSError, OverflowError, UnicodeError) as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: {error}; take another port, or 0 for a free one"
-        ) from error
 
 
 def read_key(file: Path | None, variable: str) -> str | None:
@@ -133,21 +111,4 @@ def make_server(service: Service, on_ready: Callable[[], object]) -> uvicorn.Ser
         limit_concurrency=limits.connections,
         timeout_graceful_shutdown=limits.drain_s,
     )
-    return _Server(config, on_ready)
-
-
-class _Server(uvicorn.Server):
-    """Says when it is ready."""
-
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], object]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_ready()
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """As the base class, but a stop that was asked for ends the process with 0."""
-        super().handle_exit(sig, frame)
-        self._captured_signals.clear()
+    return Server(config, on_ready)
