@@ -5,7 +5,6 @@ Everything comes from this machine: no fonts, scripts or counters of others.
 
 from __future__ import annotations
 
-import functools
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -131,11 +130,11 @@ class Page:
     def _connect(self) -> None:
         asked = [self._question, self._conversation, *self._settings.values()]
         changed = [self._chat, self._question, self._conversation, self._boxes, self._tiles]
-        private = functools.partial(dict, api_visibility="private", show_progress="hidden")
-        self._question.submit(self._ask, asked, changed, **private())
-        self._stop.click(_forget, self._conversation, None, queue=False, **private())
+        own: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        self._question.submit(self._ask, asked, changed, **own)
+        self._stop.click(_forget, self._conversation, None, queue=False, **own)
         for begins_anew in (self._anew.click, self._chat.clear):
-            begins_anew(self._begin_anew, self._conversation, changed, queue=False, **private())
+            begins_anew(self._begin_anew, self._conversation, changed, queue=False, **own)
 
     # ------------------------------------------------------------------ what happens
 
