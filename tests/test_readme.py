@@ -90,6 +90,8 @@ NOT_EXECUTED = {
     "mono-internvl lab images --against runs/quickstart": "trains two more models; "
     "tests/miniature/test_lab_images.py walks the path",
     "mono-internvl lab modular --against runs/quickstart": MINUTES,
+    "mono-internvl lab mpo runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
+    "--out runs/mpo": "takes an hour; tests/miniature/test_lab_mpo.py walks a smaller form",
     "mono-internvl data pairs --model runs/quickstart/model --benchmark miniature "
     "--data runs/quickstart/data/validation.jsonl --out runs/own-pairs": PAIRS,
     "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,

@@ -29,6 +29,7 @@ from cost_pages import inference_block, training_block
 from real_pages import real_block
 
 from mono_internvl.errors import ConfigError, TrainingStateError
+from mono_internvl.miniature.lab_mpo import mpo_block
 from mono_internvl.miniature.lab_pages import LAB_BLOCKS
 from mono_internvl.miniature.lab_rates import rates_block
 from mono_internvl.miniature.lab_seeds import seeds_block
@@ -293,6 +294,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     **LAB_BLOCKS,
     "quickstart-seeds": seeds_block,
     "rates": rates_block,
+    "mpo": mpo_block,
     "data": data_block,
     "real": real_block,
     "bench-targets": targets_block,

@@ -106,6 +106,30 @@ def lab_images(
     typer.echo(f"table: {table}")
 
 
+Quickstarts = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Finished quickstarts, one for each seed.")
+]
+
+
+@lab.command("mpo")
+def lab_mpo(
+    quickstarts: Quickstarts,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/mpo"),
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds side by side.")] = 1,
+    precision: Precision = "auto",
+) -> None:
+    """Learn from pairs of the model's own answers; all kinds of questions before and after."""
+    from mono_internvl.miniature.lab_mpo import compare_preferences
+
+    quieten()
+    table = compare_preferences(
+        quickstarts, out, quick=quick, processes=processes, precision=precision
+    )
+    typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"table: {table}")
+
+
 @lab.command("evip-plus-plus")
 def lab_evip_plus_plus(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/evip-plus-plus"),

@@ -73,6 +73,7 @@ class PairPlan:
         per_question: Most pairs of a question, in each file.
         format: Where an answer's result stands, a name of `FORMATS`.
         dropout: Whether Dropout-NTP pairs are made, too.
+        drawing: How answers are drawn.
 
     Raises:
         ConfigError: A number is out of range, or there is no such format.
@@ -82,6 +83,7 @@ class PairPlan:
     per_question: int = PER_QUESTION
     format: str = "whole"
     dropout: bool = False
+    drawing: Drawing = DRAWING
 
     def __post_init__(self) -> None:
         for name in ("samples", "per_question"):
@@ -121,7 +123,7 @@ def make_pairs(
         ConfigError: `out` was begun with other settings.
     """
     plan = plan or PairPlan()
-    protocol = (protocol or benchmark.protocol).drawn(DRAWING)
+    protocol = (protocol or benchmark.protocol).drawn(plan.drawing)
     form = format_named(plan.format)
     asked = form.of(benchmark)
     questions = asked.questions(data)

@@ -283,7 +283,7 @@ def _evaluate(
         hidden = [question.without_images() for question in blind]
         ask(subject, BENCHMARK, PROTOCOL, sighted, hidden, text, out=answers)
         if rank() == 0:
-            english = _english(world, plan.english_records)
+            english = english_conversations(world, plan.english_records)
             TextMeasures(
                 perplexity=perplexity(subject.model, subject.processor, english),
                 logits_identical=_same_text_logits(subject, run, text),
@@ -307,7 +307,8 @@ def check_protocol(answers: Path, compute: ComputePlan, next_step: str) -> None:
         PROTOCOL.planned(compute).check_same(one.protocol, str(answers), next_step)
 
 
-def _english(world: WorldFiles, count: int) -> list[Conversation]:
+def english_conversations(world: WorldFiles, count: int) -> list[Conversation]:
+    """The first held-out paragraphs of plain English, for the perplexity."""
     file = world.english_heldout
     paragraphs = [p for p in file.read_text().split("\n\n") if p.strip()]
     records = english_records(paragraphs)[:count]

@@ -148,6 +148,17 @@ def write_world(out_dir: Path, size: WorldSize = FULL, seed: int = 0) -> WorldFi
     return files
 
 
+def read_world(root: Path) -> WorldFiles:
+    """The world in a folder, whichever version wrote it.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not (root / _MARKER).is_file():
+        raise ConfigError(f"{root}: holds no finished world; let its quickstart write it")
+    return _files(root)
+
+
 def _files(root: Path) -> WorldFiles:
     return WorldFiles(
         root=root,
