@@ -14,10 +14,6 @@ from mono_internvl.serving.terminal import Picture, print_json, quieten
 if TYPE_CHECKING:
     from mono_internvl.generation.attention_maps import AttentionMaps
 
-_DISTANCE = "distance of visual attention"
-_TO_IMAGE = "text to image"
-_TO_TEXT = "image to text"
-
 
 def attention_map(
     model: Model,
@@ -54,25 +50,10 @@ def attention_map(
         title,
         [layer.weights for layer in found.layers],
         [(segment.name, segment.start, segment.stop) for segment in found.segments],
-        _lines(found),
+        found.lines,
     )
     write_whole(out, picture)
     _print(found, out, as_json)
-
-
-def _lines(found: AttentionMaps) -> dict[str, tuple[list[float], list[float]]]:
-    """Each number in all layers, beside that of uniform attention."""
-    return {
-        name: (
-            [getattr(layer, field) for layer in found.layers],
-            [getattr(layer, f"uniform_{field}") for layer in found.layers],
-        )
-        for name, field in (
-            (_DISTANCE, "visual_distance"),
-            (_TO_IMAGE, "text_to_image"),
-            (_TO_TEXT, "image_to_text"),
-        )
-    }
 
 
 def _print(found: AttentionMaps, out: Path, as_json: bool) -> None:
@@ -90,7 +71,8 @@ def _print(found: AttentionMaps, out: Path, as_json: bool) -> None:
     spans = ", ".join(f"{s.name} {s.stop - s.start}" for s in found.segments)
     typer.echo(f"{found.num_tokens} tokens: {spans}")
     typer.echo("in brackets: the same of attention spread evenly over what a token sees")
-    typer.echo(f"layer   {_DISTANCE:<32}{_TO_IMAGE:<20}{_TO_TEXT}")
+    distance, to_image, to_text = found.lines
+    typer.echo(f"layer   {distance:<32}{to_image:<20}{to_text}")
     for one in found.layers:
         distance = f"{one.visual_distance:.2f} ({one.uniform_visual_distance:.2f})"
         to_image = f"{one.text_to_image:.3f} ({one.uniform_text_to_image:.3f})"

@@ -35,6 +35,11 @@ MAX_TOKENS = 16_384
 
 SYSTEM, IMAGE, USER, ANSWER = "system", "image", "user", "answer"
 
+_NUMBERS = {
+    "visual_distance": "distance of visual attention",
+    "text_to_image": "text to image",
+    "image_to_text": "image to text",
+}
 _MAPPED = "mapped"
 _QUERIES_PER_BLOCK = 128
 
@@ -95,6 +100,17 @@ class AttentionMaps:
     num_tokens: int
     segments: tuple[Segment, ...]
     layers: tuple[LayerAttention, ...]
+
+    @property
+    def lines(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Each number by its name: of all layers, and of uniform attention in them."""
+        return {
+            name: (
+                [getattr(layer, field) for layer in self.layers],
+                [getattr(layer, f"uniform_{field}") for layer in self.layers],
+            )
+            for field, name in _NUMBERS.items()
+        }
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mono_internvl.compute import ComputePlan
 from mono_internvl.errors import ConfigError, PromptError
+from mono_internvl.generation.attention_maps import AttentionMaps, attention_maps
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.generation.engine import Engine, free_bytes
 from mono_internvl.generation.request import Request
@@ -80,12 +81,14 @@ class _Said:
         is_visual: Which of them stand for an image; a generated `<IMG_CONTEXT>` does not.
         tiles: (tiles, 3, S, S) of every question with images.
         feature_order: Which feature of the tiles stands at each visual token; -1, -2: learned ones.
+        answer_start: Where its last answer begins.
     """
 
     ids: tuple[int, ...] = ()
     is_visual: tuple[bool, ...] = ()
     tiles: tuple[Tensor, ...] = ()
     feature_order: tuple[int, ...] = ()
+    answer_start: int = 0
 
 
 class ChatSession:
@@ -171,6 +174,25 @@ class ChatSession:
         """
         with self._exclusive():
             self._messages, self._said = [], _Said()
+
+    def attention(self) -> AttentionMaps:
+        """Where the tokens of the conversation look, layer by layer; all of it is read anew.
+
+        Raises:
+            PromptError: It holds no image, or is too long for a map.
+        """
+        with self._exclusive():
+            said = self._said
+            if not said.tiles:
+                raise PromptError("the conversation holds no image; ask about one first")
+            return attention_maps(
+                self.model,
+                said.ids,
+                torch.cat(said.tiles),
+                is_visual=said.is_visual,
+                feature_order=torch.tensor(said.feature_order, dtype=torch.int64),
+                num_prompt=said.answer_start,
+            )
 
     def ask(
         self,
@@ -306,7 +328,10 @@ class ChatSession:
         new = (*generated, self._turn_end)
         text = (False,) * len(new)
         self._said = dataclasses.replace(
-            prompt, ids=(*prompt.ids, *new), is_visual=(*prompt.is_visual, *text)
+            prompt,
+            ids=(*prompt.ids, *new),
+            is_visual=(*prompt.is_visual, *text),
+            answer_start=len(prompt.ids),
         )
         self._messages += [message, {"role": "assistant", "content": answer}]
 

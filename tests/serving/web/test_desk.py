@@ -123,6 +123,24 @@ def test_tiles_are_those_the_model_reads(session: ChatSession, desk: Desk) -> No
     assert tiles[1].image.tobytes() == right.tobytes()
 
 
+def test_attention_reads_the_conversation_to_its_last_answer(desk: Desk, say: Say) -> None:
+    conversation = desk.open()
+    say("red")
+    _ask(conversation, "what colour is this?", _picture())
+    with pytest.raises(PromptError, match="no image"):
+        desk.open().attention_picture()
+    found = conversation.session.attention()
+    assert [one.name for one in found.segments] == ["system", "image", "user", "answer"]
+    assert found.num_tokens == len(conversation.session.ids)
+    answer = found.segments[-1]
+    said = conversation.session.processor.decode_answer(
+        list(conversation.session.ids[answer.start : answer.stop])
+    )
+    assert said == "red"
+    assert conversation.attention_picture().size > (100, 100)
+    assert _ask(conversation, "and now?").text == "red"  # it attends as before
+
+
 def test_missing_gradio_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,7 +97,7 @@ def visit(
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         assert ready.wait(60)
-        tab = browser.new_page(viewport={"width": 1280, "height": 800})
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
 
         def end() -> None:
             tab.close()
@@ -132,6 +132,8 @@ def test_answer_is_read_and_its_box_is_drawn(
     assert visitor.tab.locator("#boxes img").count() == 2  # the image, and the box over it
     assert visitor.tab.locator("#tiles .grid-wrap img").count() == 1
     assert "<ref>red</ref>" in visitor.tab.locator("#chat .user.message").last.inner_text()
+    visitor.tab.click("#look")
+    visitor.tab.locator("#attention img").wait_for()
     say("one <b>two</b> <img src=http://example.org/a.png>")
     visitor.ask("say it")  # a later turn; what tags ask for is not done
     assert visitor.answer(1) == "one <b>two</b> <img src=http://example.org/a.png>"
@@ -178,6 +180,8 @@ def test_model_of_the_quickstart_draws_a_box(visit: Visit) -> None:
     visitor.ask(grounded.question, *grounded.images)
     assert "[[" in visitor.answer()
     assert visitor.tab.locator("#boxes img").count() == 2
+    visitor.tab.click("#look")
+    visitor.tab.locator("#attention img").wait_for()
     if "SCREENSHOT" in os.environ:
         visitor.tab.wait_for_timeout(1000)  # images fade in
         visitor.tab.screenshot(path=os.environ["SCREENSHOT"])

@@ -6,6 +6,7 @@ Knows nothing of pages. One thread asks the model, whatever becomes of those who
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from mono_internvl.processing.image_files import ImageSource, load_image
+from mono_internvl.reports.attention_pages import attention_picture
 from mono_internvl.reports.boxes import Box, boxes_to_draw
 from mono_internvl.serving.session import Answer, ChatSession
 
@@ -167,6 +169,24 @@ class Conversation:
     def stop(self) -> None:
         """End the answer that is under way, if one is; what there is of it stays."""
         self._is_stopped.set()
+
+    def attention_picture(self) -> Image.Image:
+        """Where all tokens up to the last answer look, layer by layer, with its numbers.
+
+        Raises:
+            PromptError: As by `ChatSession.attention`.
+        """
+
+        def draw() -> bytes:
+            found = self.session.attention()
+            return attention_picture(
+                f"{self.exchanges[-1].question:.80}",
+                [layer.weights for layer in found.layers],
+                [(one.name, one.start, one.stop) for one in found.segments],
+                found.lines,
+            )
+
+        return Image.open(io.BytesIO(self._pool.submit(draw).result()))
 
     def tiles_of(self, exchange: Exchange) -> list[Tile]:
         """The crops that the model read of the images of an exchange, in its order."""

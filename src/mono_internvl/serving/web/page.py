@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 
 from mono_internvl.door import one_line
+from mono_internvl.errors import PromptError
 from mono_internvl.generation.sampling import GREEDY
 from mono_internvl.reports.boxes import BOX_SCALE
 from mono_internvl.serving.web.desk import Conversation, Desk, Example, Exchange
@@ -108,6 +109,10 @@ class Page:
             fit_columns=False,
             buttons=["fullscreen"],
         )
+        self._look = gr.Button("Attention of the answer", elem_id="look")
+        self._attention = gr.Image(
+            label="Attention", elem_id="attention", visible=False, buttons=["fullscreen"]
+        )
         own = GREEDY
         with gr.Accordion("Sampling", open=False):
             self._settings = {
@@ -129,10 +134,12 @@ class Page:
 
     def _connect(self) -> None:
         asked = [self._question, self._conversation, *self._settings.values()]
-        changed = [self._chat, self._question, self._conversation, self._boxes, self._tiles]
+        changed = [self._chat, self._question, self._conversation]
+        changed += [self._boxes, self._tiles, self._attention]
         own: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         self._question.submit(self._ask, asked, changed, **own)
         self._stop.click(_forget, self._conversation, None, queue=False, **own)
+        self._look.click(self._attend, self._conversation, self._attention, **own)
         for begins_anew in (self._anew.click, self._chat.clear):
             begins_anew(self._begin_anew, self._conversation, changed, queue=False, **own)
 
@@ -180,9 +187,23 @@ class Page:
         exchange = conversation.exchanges[-1]
         seen = next((one for one in reversed(conversation.exchanges) if one.images), None)
         if seen is None:
-            return {self._boxes: None, self._tiles: None}
+            return self._nothing_seen()
         tiles = [(tile.image, tile.name) for tile in conversation.tiles_of(seen)]
-        return {self._boxes: _drawn(seen, exchange), self._tiles: tiles}
+        drawn = _drawn(seen, exchange)
+        return {**self._nothing_seen(), self._boxes: drawn, self._tiles: tiles}
+
+    def _nothing_seen(self) -> Changes:
+        hidden = gr.Image(value=None, visible=False)
+        return {self._boxes: None, self._tiles: None, self._attention: hidden}
+
+    def _attend(self, conversation: Conversation | None) -> Any:
+        """The attention map of the last answer."""
+        try:
+            picture = (conversation or self._desk.open()).attention_picture()
+        except PromptError as error:
+            gr.Warning(html.escape(str(error)))
+            return gr.Image(value=None, visible=False)
+        return gr.Image(value=picture, visible=True)
 
     def _begin_anew(self, conversation: Conversation | None) -> Changes:
         _forget(conversation)
@@ -190,8 +211,7 @@ class Page:
             self._chat: [],
             self._question: gr.MultimodalTextbox(value=None, interactive=True),
             self._conversation: None,
-            self._boxes: None,
-            self._tiles: None,
+            **self._nothing_seen(),
         }
 
 
