@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tiny_videos import write_clip
 
 COLOURS = ((220, 30, 30), (30, 200, 40), (40, 60, 230), (200, 200, 20), (20, 20, 20))
 LETTERS = "ABCD"
@@ -183,6 +184,25 @@ def write_sample(name: str, root: Path) -> Path:
             for n in range(5)
         ]  # fmt: skip
         return write_jsonl(root / f"{name}.jsonl", rows)
+    if name == "videomme-subtitles":
+        for n in range(5):
+            write_clip(root / "video" / f"clip{n}.mp4", [COLOURS[n]] * 9)
+            subtitles = root / "subtitle" / f"clip{n}.srt"
+            subtitles.parent.mkdir(exist_ok=True)
+            subtitles.write_text(
+                f"1\n00:00:00,000 --> 00:00:00,450\nearly {n}\n\n"
+                f"2\n00:00:30,000 --> 00:00:40,000\nnever {n}\n"
+            )
+        rows = [
+            {"videoID": f"clip{n}", "question_id": f"{n}-1", "question": "who?", "domain": "Film",
+             "sub_category": "Cartoon", "task_type": "Counting" if n else "Order",
+             "options": ["A. he.", "B. she."], "answer": "AB"[n % 2],
+             "duration": "short" if n < 3 else "long"}
+            for n in range(5)
+        ]  # fmt: skip
+        file = root / "Video-MME.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
     rows = _rows(name)
     if name in NO_ANSWERS:
         rows = [{key: value for key, value in row.items() if key != "answer"} for row in rows]

@@ -87,6 +87,10 @@ NOT_EXECUTED = {
     "--position-steps 1,0.5,0.25,0.125": NETWORK,
     "mono-internvl init --llm Qwen/Qwen3-0.6B --out runs/start-4khd "
     "--tiling xcomposer_4khd": NETWORK,
+    "mono-internvl chat --model runs/quickstart/model --video clip.mp4 --frames 8 "
+    "'what moved?'": "needs a video; tests/processing/test_video.py has one",
+    "mono-internvl evaluate --model MODEL --benchmarks videomme,videomme-subtitles "
+    "--data-root benchmarks --frames 16": "needs the benchmark's data",
     "mono-internvl lab images --against runs/quickstart": "trains two more models; "
     "tests/miniature/test_lab_images.py walks the path",
     "mono-internvl lab modular --against runs/quickstart": MINUTES,

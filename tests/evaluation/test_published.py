@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import benchmark_samples as samples
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,12 +20,13 @@ from mono_internvl.evaluation.questions import Question
 from mono_internvl.evaluation.toolkits import SHORT
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.prompts import ImagePart
+from mono_internvl.processing.video import FrameSampling
 
 NAMED = {
     "mmbench", "mmbench-v1.1", "mmbench-test", "ccbench", "mmvet", "mmmu", "mme", "mathvista",
     "seed-image", "ocrbench", "hallusionbench", "textvqa", "scienceqa", "gqa", "docvqa",
     "docvqa-test", "ai2d", "chartqa", "infovqa", "infovqa-test", "coco", "flickr30k", "nocaps",
-    "vqav2", "vqav2-testdev", "okvqa", "videomme",
+    "vqav2", "vqav2-testdev", "okvqa", "videomme", "videomme-subtitles",
 }  # fmt: skip
 GOLDEN = {"mme": 400.0, "ocrbench": 5.0, "coco": 1000.0, "flickr30k": 1000.0, "nocaps": 1000.0}
 ROW = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -277,3 +280,42 @@ def test_answers_of_another_benchmark_are_not_scored(tmp_path: Path) -> None:
              for q in _load(TABLE["gqa"], tmp_path)]  # fmt: skip
     with pytest.raises(SampleError, match="predictions of 'mme': record '0' is of 'gqa'"):
         TABLE["mme"].score(found, None)
+
+
+def test_videos_become_labelled_frames_with_what_is_said_in_them(tmp_path: Path) -> None:
+    row = TABLE["videomme-subtitles"]
+    questions = _load(row, tmp_path)
+    text = questions[1].text
+    assert text.startswith("Frame-1: \nFrame-2: \n")
+    assert "This video's subtitles are listed below:\nearly 1\nSelect the best answer" in text
+    assert "never" not in text and text.count("early") == 1
+    assert len(questions[1].sample.images) == 8
+    shown = load_image(questions[1].sample.images[0]).getpixel((30, 20))
+    assert np.abs(np.array(shown) - samples.COLOURS[1]).max() < 12  # type: ignore[arg-type]
+    assert (row.protocol.max_tiles, row.protocol.frames, row.protocol.subtitles) == (1, 8, True)
+    plain = TABLE["videomme"]
+    assert "subtitles" not in plain.load(row.data_files(tmp_path), tmp_path)[1].text
+    answers = [row.predict(q, row.rules.golden(q.record["truth"]), row.protocol) for q in questions]
+    answers[0] = row.predict(questions[0], "B", row.protocol)
+    details = row.score(answers, None).details
+    assert details["long"] == 100 and details["short"] == pytest.approx(200 / 3)
+    assert details["domain: Film"] == 80 and details["task_type: Order"] == 0
+
+
+def test_frames_as_images_are_as_many_as_are_asked_for(tmp_path: Path) -> None:
+    samples.write_sample("videomme", tmp_path)
+    for row, message in (
+        (dataclasses.replace(TABLE["videomme"], frames=FrameSampling(4)), "4 frames of a video"),
+        (dataclasses.replace(TABLE["videomme"], frames=FrameSampling(None, 2)), "fps=2 of a video"),
+        (TABLE["videomme-subtitles"], "ask without subtitles"),
+    ):
+        with pytest.raises(SampleError, match=message):
+            row.load(row.data_files(tmp_path), tmp_path)
+
+
+def test_missing_video_is_named_with_its_row(tmp_path: Path) -> None:
+    row = TABLE["videomme"]
+    samples.write_sample("videomme-subtitles", tmp_path)
+    (tmp_path / "video" / "clip3.mp4").unlink()
+    with pytest.raises(SampleError, match=r"Video-MME\.jsonl:4: no video 'clip3'"):
+        row.load(row.data_files(tmp_path), tmp_path)

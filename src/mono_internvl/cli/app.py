@@ -20,6 +20,8 @@ from mono_internvl.cli.options import (
     Attention,
     Device,
     Experts,
+    Fps,
+    Frames,
     Json,
     Model,
     Precision,
@@ -90,6 +92,11 @@ def chat(
     image: Annotated[
         list[str] | None, typer.Option(metavar="FILE", help="Again for each further image.")
     ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Shown as some of its frames.")
+    ] = None,
+    frames: Frames = None,
+    fps: Fps = None,
     system: Annotated[str | None, typer.Option(help="System message; '' for none.")] = None,
     max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 512,
@@ -112,15 +119,18 @@ def chat(
 ) -> None:
     """Ask about images: one question, or a conversation."""
     from mono_internvl.generation.sampling import Sampling
+    from mono_internvl.processing.video import frame_sampling
     from mono_internvl.serving.loading import load
 
     quieten()
     if draw is not None:
-        if question is None or len(image or ()) != 1:
+        if question is None or len(image or ()) != 1 or video:
             raise typer.BadParameter("--draw takes one question about one --image")
         check_picture_path(draw, "--draw", (".png", ".jpg", ".jpeg", ".webp"))
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
     pictures = [Picture.load(name) for name in image or ()]
+    for name in video or ():
+        pictures += Picture.of_video(name, frame_sampling(frames, fps))
     session = load(
         model,
         device=device,

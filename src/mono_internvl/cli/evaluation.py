@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mono_internvl.cli.options import AnswerPrecision, Attention, Device, Json
+from mono_internvl.cli.options import AnswerPrecision, Attention, Device, Fps, Frames, Json
 from mono_internvl.cli.plan import say_plan
 from mono_internvl.errors import ConfigError
 from mono_internvl.serving.terminal import print_json, quieten
@@ -65,6 +65,8 @@ def evaluate(
     max_tiles: Annotated[
         int | None, typer.Option(min=1, help="Most tiles of an image; the benchmark's.")
     ] = None,
+    frames: Frames = None,
+    fps: Fps = None,
     device: Device = "auto",
     precision: AnswerPrecision = "auto",
     attention: Attention = None,
@@ -90,6 +92,10 @@ def evaluate(
         "threads": threads,
     }
     if benchmarks in BENCHMARKS:
+        if frames is not None or fps is not None:
+            raise ConfigError(
+                "frames and fps are for published benchmarks; a record says them itself"
+            )
         _evaluate_records(
             benchmarks,
             model,
@@ -110,6 +116,8 @@ def evaluate(
         out=out or _folder_of(model),
         max_tiles=max_tiles,
         limit=per_kind,
+        frames=frames,
+        fps=fps,
         **asks,
     )
     _evaluate_suite(suite, processes, score_only, judge_url, judge_model, as_json)

@@ -39,3 +39,5 @@ AnswerFormat = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer; the benchmark's.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Of a video, at equal distances; 8.")]
+Fps = Annotated[float | None, typer.Option(help="Instead: frames a second of a video.")]

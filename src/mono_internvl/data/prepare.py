@@ -36,6 +36,7 @@ from mono_internvl.data.sources.tar_index import (
     write_index,
 )
 from mono_internvl.errors import ConfigError, ImageError, PromptError, SampleError
+from mono_internvl.processing.video import VideoFrame
 from mono_internvl.runs.folder import begin, exclusive, resumable, write_whole
 from mono_internvl.runs.json_lines import to_line
 
@@ -226,6 +227,11 @@ def _measured(record: Record, encode: RecordEncoder) -> Measure:
 
 
 def _contents(record: Record) -> list[bytes]:
+    if any(isinstance(image, VideoFrame) for image in record.images):
+        raise SampleError(
+            f"{record.where}: a video, which shards do not hold; keep it in a JSON lines source",
+            reason="video in a store",
+        )
     try:
         return [image.read() for image in record.images]
     except ImageError as error:

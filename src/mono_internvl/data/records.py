@@ -6,13 +6,22 @@ evaluation take what it returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
-from mono_internvl.errors import SampleError
+from mono_internvl.errors import ConfigError, ImageError, SampleError
 from mono_internvl.processing.prompts import IMAGE_PLACEHOLDER, ImagePart, Turn
+from mono_internvl.processing.video import (
+    DEFAULT_FRAMES,
+    EVENLY,
+    VIDEO_PLACEHOLDER,
+    FrameSampling,
+    VideoFrame,
+    with_frames,
+)
 
 MOST_CHARACTERS_OF_TOKEN = 256
 """No vocabulary has a token of more; text beyond that many per token need not be tokenized."""
@@ -21,6 +30,7 @@ CAPTION_PROMPT = "Provide a one-sentence caption for the image."
 
 Source: stage S1.1 of arXiv 2410.08202, which asks all of its pairs this.
 """
+_ANY_PLACEHOLDER = re.compile(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}")
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 
 
@@ -94,21 +104,25 @@ def parse_record(
     max_tiles: int | None = None,
     *,
     augments: bool = False,
+    open_video: Callable[[str, FrameSampling], Sequence[VideoFrame]] | None = None,
 ) -> Record:
     """Validate a raw record.
 
     Placeholders stand for images in order; a single image without one goes in front of the first
-    user turn. A first assistant turn is dropped, as the released code does.
+    user turn, and so does a single video. A first assistant turn is dropped, as the released code
+    does. With a video every image is one tile.
 
     Args:
         value: `{"id", "image", "conversations": [{"from", "value"}, ...], ...}`; a document,
             `{"text"}`; or a pair, `{"image", "question", "chosen", "rejected"}`, in which a
-            conversation that ends with a question may stand in the place of `question`.
+            conversation that ends with a question may stand in the place of `question`. Beside
+            `image` there may be `video`, and `frames` or `fps` of it.
         index: Its id where it has none.
         where: Its place, for messages.
         open_image: From a name in `image` to the image.
         max_tiles: Of its source.
         augments: Whether its images are augmented.
+        open_video: From a name in `video` to its frames; None where there can be none.
 
     Raises:
         SampleError: Naming its place, what was found and what was expected.
@@ -117,7 +131,7 @@ def parse_record(
         raise SampleError(f"{where}: a JSON {type(value).__name__}; expected an object")
     if isinstance(value.get("text"), str) and "conversations" not in value:
         return _document(value, index, where)
-    images = [open_image(name) for name in _image_names(value, where)]
+    images: list[ImageRef] = [open_image(name) for name in _names(value, "image", where)]
     rejected = _rejected(value, where) if {"chosen", "rejected"} <= value.keys() else None
     turns = _speeches(value if rejected is None else _with_chosen(value), where)
     num_places = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
@@ -130,6 +144,8 @@ def parse_record(
             f"image{'s' if len(images) != 1 else ''}; fix the record or set on_bad_sample='skip'",
             reason="placeholders",
         )
+    if clips := _clips(value, where, open_video):
+        images, max_tiles = _show_videos(turns, images, clips, where), 1
     remaining = iter(images)
     parsed = []
     for number, (role, text) in enumerate(turns):
@@ -181,7 +197,7 @@ def _with_chosen(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _document(value: dict[str, Any], index: int, where: str) -> Record:
-    if _image_names(value, where):
+    if _names(value, "image", where) or _names(value, "video", where):
         raise SampleError(
             f"{where}: a text with images but without conversations; write it as a conversation, "
             "or as image and caption into tar shards"
@@ -219,14 +235,66 @@ def count_characters(turns: Iterable[Turn]) -> int:
     return sum(len(turn.text) for turn in turns)
 
 
-def _image_names(record: dict[str, Any], where: str) -> list[str]:
-    value = record.get("image")
+def _names(record: dict[str, Any], field: str, where: str) -> list[str]:
+    value = record.get(field)
     names = [] if value is None or value == "" else value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in names):
         raise SampleError(
-            f"{where}: image={shortened(repr(value))}; expected a path or a list of paths"
+            f"{where}: {field}={shortened(repr(value))}; expected a path or a list of paths"
         )
     return names
+
+
+def _clips(
+    record: dict[str, Any],
+    where: str,
+    open_video: Callable[[str, FrameSampling], Sequence[VideoFrame]] | None,
+) -> list[Sequence[VideoFrame]]:
+    """The frames of every video of a record."""
+    names = _names(record, "video", where)
+    if names and open_video is None:
+        raise SampleError(
+            f"{where}: a video in shards or tables; name its file in a JSON lines source",
+            reason="video in a store",
+        )
+    try:
+        fps = record.get("fps")
+        count = record.get("frames", DEFAULT_FRAMES if fps is None else None)
+        sampling = FrameSampling(count, fps) if names else EVENLY
+        return [open_video(name, sampling) for name in names if open_video is not None]
+    except ImageError as error:
+        raise SampleError(f"{where}: {error}", reason=error.reason) from error
+    except ConfigError as error:
+        raise SampleError(f"{where}: {error}") from error
+
+
+def _show_videos(
+    turns: list[tuple[str, str]],
+    images: Sequence[ImageRef],
+    clips: Sequence[Sequence[VideoFrame]],
+    where: str,
+) -> list[ImageRef]:
+    """Writes lines of frames in the places of videos; all images, frames among them, in order."""
+    num_places = sum(text.count(VIDEO_PLACEHOLDER) for _, text in turns)
+    if num_places == 0 and len(clips) == 1:
+        first = next(i for i, (role, _) in enumerate(turns) if role == "user")
+        turns[first] = ("user", f"{VIDEO_PLACEHOLDER}\n{turns[first][1]}")
+    elif num_places != len(clips):
+        raise SampleError(
+            f"{where}: {num_places} {VIDEO_PLACEHOLDER} placeholders but {len(clips)} "
+            f"video{'s' if len(clips) != 1 else ''}; fix the record or set on_bad_sample='skip'",
+            reason="placeholders",
+        )
+    shown: list[ImageRef] = []
+    pictures, rest = iter(images), iter(clips)
+    for number, (role, text) in enumerate(turns):
+        counts = []
+        for mark in _ANY_PLACEHOLDER.findall(text):
+            frames = [next(pictures)] if mark == IMAGE_PLACEHOLDER else next(rest)
+            shown += frames
+            counts += [] if mark == IMAGE_PLACEHOLDER else [len(frames)]
+        turns[number] = (role, with_frames(text, counts))
+    return shown
 
 
 def _speeches(record: dict[str, Any], where: str) -> list[tuple[str, str]]:

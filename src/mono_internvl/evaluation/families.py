@@ -309,12 +309,15 @@ def _captions(answered: Sequence[Answered], judge: Judge | None) -> Scores:
 
 
 def _video(answered: Sequence[Answered], judge: Judge | None) -> Scores:
+    every: list[float] = []
     parts: dict[str, list[float]] = defaultdict(list)
     for one in answered:
         is_right = choices.video_letter(one.text) == one.truth["answer"]
-        parts[one.truth["duration"]].append(float(is_right))
-    every = [hit for hits in parts.values() for hit in hits]
-    details = {name: percent(hits) for name, hits in parts.items() if name}
+        every.append(float(is_right))
+        for part in truths.VIDEO_PARTS:
+            if name := one.truth.get(part):
+                parts[name if part == "duration" else f"{part}: {name}"].append(float(is_right))
+    details = {name: percent(hits) for name, hits in parts.items()}
     return Scores(percent(every), percent([_is_meant(one) for one in answered]), details)
 
 

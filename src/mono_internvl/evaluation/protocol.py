@@ -62,6 +62,10 @@ class Protocol:
         prompt_suffix: What stands behind every question, such as a wish for short answers.
         max_tiles: Most tiles per image; None is the processor's own number.
         max_tiles_of_later_images: Of a question's images behind its first; None is `max_tiles`.
+        frames: Of a video, at equal distances; None without videos, or with `fps`.
+        fps: Frames a second of a video; None without.
+        subtitles: Whether what is said while the frames are seen stands in the question; None does
+            not.
         precision: "bf16", "fp32" or "int8"; "auto" until there is a compute plan.
         attention: Attention implementation; None until there is a compute plan.
 
@@ -75,6 +79,9 @@ class Protocol:
     prompt_suffix: str = ""
     max_tiles: int | None = None
     max_tiles_of_later_images: int | None = None
+    frames: int | None = None
+    fps: float | None = None
+    subtitles: bool | None = None
     precision: str = "auto"
     attention: str | None = None
 

@@ -7,13 +7,13 @@ that scoring can be done again, with another judge or elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mono_internvl.checkpoints.loading import plan_inference
 from mono_internvl.compute import ComputePlan
 from mono_internvl.distributed import barrier, process_group, rank
-from mono_internvl.errors import SampleError
+from mono_internvl.errors import ConfigError, SampleError
 from mono_internvl.evaluation.benchmarks.published import PublishedBenchmark
 from mono_internvl.evaluation.benchmarks.table import TABLE
 from mono_internvl.evaluation.data_files import digest_of
@@ -25,6 +25,7 @@ from mono_internvl.evaluation.runner import BATCH_SIZE, Subject, ask
 from mono_internvl.evaluation.submissions import write_submission
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.processing.processor import MonoInternVLProcessor
+from mono_internvl.processing.video import FrameSampling
 from mono_internvl.released.keys import read_config
 from mono_internvl.released.weight_files import resolve_checkpoint
 from mono_internvl.runs.benchmark_results import BenchmarkResult, write_results
@@ -51,6 +52,11 @@ class Suite:
         max_tiles: Most tiles of an image, instead of the benchmarks' own.
         limit: Only the first so many questions of each.
         batch_size: Most questions that are answered at a time.
+        frames: Of a video, instead of the benchmarks' own.
+        fps: Frames a second instead.
+
+    Raises:
+        ConfigError: Frames are asked for, but no benchmark has videos; or they make no sense.
     """
 
     model: str
@@ -64,11 +70,25 @@ class Suite:
     max_tiles: int | None = None
     limit: int | None = None
     batch_size: int = BATCH_SIZE
+    frames: int | None = None
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        is_asked = self.frames is not None or self.fps is not None
+        if is_asked and all(row.frames is None for row in self.rows):
+            raise ConfigError(
+                f"frames={self.frames}, fps={self.fps}: {', '.join(self.names)} asks about no "
+                "video; leave them out"
+            )
 
     @property
     def rows(self) -> list[PublishedBenchmark]:
         """The benchmarks."""
-        return [TABLE[name] for name in self.names]
+        rows = [TABLE[name] for name in self.names]
+        if self.frames is None and self.fps is None:
+            return rows
+        sampling = FrameSampling(self.frames, self.fps)
+        return [row if row.frames is None else replace(row, frames=sampling) for row in rows]
 
     def predictions(self, row: PublishedBenchmark) -> Path:
         """The file of a benchmark's answers."""

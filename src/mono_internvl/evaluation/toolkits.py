@@ -23,8 +23,10 @@ LETTER = "Answer with the option's letter from the given choices directly."
 LETTER_CHINESE = "请直接回答选项字母。"
 CAPTION = "Provide a one-sentence caption for the provided image."
 UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'. "
+VIDEO_FRAMES = "These are the frames of a video. "
+SUBTITLES = "This video's subtitles are listed below:"
 VIDEO = (
-    "These are the frames of a video. Select the best answer to the following multiple-choice "
+    "Select the best answer to the following multiple-choice "
     "question based on the video. Respond with only the letter (A, B, C, or D) of the correct "
     "option."
 )
@@ -147,7 +149,9 @@ def vlmevalkit_prompt(dataset: str, row: Mapping[str, Any]) -> str:
     if dataset == "Video-MME":
         options = options_of(row)
         texts = [t if t.startswith(f"{c}. ") else f"{c}. {t}" for c, t in options.items()]
-        return "\n".join([VIDEO, question, *texts, LETTER])
+        said = row.get("subtitles")
+        begin = f"{VIDEO_FRAMES}{SUBTITLES}\n{said}\n" if is_given(said) else VIDEO_FRAMES
+        return "\n".join([f"{begin}{VIDEO}", question, *texts, LETTER])
     if dataset.startswith("MME") and not dataset.startswith("MME-"):
         return f"{question} {SHORT}"
     if dataset.startswith("HallusionBench"):

@@ -10,6 +10,9 @@ from mono_internvl.evaluation.data_files import Row
 from mono_internvl.evaluation.metrics import vqa, yes_no
 from mono_internvl.evaluation.toolkits import is_given, list_of, options_of
 
+VIDEO_PARTS = ("duration", "domain", "sub_category", "task_type")
+"""Columns of Video-MME that its accuracy is told by."""
+
 
 def _answer(row: Row, name: str = "answer") -> str:
     value = row.fields.get(name)
@@ -162,7 +165,7 @@ def graded_truth(row: Row) -> dict[str, Any]:
 
 
 def video_truth(row: Row) -> dict[str, Any]:
-    return {**choice_truth(row), "duration": str(row.fields.get("duration", ""))}
+    return {**choice_truth(row), **{part: str(row.fields.get(part, "")) for part in VIDEO_PARTS}}
 
 
 def no_truth(row: Row) -> dict[str, Any]:

@@ -199,8 +199,6 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
     ) -> BatchFeature:
         """Tiles of one image, of a list, or of a list of lists of images, all in one tensor.
 
-        A video is a list of its frames with `max_tiles=1`.
-
         Args:
             images: An `ImageSource` or nested lists of them.
             image_size, min_tiles, use_thumbnail, pad2square: Override the processor's own.

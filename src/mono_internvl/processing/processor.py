@@ -49,6 +49,7 @@ from mono_internvl.processing.tokenizer import (
     find_file,
     load_tokenizer,
 )
+from mono_internvl.processing.video import VideoFrame
 from mono_internvl.runs.files import MAX_TEMPLATE_BYTES, read_bytes, read_json, reading
 
 PROCESSOR_CONFIG = "processor_config.json"
@@ -444,7 +445,11 @@ class MonoInternVLProcessor(HostProcessor):
     ) -> tuple[torch.Tensor | None, list[TokenLayout]]:
         if not images:
             return None, []
-        features = self.image_processor(list(images), max_tiles=list(limits))
+        most = [
+            1 if isinstance(source, VideoFrame) else limit
+            for source, limit in zip(images, limits, strict=True)
+        ]
+        features = self.image_processor(list(images), max_tiles=most)
         return features["pixel_values"], features["layouts"]
 
     def _batch(

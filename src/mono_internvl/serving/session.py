@@ -28,6 +28,7 @@ from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.image_files import ImageSource, is_one_image, load_image
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.processing.prompts import parse_boxes
+from mono_internvl.processing.video import VideoFrame
 
 Box = tuple[int, int, int, int]
 FinishReason = Literal["stop", "length"]
@@ -363,8 +364,14 @@ def _user_message(question: str, images: ImageSource | Sequence[ImageSource]) ->
     several: Any = [images] if is_one_image(images) else images
     if not isinstance(several, Iterable):
         raise PromptError(f"images is a {type(images).__name__}; expected an image or several")
-    pictures = [{"type": "image", "image": load_image(image)} for image in several]
-    return {"role": "user", "content": [*pictures, {"type": "text", "text": question}]}
+    parts: list[dict[str, Any]] = []
+    for image in several:
+        if isinstance(image, VideoFrame):
+            text = {"type": "text", "text": image.label}
+            parts += [text, {"type": "image", "image": image}, {"type": "text", "text": "\n"}]
+        else:
+            parts.append({"type": "image", "image": load_image(image)})
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
 
 def _check_max_tiles(max_tiles: Any) -> None:

@@ -18,12 +18,12 @@ from mono_internvl.door import one_line
 from mono_internvl.errors import ImageError, MonoInternVLError, PromptError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
+    from mono_internvl.processing.video import FrameSampling
     from mono_internvl.serving.session import ChatSession
 
 HELP = """\
 /image PATH   show an image with the next question; several times for several images
+/video PATH   show a video with the next question, as some of its frames
 /history      what was said
 /reset        start anew
 /help         this text
@@ -33,10 +33,15 @@ _COMMAND = re.compile(r"/[a-z]+$")
 
 @dataclass(frozen=True)
 class Picture:
-    """An image and the name it was given by."""
+    """An image and the name it was given by.
+
+    Attributes:
+        name: A path, a data URI, or a video and the number of its frame.
+        image: Of Pillow; of a video a `VideoFrame`.
+    """
 
     name: str
-    image: Image
+    image: Any
 
     @classmethod
     def load(cls, name: str) -> Picture:
@@ -49,11 +54,25 @@ class Picture:
 
         if name.startswith("data:"):
             return cls(name, load_image(name))
-        try:
-            path = Path(name).expanduser()
-        except RuntimeError as error:
-            raise ImageError(f"{name}: {error}; give the path without ~") from error
-        return cls(name, load_image(path))
+        return cls(name, load_image(_path_of(name)))
+
+    @classmethod
+    def of_video(cls, name: str, sampling: FrameSampling | None = None) -> list[Picture]:
+        """The frames of a video that are shown.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        from mono_internvl.processing.video import EVENLY, frames_of
+
+        return [cls(str(frame), frame) for frame in frames_of(_path_of(name), sampling or EVENLY)]
+
+
+def _path_of(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ImageError(f"{name}: {error}; give the path without ~") from error
 
 
 def answer(
@@ -111,6 +130,8 @@ def converse(session: ChatSession, pictures: Sequence[Picture], as_json: bool = 
                 shown = []
             elif command == "/image":
                 shown.append(Picture.load(rest.strip().strip("'\"")))
+            elif command == "/video":
+                shown += Picture.of_video(rest.strip().strip("'\""))
             elif command == "/reset":
                 session.reset()
                 shown = []

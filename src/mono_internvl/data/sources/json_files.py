@@ -15,6 +15,7 @@ import numpy as np
 from mono_internvl.data.records import Record, parse_record
 from mono_internvl.data.sources.source import SourceOptions, file_image
 from mono_internvl.errors import SampleError
+from mono_internvl.processing.video import frames_of
 
 LONGEST_LINE = 8 << 20
 """Bytes; a longer line is no record but a mistake, and is not parsed."""
@@ -81,6 +82,7 @@ class JsonlSource:
             lambda name: file_image(self.image_root, name, where),
             self.max_tiles,
             augments=self.options.augments,
+            open_video=lambda name, sampling: frames_of(self.image_root / name, sampling),
         )
 
 

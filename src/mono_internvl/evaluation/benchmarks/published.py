@@ -11,7 +11,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from mono_internvl.data.records import ImageRef, Record
-from mono_internvl.errors import SampleError
+from mono_internvl.errors import ImageError, SampleError
 from mono_internvl.evaluation.data_files import Row, find_data, read_rows
 from mono_internvl.evaluation.families import FAMILIES, Answered, Family, Judge, Scores
 from mono_internvl.evaluation.protocol import Protocol
@@ -23,8 +23,10 @@ from mono_internvl.evaluation.toolkits import (
     vlmevalkit_prompt,
     vlmevalkit_tiles,
 )
+from mono_internvl.evaluation.videos import said_at, subtitles_of, video_of
 from mono_internvl.processing.image_files import load_image
 from mono_internvl.processing.prompts import ImagePart, Turn
+from mono_internvl.processing.video import FrameSampling, frame_times, frames_of
 from mono_internvl.runs.benchmark_results import PublishedScore
 from mono_internvl.runs.predictions import Prediction
 
@@ -52,6 +54,8 @@ class PublishedBenchmark:
         top: Best possible score.
         drops_text_only: Whether rows without an image are no part of it.
         enlarges_first: Whether the first image is doubled and all others are one tile.
+        frames: Which frames of its videos are shown; None where it has none.
+        subtitles: Whether what is said while they are seen stands in the question.
         submission: Form of the file for a server, as `submissions` names it; "" for none.
         source: Where the data are: an address, or what to do.
         md5: Beginning of the file's published MD5; "" where there is none.
@@ -76,6 +80,8 @@ class PublishedBenchmark:
     top: float = 100.0
     drops_text_only: bool = False
     enlarges_first: bool = False
+    frames: FrameSampling | None = None
+    subtitles: bool = False
     submission: str = ""
     source: str = ""
     md5: str = ""
@@ -96,6 +102,9 @@ class PublishedBenchmark:
             max_new_tokens=self.max_new_tokens,
             max_tiles=self.max_tiles or table(self.dataset),
             max_tiles_of_later_images=1 if self.enlarges_first else None,
+            frames=self.frames.count if self.frames else None,
+            fps=self.frames.fps if self.frames else None,
+            subtitles=self.subtitles or None,
         )
 
     def data_files(self, root: Path) -> list[Path]:
@@ -164,10 +173,33 @@ class PublishedBenchmark:
             for row in read_rows(file, root):
                 if self.splits and str(row.fields.get("split", self.splits[0])) not in self.splits:
                     continue
-                if row.images:
+                if self.frames is not None:
+                    yield self._with_frames(row, self.frames, (file.parent, root))
+                elif row.images:
                     yield row
                 elif not self.drops_text_only:
                     raise SampleError(f"{row.where}: no image; {self.title} asks about images")
+
+    def _with_frames(self, row: Row, sampling: FrameSampling, folders: Sequence[Path]) -> Row:
+        """A row with the frames of its video; frames that it holds as images are taken as such."""
+        if row.images:
+            if self.subtitles or len(row.images) != sampling.count:
+                asked = f"{sampling.count} frames" if sampling.count else f"fps={sampling.fps:g}"
+                raise SampleError(
+                    f"{row.where}: {len(row.images)} images; {self.title} ({self.split}) is asked "
+                    f"with {asked} of a video: name the video, or give --frames {len(row.images)} "
+                    "and ask without subtitles"
+                )
+            return row
+        video = video_of(row.fields, folders, row.where)
+        fields = dict(row.fields)
+        try:
+            frames = frames_of(video, sampling)
+            if self.subtitles and (file := subtitles_of(video, folders)) is not None:
+                fields["subtitles"] = said_at(file, frame_times(video, sampling))
+        except ImageError as error:
+            raise SampleError(f"{row.where}: {error}", reason=error.reason) from error
+        return Row(fields, frames, row.where)
 
     def _question(self, row: Row, number: int) -> Question:
         fields = dict(row.fields)
@@ -194,8 +226,9 @@ class PublishedBenchmark:
         if self.enlarges_first:
             images[0] = Doubled(images[0])
         parts: list[str | ImagePart] = []
-        for image in images:
-            parts += [ImagePart(image), "\n"]
+        for number, image in enumerate(images, 1):
+            label = [] if self.frames is None else [f"Frame-{number}: "]
+            parts += [*label, ImagePart(image), "\n"]
         turns = (Turn("user", (*parts, text)), Turn("assistant", ("",)))
         record: dict[str, Any] = {"id": named, "kind": self.name, "truth": truth}
         return Question(Record(turns, named, row.where, record))

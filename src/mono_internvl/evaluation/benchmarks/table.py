@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.benchmarks.published import PublishedBenchmark
+from mono_internvl.processing.video import EVENLY
 from mono_internvl.runs.benchmark_results import PublishedScore
 
 _TABLES = "https://opencompass.openxlab.space/utils/VLMEval"
@@ -421,18 +422,25 @@ ROWS = (
         dataset_id="lmms-lab-encoder/OK-VQA",
         breakage="the paper shows it in figure 6 only",
     ),
-    PublishedBenchmark(
-        name="videomme",
-        title="Video-MME",
-        split="without subtitles",
-        questions=2700,
-        toolkit="vlmevalkit",
-        dataset="Video-MME",
-        family="video",
-        max_new_tokens=1024,
-        source="videos of lmms-eval/Video-MME as frames: rows {videoID, question, options, answer, "
-        "duration, image: [8 frames]}",
-        breakage="the paper reports no video; frames are not cut out of videos here",
+    *(
+        PublishedBenchmark(
+            name=f"videomme{suffix}",
+            title=f"Video-MME, {split}",
+            split=split,
+            questions=2700,
+            toolkit="vlmevalkit",
+            dataset="Video-MME",
+            files=("videomme",),
+            family="video",
+            max_new_tokens=1024,
+            frames=EVENLY,
+            subtitles=bool(suffix),
+            source="huggingface.co/datasets/lmms-lab/Video-MME: its parquet file, videos in a "
+            "folder video, subtitles in a folder subtitle; or 8 frames of each as images",
+            breakage="the paper reports no video; 8 frames are few: others take 32 to 64"
+            + ("; 744 of 900 videos have subtitles" if suffix else ""),
+        )
+        for suffix, split in (("", "without subtitles"), ("-subtitles", "with subtitles"))
     ),
 )  # fmt: skip
 
