@@ -73,8 +73,8 @@ NOT_EXECUTED = {
     "--out runs/mine-2b --device cuda": "needs the network and a GPU",
     "mono-internvl train miniature-sft --model runs/quickstart/model --data my-data/meta.json "
     "--out runs/two --processes 2": PROCESSES,
-    "torchrun --no-python --nproc-per-node 8 mono-internvl train sft --model MODEL "
-    "--data my-data/meta.json --device cuda": "needs eight GPUs",
+    "torchrun --nproc-per-node 8 -m mono_internvl train sft --model MODEL "
+    "--data my-data/meta.json --device cuda --parallel fsdp": "needs eight GPUs",
     "pytest -m gpu tests/experts": "needs a GPU",
     "mono-internvl bench gpu --out results": "needs a GPU",
     "mono-internvl quickstart": MINUTES,

@@ -372,7 +372,7 @@ def test_train_passes_its_arguments_on(command, monkeypatch):
 
     calls = record_calls(monkeypatch, train, "train")
     options = ["--model", "start", "--data", "meta.json", "--out", "run", "--processes", 2]
-    options += ["--precision", "fp32", "--attention", "eager"]
+    options += ["--precision", "fp32", "--attention", "eager", "--parallel", "fsdp"]
     code, out, _ = command("train", "miniature", *options, "--set", "steps=3", "--set", "seed=1")
     assert code == 0 and "runs/x/checkpoint" in out
     assert calls == [
@@ -386,6 +386,7 @@ def test_train_passes_its_arguments_on(command, monkeypatch):
             "device": "cpu",
             "precision": "fp32",
             "attention": "eager",
+            "parallel": "fsdp",
             "overrides": {"steps": "3", "seed": "1"},
         }
     ]

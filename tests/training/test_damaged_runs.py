@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stored
 import tiny_runs
 
 from mono_internvl.data.sources import JsonlSource
@@ -76,7 +77,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda run: (run / "metrics.jsonl").write_text("[1]\n"), "metrics.jsonl: no rows"),
     (lambda run: (run / "metrics.jsonl").write_text('{"a": 1}\n'), "metrics.jsonl: no rows"),
     (lambda run: (run / "step_00000008").touch(), "step_00000008: is no folder"),
-    (_lose_tokenizer, "step_00000004: neither tokenizer"),
+    (_lose_tokenizer, r"step_00000004: tokenizer\.json is missing"),
     (lambda run: (run / "checkpoint").touch(), "checkpoint: no readable training_state"),
 ]
 
@@ -93,21 +94,26 @@ def test_damaged_run_is_refused_by_name(
 def test_run_goes_on_beside_a_users_copy_of_a_state(start: Path, data: Path, run: Path) -> None:
     copy = shutil.copytree(run / "step_00000004", run / "step_00000004_backup")
     assert train_stage(STAGE, start, data, run).resumed_at == 4
-    assert (copy / "optimizer.state").is_file()
+    assert stored.shard(copy).is_file()
     assert not (run / "step_00000004").exists()
 
 
-def test_state_has_no_weights_but_the_models(run: Path) -> None:
-    """Engines read every safetensors file of a checkpoint as its weights."""
-    names = {file.name for file in (run / "step_00000004").glob("*.safetensors")}
-    assert names == {"model.safetensors"}
+def test_state_has_nothing_that_engines_would_take_for_weights(run: Path) -> None:
+    """They read every safetensors file beside config.json as weights of the model."""
+    assert not list((run / "step_00000004").glob("*.safetensors"))
+    assert stored.shard(run / "step_00000004").parent.name == "shards"
 
 
-def test_run_goes_on_from_an_optimizer_under_its_earlier_name(
-    start: Path, data: Path, run: Path
+def test_state_is_not_pickled(run: Path) -> None:
+    files = {path.suffix for path in (run / "step_00000004").rglob("*") if path.is_file()}
+    assert files <= {".json", ".jinja", ".safetensors", ".model", ".txt"}
+
+
+@pytest.mark.parametrize("name", ["optimizer.state", "optimizer.safetensors"])
+def test_run_goes_on_from_an_optimizer_under_its_earlier_names(
+    start: Path, data: Path, run: Path, name: str
 ) -> None:
-    file = run / "step_00000004" / "optimizer.state"
-    file.rename(file.with_suffix(".safetensors"))
+    stored.as_written_before(run / "step_00000004", name)
     assert train_stage(STAGE, start, data, run).resumed_at == 4
 
 

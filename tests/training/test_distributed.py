@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from mono_internvl.distributed import own_device, run_processes, run_side_by_side
 from mono_internvl.errors import RecipeError, TrainingStateError
-from mono_internvl.training.checkpointing import StateFolders
 from mono_internvl.training.loop import train_stage
+from mono_internvl.training.state_folders import StateFolders
 
 # Gradients are added up in another order than in one process; over 12 steps of AdamW in fp32 that
 # moved the loss, of about 6, by at most 1.5e-6.

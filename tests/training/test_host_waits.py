@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from mono_internvl.data.batches import Batch
-from mono_internvl.training.checkpointing import StateFolders
 from mono_internvl.training.loop import _Loop, optimizer_of
-from mono_internvl.training.parallel import DataParallel
 from mono_internvl.training.rules import apply_rules
+from mono_internvl.training.state_folders import StateFolders
 
 WAITS_PER_STEP = 1
 ACCUMULATION = 2
@@ -36,9 +35,7 @@ class _Steps:
 
     def __init__(self, start: Path, data: Path, run: Path, device: str):
         home = "cpu" if device == "meta" else device
-        self.loop = _Loop(
-            STAGE, start, data, run, home, "sdpa", None, DataParallel(), StateFolders(run)
-        )
+        self.loop = _Loop(STAGE, start, data, run, home, "sdpa", None, "ddp", StateFolders(run))
         self.loop.model.to(device).train()
         self.loop.device = device
         groups = apply_rules(self.loop.model, self.loop.model.config, self.loop.stage)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
 import loop_processes
 import pytest
+import safetensors.torch
+import stored
 import tiny_runs
 import torch
 from interrupted import interrupt
@@ -17,18 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mono_internvl import compute
-from mono_internvl.errors import CheckpointError, RecipeError, SampleError, TrainingStateError
+from mono_internvl.errors import RecipeError, SampleError, TrainingStateError
 from mono_internvl.miniature.recipes import QUICK_MINIATURE
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.processing.processor import MonoInternVLProcessor
 from mono_internvl.runs import folder as job_folder
 from mono_internvl.runs.folder import exclusive
-from mono_internvl.training import checkpointing, loop, state
-from mono_internvl.training.checkpointing import OPTIMIZER_FILE, StateFolders, load_optimizer
+from mono_internvl.training import loop, state, state_folders
+from mono_internvl.training.earlier_states import load_optimizer
 from mono_internvl.training.loop import StageResult, train_stage
 from mono_internvl.training.recipe import Rule, Stage
 from mono_internvl.training.rules import apply_rules
 from mono_internvl.training.state import STATE_FILE, truncate_metrics
+from mono_internvl.training.state_folders import SHARDS, StateFolders
 
 load_model = MonoInternVLForConditionalGeneration.from_pretrained
 
@@ -275,7 +279,7 @@ def test_checkpoint_says_what_made_it(start: Path, data: Path, tmp_path: Path) -
     assert saved["step"] == result.steps == 2
     assert saved["stage"]["rules"] == [{"pattern": ".*", "learning_rate": 3e-3}]
     assert saved["versions"]["torch"] == torch.__version__
-    assert not (result.checkpoint / OPTIMIZER_FILE).exists()
+    assert not (result.checkpoint / SHARDS).exists()
 
 
 def test_half_written_and_half_deleted_states_are_swept(
@@ -290,22 +294,87 @@ def test_half_written_and_half_deleted_states_are_swept(
     assert not list(run.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("what", ["shards", "the rest"])
 def test_state_that_cannot_be_written_leaves_the_one_before(
-    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path, what: str
 ) -> None:
     stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
     interrupt(monkeypatch, 6, stage, start, data, run)
 
-    def full(*arguments: object) -> None:
+    def full(*arguments: object, **named: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpointing, "save_file", full)
+        if what == "shards":
+            patched.setattr(safetensors.torch, "save", full)
+        else:
+            patched.setattr(state_folders, "make_whole", full)
         with pytest.raises(TrainingStateError, match=r"step 8 not written .*No space left"):
             train_stage(stage, start, data, run)
     assert [p.name for p in run.glob("*step*")] == ["step_00000004"]
     whole = train_stage(stage, start, data, tmp_path / "whole")
     _assert_same_run(whole, train_stage(stage, start, data, run))
+
+
+def test_latest_and_every_nth_states_are_kept(start: Path, data: Path, tmp_path: Path) -> None:
+    stage = tiny_runs.tiny_stage(checkpoint_every=1, keep_last=2, keep_every=5)
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 9, stage, start, data, run)
+    assert sorted(p.name for p in run.glob("step_*")) == [
+        *("step_00000005", "step_00000007", "step_00000008")
+    ]
+    done = train_stage(stage, start, data, run)
+    assert done.resumed_at == 8
+    assert sorted(p.name for p in run.glob("step_*")) == ["step_00000005", "step_00000010"]
+    assert train_stage(stage, start, data, run).resumed_at == 12, "they do not undo the end"
+    assert len(list(run.glob("step_*"))) == 2
+
+
+def test_training_goes_on_while_a_state_is_written(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
+    reached, found = threading.Event(), []
+    write = safetensors.torch.save
+
+    def slow(*arguments: Any, **named: Any) -> bytes:
+        found.append(reached.wait(20))
+        return write(*arguments, **named)
+
+    def update(self: Any, row: dict[str, Any]) -> None:
+        if row["step"] == 6:
+            reached.set()
+
+    monkeypatch.setattr(safetensors.torch, "save", slow)
+    monkeypatch.setattr(loop.StageProgress, "update", update)
+    parts = train_stage(stage, start, data, run)
+    assert found == [True, True], "step 6 was taken before the state of step 4 was written"
+    monkeypatch.undo()
+    # What training changed meanwhile is not in the state.
+    whole = train_stage(stage, start, data, tmp_path / "whole")
+    _assert_same_run(whole, parts)
+
+
+def test_state_holds_what_the_model_does(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    interrupt(monkeypatch, 6, tiny_runs.tiny_stage(), start, data, tmp_path / "run")
+    found = StateFolders(tmp_path / "run").latest()
+    assert found is not None
+    model, processor = StateFolders(tmp_path / "run").load_model(found, "sdpa")
+    plain = load_model(start)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert model.config.to_dict() == plain.config.to_dict()
+    assert model.generation_config.to_dict() == plain.generation_config.to_dict()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    ids = [
+        p.encode_conversation(
+            [{"role": "user", "content": "say"}, {"role": "assistant", "content": "one"}]
+        ).input_ids
+        for p in (processor, MonoInternVLProcessor.from_pretrained(start))
+    ]
+    assert torch.equal(*ids)
 
 
 def test_metrics_are_cut_back_to_the_state(tmp_path: Path) -> None:
@@ -403,15 +472,19 @@ def _cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-200])
 
 
+def _scramble(file: Path) -> None:
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "error", "complaint"),
     [
         (STATE_FILE, Path.unlink, TrainingStateError, f"no readable {STATE_FILE}"),
         (STATE_FILE, _cut, TrainingStateError, f"no readable {STATE_FILE}"),
-        (OPTIMIZER_FILE, Path.unlink, TrainingStateError, rf"{OPTIMIZER_FILE}: not readable"),
-        (OPTIMIZER_FILE, _cut, TrainingStateError, rf"{OPTIMIZER_FILE}: not readable"),
-        ("model.safetensors", _cut, CheckpointError, r"model\.safetensors"),
-        ("model.safetensors", Path.unlink, CheckpointError, "step_00000004"),
+        (f"{SHARDS}/*", Path.unlink, TrainingStateError, r"step_00000004: shards/.* is missing"),
+        (f"{SHARDS}/*", _cut, TrainingStateError, r"shards/.* is \d+ bytes, written were \d+"),
+        (f"{SHARDS}/*", _scramble, TrainingStateError, r"step_00000004: not readable \("),
+        ("config.json", _cut, TrainingStateError, r"config\.json is \d+ bytes, written were"),
     ],
 )
 def test_damaged_state_is_named(
@@ -426,7 +499,8 @@ def test_damaged_state_is_named(
 ) -> None:
     stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
     interrupt(monkeypatch, 6, stage, start, data, run)
-    damage(run / "step_00000004" / name)
+    (file,) = (run / "step_00000004").glob(name)
+    damage(file)
     with pytest.raises(error, match=complaint):
         train_stage(stage, start, data, run)
 
@@ -437,6 +511,7 @@ def test_moments_are_loaded_to_where_the_optimizer_wants_them(
     """A fused step on a GPU wants its count there, too; the meta device stands for a GPU."""
     stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
     interrupt(monkeypatch, 6, stage, start, data, run)
+    stored.as_written_before(run / "step_00000004")
     model = load_model(start).to("meta")
     groups = apply_rules(model, model.config, stage)
     parameters = dict(model.named_parameters())
@@ -451,21 +526,38 @@ def test_moments_are_loaded_to_where_the_optimizer_wants_them(
         assert moments["exp_avg"].shape == parameter.shape
 
 
+@pytest.mark.parametrize("layout", ["sharded", "earlier"])
 def test_moments_of_other_parameters_are_refused(
-    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path, layout: str
 ) -> None:
     stage, run = tiny_runs.tiny_stage(), tmp_path / "all"
     fewer = dataclasses.replace(stage, rules=tiny_runs.VISION_AND_EXPERTS)
     interrupt(monkeypatch, 6, stage, start, data, run)
     interrupt(monkeypatch, 6, fewer, start, data, tmp_path / "fewer")
-    moments = [folder / "step_00000004" / OPTIMIZER_FILE for folder in (run, tmp_path / "fewer")]
-    held = moments[0].read_bytes()
-    shutil.copy(moments[1], moments[0])
-    with pytest.raises(TrainingStateError, match="no step for parameter"):
-        train_stage(stage, start, data, run)
-    moments[1].write_bytes(held)
-    with pytest.raises(TrainingStateError, match="moments of unknown parameter"):
-        train_stage(fewer, start, data, tmp_path / "fewer")
+    states = [folder / "step_00000004" for folder in (run, tmp_path / "fewer")]
+    said = [json.loads((folder / STATE_FILE).read_text())["stage"] for folder in states]
+    if layout == "earlier":
+        for folder in states:
+            stored.as_written_before(folder)
+    # Each speaks of itself as of the other.
+    stored.say(states[1], stage=lambda _: said[0])
+    stored.say(states[0], stage=lambda _: said[1])
+    with pytest.raises(TrainingStateError, match=r"unknown (parameter|to this stage)"):
+        train_stage(fewer, start, data, run)
+    with pytest.raises(TrainingStateError, match=r"no (step for parameter|.*\(optimizer\))"):
+        train_stage(stage, start, data, tmp_path / "fewer")
+
+
+def test_run_goes_on_from_a_state_of_the_earlier_layout(
+    monkeypatch: pytest.MonkeyPatch, start: Path, data: Path, tmp_path: Path
+) -> None:
+    stage, run = tiny_runs.tiny_stage(), tmp_path / "run"
+    whole = train_stage(stage, start, data, tmp_path / "whole")
+    interrupt(monkeypatch, 6, stage, start, data, run)
+    stored.as_written_before(run / "step_00000004")
+    parts = train_stage(stage, start, data, run)
+    assert parts.resumed_at == 4
+    _assert_same_run(whole, parts)
 
 
 def test_loss_that_is_not_finite_ends_the_run(start: Path, data: Path, tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ _COMMON: dict[str, tuple[Any, str]] = {
     "packed_tokens": (8192, "ours"),
     "decoding": ("exact", "as the released code decodes"),
     "loader_workers": (0, "ours"),
+    "keep_last": (1, "ours"),
+    "keep_every": (0, "ours"),
     "recompute": ("none", "ours"),
     "accumulation": (1, "P table 8"),
     "batch_size": (2048, "P table 8"),

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import loop_processes
 import pytest
+import stored
 import tiny_runs
+import torch
 import toys
 from interrupted import interrupt
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mono_internvl.distributed import run_processes
 from mono_internvl.errors import TrainingStateError
-from mono_internvl.training.checkpointing import OBJECTIVE_FILE, Checkpointing, StateFolders
+from mono_internvl.training.checkpointing import Checkpointing
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.objectives.objective import Objective
-from mono_internvl.training.parallel import DataParallel, Parallelism
+from mono_internvl.training.parallel import DataParallel, FullyShard, Parallelism
+from mono_internvl.training.state_folders import SHARDS, StateFolders
 
 STEADY = tiny_runs.tiny_stage(
     objective=toys.SteadyLogits(), batch_size=4, steps=40, checkpoint_every=5
@@ -30,7 +33,7 @@ def test_implementations_fit_their_protocols(tmp_path: Path) -> None:
     """What mypy would say, for classes that stand in tests."""
     objectives: list[Objective] = [toys.SteadyLogits()]
     states: list[Checkpointing] = [toys.InMemory(tmp_path), StateFolders(tmp_path)]
-    ways: list[Parallelism] = [toys.MeanByHook(), DataParallel()]
+    ways: list[Parallelism] = [toys.MeanByHook(), DataParallel(), FullyShard()]
     assert objectives and states and ways
 
 
@@ -41,8 +44,10 @@ def test_objective_with_a_state_survives_a_kill_of_two_processes(
     loop_processes.kill_in_the_middle(2, STEADY, tmp_path / "killed", start, data, rows=12)
     found = StateFolders(tmp_path / "killed").latest()
     assert found is not None and 10 <= found.step < 40
-    carried = load_file(found.folder / OBJECTIVE_FILE)
-    assert carried["steps"].item() == found.step and carried["mean"] > 0
+    carried: dict[str, torch.Tensor] = {}
+    for file in (found.folder / SHARDS).iterdir():
+        carried |= {n: x for n, x in load_file(file).items() if n.startswith("objective.")}
+    assert carried["objective.steps"].item() == found.step and carried["objective.mean"] > 0
     loop_processes.train_in(2, STEADY, tmp_path / "killed", start, data)
     whole, killed = (
         tiny_runs.metric_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed")
@@ -53,7 +58,6 @@ def test_objective_with_a_state_survives_a_kill_of_two_processes(
     for one, two in zip(alone, whole, strict=True):
         for name in ("loss", "z", "unsteady"):
             assert two[name] == pytest.approx(one[name], abs=TOLERANCE)
-    assert not (tmp_path / "whole" / "checkpoint" / OBJECTIVE_FILE).exists()
 
 
 def test_objective_without_its_state_would_go_elsewhere(
@@ -62,9 +66,8 @@ def test_objective_without_its_state_would_go_elsewhere(
     stage = dataclasses.replace(STEADY, steps=8)
     whole = tiny_runs.metric_rows(train_stage(stage, start, data, tmp_path / "whole").metrics)
     interrupt(monkeypatch, 7, stage, start, data, tmp_path / "run")
-    file = tmp_path / "run" / "step_00000005" / OBJECTIVE_FILE
-    held = load_file(file)
-    save_file({**held, "mean": held["mean"] + 1}, file)
+    state = tmp_path / "run" / "step_00000005"
+    stored.change(state, lambda held: held["objective.mean"].add_(1))
     rows = tiny_runs.metric_rows(train_stage(stage, start, data, tmp_path / "run").metrics)
     assert rows[:5] == whole[:5]
     assert rows[5]["z"] == whole[5]["z"] and rows[5]["loss"] != whole[5]["loss"]
@@ -92,9 +95,13 @@ def test_run_of_another_objective_is_refused(
     for changed in (other, tiny_runs.tiny_stage(steps=8)):
         with pytest.raises(TrainingStateError, match=r"run with .*='?\{?"):
             train_stage(changed, start, data, run)
-    file = run / "step_00000005" / OBJECTIVE_FILE
-    save_file({"mean": load_file(file)["mean"]}, file)
-    with pytest.raises(TrainingStateError, match=r"objective\.state: holds .*'mean': \(\)\}, the"):
+    stored.change(run / "step_00000005", lambda held: held.pop("objective.steps"))
+    with pytest.raises(TrainingStateError, match=r"step_00000005: no steps \(objective\)"):
+        train_stage(stage, start, data, run)
+    stored.as_written_before(run / "step_00000005")
+    with pytest.raises(
+        TrainingStateError, match=r"objective\.state: holds .*'mean': \(1,\)\}, the"
+    ):
         train_stage(stage, start, data, run)
 
 

@@ -96,6 +96,9 @@ class InMemory:
             "objective": dict(state.objective),
         }
 
+    def wait(self) -> None:
+        pass
+
     def clear(self) -> None:
         self.kept.pop(self.run, None)
 

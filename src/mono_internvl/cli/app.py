@@ -7,13 +7,14 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
 from mono_internvl.cli.attention_map import attention_map
 from mono_internvl.cli.data import data as data_verbs
 from mono_internvl.cli.evaluation import evaluate
+from mono_internvl.cli.export import export
 from mono_internvl.cli.lab import lab
 from mono_internvl.cli.options import (
     AnswerPrecision,
@@ -52,6 +53,7 @@ app.command()(serve)
 app.command()(web)
 app.command()(evaluate)
 app.command()(attention_map)
+app.command()(export)
 
 
 def main() -> None:
@@ -307,6 +309,9 @@ def train(
     device: Device = "cpu",
     precision: Precision = "auto",
     attention: Attention = None,
+    parallel: Annotated[
+        str, typer.Option(metavar="HOW", help="ddp; fsdp shards the model; fsdp_offload.")
+    ] = "ddp",
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every stage."),
@@ -340,6 +345,7 @@ def train(
         device=device,
         precision=precision,
         attention=attention,
+        parallel=cast(Any, parallel),
         overrides=overrides,
     )
     typer.echo(f"checkpoint: {checkpoint}")

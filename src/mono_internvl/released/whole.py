@@ -93,6 +93,26 @@ class WholeCheckpointModel(PreTrainedModel):
         model.name_or_path = model.config.name_or_path = str(name)
         return (model, info) if is_info_asked else model
 
+    @classmethod
+    def without_weights(cls, folder: Path, attention: str) -> Any:
+        """The model that a folder's configuration describes: fp32, on the CPU, its weights unset.
+
+        Args:
+            folder: Of a checkpoint, whether or not its weights are there.
+            attention: Attention implementation.
+
+        Raises:
+            ConfigError: config.json asks for what is not implemented.
+        """
+        config = read_config(folder)
+        generation = _generation_config(folder, config)
+        with torch.device("meta"):
+            model = cls._from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = model.to_empty(device="cpu").eval()
+        model.tie_weights()
+        model.generation_config = generation
+        return model
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> None:

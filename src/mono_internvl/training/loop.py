@@ -17,7 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -47,13 +47,12 @@ from mono_internvl.runs.folder import exclusive
 from mono_internvl.training.checkpointing import (
     Checkpointing,
     RunState,
-    StateFolders,
     load_checkpoint,
-    save_state,
+    save_finished,
     sweep,
 )
 from mono_internvl.training.objectives.objective import LossOf
-from mono_internvl.training.parallel import DataParallel, Parallelism
+from mono_internvl.training.parallel import Parallel, Parallelism, local_value, parallelism_of
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute
@@ -65,6 +64,7 @@ from mono_internvl.training.state import (
     read_state,
     truncate_metrics,
 )
+from mono_internvl.training.state_folders import StateFolders
 
 LOSS = "loss"
 """Of the scalars of a step, the one that is minimised."""
@@ -96,8 +96,9 @@ def train_stage(
     device: str = "cpu",
     attention: str | None = None,
     plan: ComputePlan | None = None,
+    parallel: Parallel = "ddp",
     parallelism: Parallelism | None = None,
-    checkpointing: Callable[[Path], Checkpointing] = StateFolders,
+    checkpointing: Callable[[Path], Checkpointing] | None = None,
 ) -> StageResult:
     """Train one stage; go on where a killed run of the same stage stopped.
 
@@ -110,8 +111,9 @@ def train_stage(
         attention: Attention implementation; the plan's unless given.
         plan: What to compute with where the stage says "auto"; made here unless given. A run that
             goes on keeps the precision it began with.
-        parallelism: How processes share the model; `DataParallel` unless given.
-        checkpointing: Where states are kept, made of `run`.
+        parallel: How processes share the model.
+        parallelism: Another way than those with a name.
+        checkpointing: Where states are kept, made of `run`; `StateFolders` unless given.
 
     Raises:
         RecipeError: The rules do not fit the model.
@@ -124,6 +126,7 @@ def train_stage(
             stack.enter_context(exclusive(run))
             sweep(run)
         barrier()
+        keeping = StateFolders(run, stage.keep_last, stage.keep_every)
         loop = _Loop(
             stage,
             start,
@@ -132,10 +135,11 @@ def train_stage(
             own_device(device),
             attention,
             plan,
-            parallelism or DataParallel(),
-            checkpointing(run),
+            parallelism or parallel,
+            checkpointing(run) if checkpointing else keeping,
         )
-        return loop.train()
+        with loop.saving():
+            return loop.train()
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def time_steps(
     with tempfile.TemporaryDirectory() as run:
         folder, device = Path(run), own_device(plan.device)
         keeping = StateFolders(folder)
-        loop = _Loop(stage, start, data, folder, device, None, plan, DataParallel(), keeping)
+        loop = _Loop(stage, start, data, folder, device, None, plan, "ddp", keeping)
         return loop.time(steps)
 
 
@@ -186,10 +190,10 @@ class _Loop:
         device: str,
         attention: str | None,
         plan: ComputePlan | None,
-        parallelism: Parallelism,
+        parallelism: Parallelism | Parallel,
         checkpointing: Checkpointing,
     ):
-        self.parallelism, self.checkpointing = parallelism, checkpointing
+        self.checkpointing = checkpointing
         self.sources = read_meta(data / stage.data)
         num_records = sum(round(len(source) * source.repeat) for source in self.sources)
         self.run, self.device = run, device
@@ -197,6 +201,9 @@ class _Loop:
         self.quarantine = run / QUARANTINE_FILE
         found = read_state(self.final) if self.final.exists() else checkpointing.latest()
         precision = _precision(stage, found, plan, device)
+        if isinstance(parallelism, str):
+            parallelism = parallelism_of(parallelism, precision)
+        self.parallelism = parallelism
         self.stage = stage = dataclasses.replace(stage.resolved(num_records), precision=precision)
         self.fields = json.loads(json.dumps(dataclasses.asdict(stage)))
         self.inputs = {"data content": digest_of_data(data / stage.data, self.sources)}
@@ -228,7 +235,18 @@ class _Loop:
         skipped = self.resumed.skipped if self.resumed else {}
         self.skipped = SkipCounts.from_dict(skipped, stage.max_skipped_ratio)
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within, an error waits for the state that is being written: it may be gone on from."""
+        try:
+            yield
+        except BaseException:
+            with suppress(TrainingStateError):
+                self.checkpointing.wait()
+            raise
+
     def train(self) -> StageResult:
+        """See `train_stage`."""
         stage = self.stage
         first = self.resumed.step if self.resumed else 0
         result = StageResult(self.final, self.metrics, stage.steps, first)
@@ -263,9 +281,8 @@ class _Loop:
                     if log is not None:
                         os.fsync(log.fileno())
                     self.checkpointing.save(self._state(done, optimizer))
-                    barrier()
-        if rank() == 0:
-            save_state(self.final, self._state(stage.steps, None))
+        self.checkpointing.wait()
+        save_finished(self.final, self._state(stage.steps, None))
         self.checkpointing.clear()
         barrier()
         return result
@@ -342,7 +359,7 @@ class _Loop:
         for parameter in trainable:
             if parameter.grad is None:  # a step without images counts as a zero gradient
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(trainable, stage.clip_norm)
+        norm = local_value(nn.utils.clip_grad_norm_(trainable, stage.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # The only time in a step that the host waits for the device.

@@ -121,6 +121,8 @@ class Stage:
             machine multiplies faster, see `mono_internvl.compute`, and keeps it when resumed.
         seed: Of the data order.
         checkpoint_every: Steps between saved states; 0 saves at the end only.
+        keep_last: How many of the latest states stay while the stage runs.
+        keep_every: States of a multiple of so many steps stay for good; 0 keeps none.
         on_bad_sample: "raise" or "skip".
         max_skipped_ratio: Of all records read, how many may be skipped before the run stops.
         loader_workers: Reader processes per training process; 0 reads in the loop.
@@ -154,6 +156,8 @@ class Stage:
     precision: Precision = "auto"
     seed: int = 0
     checkpoint_every: int = 0
+    keep_last: int = 1
+    keep_every: int = 0
     on_bad_sample: OnBadSample = "raise"
     max_skipped_ratio: float = 0.1
     loader_workers: int = 0
@@ -236,6 +240,8 @@ STAGE_CHECKS = {
     "precision": choice(Precision),
     "seed": integer(0),
     "checkpoint_every": integer(0),
+    "keep_last": integer(1),
+    "keep_every": integer(0),
     "on_bad_sample": choice(OnBadSample),
     "max_skipped_ratio": number(at_least=0, at_most=1),
     "loader_workers": integer(0),

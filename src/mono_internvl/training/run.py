@@ -14,11 +14,12 @@ from typing import Any
 from rich.console import Console
 
 from mono_internvl.compute import ComputePlan, choose_device, make_plan
-from mono_internvl.distributed import rank, run_processes
+from mono_internvl.distributed import rank, run_processes, world_size
 from mono_internvl.errors import RecipeError
 from mono_internvl.released.weight_files import read_headers, resolve_checkpoint
 from mono_internvl.runs.folder import exclusive, resumable
 from mono_internvl.training.loop import train_stage
+from mono_internvl.training.parallel import Parallel
 from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Stage, current_names
 from mono_internvl.training.state import keep_plan
@@ -38,6 +39,7 @@ def train(
     device: str = "cpu",
     precision: str = "auto",
     attention: str | None = None,
+    parallel: Parallel = "ddp",
     overrides: Mapping[str, str] | None = None,
 ) -> Path:
     """Train all stages of a recipe; a second call goes on where the first one stopped.
@@ -54,6 +56,8 @@ def train(
         precision: "bf16" or "fp32" for every stage; "auto" leaves it to each stage, whose "auto" is
             what this machine multiplies faster. A run that goes on keeps what it began with.
         attention: Attention implementation; the plan's unless given.
+        parallel: "ddp" (every process holds the whole model), "fsdp" (its share of it) or
+            "fsdp_offload" (the same in host memory). A run may go on with another.
         overrides: Fields of every stage as text, e.g. `{"steps": "200"}`.
 
     Returns:
@@ -64,6 +68,9 @@ def train(
         ConfigError: There is no such device, or the run was begun in another precision.
     """
     choose_device(device)
+    if parallel not in typing.get_args(Parallel):
+        known = ", ".join(typing.get_args(Parallel))
+        raise RecipeError(f"--parallel {parallel}: expected one of {known}")
     plan = override(recipe, overrides or {})
     if precision != "auto":
         plan = override(plan, {"precision": precision})
@@ -97,7 +104,7 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         with exclusive(folder):  # before processes are started: it can be written to
             compute = keep_plan(folder, compute, asked)
-    arguments = (plan, first, data, folder, compute)
+    arguments = (plan, first, data, folder, compute, parallel)
     with resumable(folder):
         run_processes(train_stages, compute.processes, *arguments, threads=compute.threads)
     return folder / plan.stages[-1].name / "checkpoint"
@@ -109,14 +116,28 @@ def _training_bytes(checkpoint: Path) -> int:
     return sum(16 * math.prod(header.shape) for header in headers)
 
 
-def train_stages(recipe: Recipe, start: Path, data: Path, run: Path, compute: ComputePlan) -> None:
+def train_stages(
+    recipe: Recipe,
+    start: Path,
+    data: Path,
+    run: Path,
+    compute: ComputePlan,
+    parallel: Parallel = "ddp",
+) -> None:
     """In every process: recipe and plan are printed, then the stages are trained in order."""
     if rank() == 0:
-        said = f"{describe_recipe(recipe)}\n{compute.describe()}"
+        shared = f", {parallel} over {world_size()}" if world_size() > 1 else ""
+        said = f"{describe_recipe(recipe)}\n{compute.describe()}{shared}"
         Console(highlight=False).print(said, markup=False, soft_wrap=True)
     for stage in recipe.stages:
         result = train_stage(
-            stage, start, data, run / stage.name, device=compute.device, plan=compute
+            stage,
+            start,
+            data,
+            run / stage.name,
+            device=compute.device,
+            plan=compute,
+            parallel=parallel,
         )
         start = result.checkpoint
     if rank() == 0:

@@ -27,7 +27,7 @@ _LATER_FIELDS: dict[str, Any] = {
     "decoding": "exact",
 }
 """Fields of a stage that are younger than the first states, with what held before."""
-_MAY_CHANGE = {"title", "max_skipped_ratio", "loader_workers"}
+_MAY_CHANGE = {"title", "max_skipped_ratio", "loader_workers", "keep_last", "keep_every"}
 """Fields of a stage that do not change what it computes: a run may go on with others."""
 
 
@@ -42,6 +42,7 @@ class SavedState:
         inputs: Digests of what the run was begun from, by name; see `digest_of_checkpoint`
             and `digest_of_data`. A name that is not there was not known.
         skipped: Counts of records left out, see `SkipCounts`; empty if they were not kept.
+        files: Bytes of its other files, by name; None of states in an earlier layout.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class SavedState:
     stage: dict[str, Any]
     inputs: dict[str, str]
     skipped: dict[str, Any]
+    files: dict[str, int] | None = None
 
 
 def keep_plan(run: Path, plan: ComputePlan, asked: str) -> ComputePlan:
@@ -105,6 +107,7 @@ def read_state(folder: Path) -> SavedState:
             {**_LATER_FIELDS, **current_names(dict(state["stage"]))},
             dict(state.get("inputs", {})),
             dict(state.get("skipped", {})),
+            dict(state["files"]) if "files" in state else None,
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TrainingStateError(

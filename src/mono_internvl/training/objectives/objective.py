@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mono_internvl.data.batches import Batch
 
@@ -102,5 +103,8 @@ class LossOf(nn.Module):
         """See `Objective.loss`."""
         arguments: Any = (batch, denominator, state, *self._reference)
         loss, scalars = self.objective.loss(self.model, *arguments)
-        tie = next(p for p in self.model.parameters() if p.requires_grad)
-        return loss + 0.0 * tie.flatten()[0], scalars
+        for parameter in self.model.parameters():
+            # What is sharded and not gathered now is tied where it is, see `FullyShard`.
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                return loss + 0.0 * parameter.flatten()[0], scalars
+        return loss, scalars
