@@ -52,7 +52,14 @@ ALLOWED: dict[str, set[str]] = {
         "reports.boxes",
         "reports.attention_pages",
     },
-    "costs": {"model", "processing.images", "training.recipe", "training.rules", "recipes"},
+    "costs": {
+        "experts",
+        "model",
+        "processing.images",
+        "training.recipe",
+        "training.rules",
+        "recipes",
+    },
     "reports": {"processing"},
     "bench": {
         "attention",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from mono_internvl.checkpoints.presets import preset
+from mono_internvl.checkpoints.presets import config_of, preset
 from mono_internvl.cli import app as cli
 from mono_internvl.cli.recipes import RECIPES
 from mono_internvl.costs.inference import parameter_table
@@ -114,5 +114,5 @@ def test_info_asks_for_a_hub_id_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match="made-up/x: no such folder, and not available"):
-        cli._config_of("made-up/x", "2b", None)
+        config_of("made-up/x", "2b")
     assert asked == [["config.json"]]

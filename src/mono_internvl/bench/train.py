@@ -27,6 +27,7 @@ from mono_internvl.bench.models import (
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
 from mono_internvl.configuration.labels import IGNORED_LABEL
+from mono_internvl.costs.accelerators import peak_tflops_of
 from mono_internvl.costs.training import SampleShape, step_flops
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 from mono_internvl.training.loop import optimizer_of
@@ -43,8 +44,6 @@ TILE_PX, TILES, TEXT = 224, 6, 64
 """Two samples of 512 tokens, 384 of them visual."""
 TOKENS_OF_STEP = {"cpu": 1024, "cuda": 8 * 1425}
 """By device type; 8 samples of S1.1 are what one of the paper's 256 accelerators has of a step."""
-PEAK_TFLOPS = {"H200": 989.0, "A100": 312.0}
-"""Dense bf16 by data sheet; part of a device's name -> 1e12 operations per second."""
 
 
 def training_size(size: Size) -> Size:
@@ -206,7 +205,8 @@ class _StageStep:
 
 
 def _peak_gflops(device: str) -> float | None:
-    return next((1e3 * peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
+    peak = peak_tflops_of(device)
+    return None if peak is None else 1e3 * peak
 
 
 def _step(model: MonoInternVLForConditionalGeneration, prompt: Prompt, labels: Tensor) -> None:

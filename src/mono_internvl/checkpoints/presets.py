@@ -12,7 +12,9 @@ from mono_internvl.configuration.model import (
     MonoInternVLVisionConfig,
 )
 from mono_internvl.configuration.options import EXPERT_PRESETS
-from mono_internvl.errors import ConfigError
+from mono_internvl.errors import CheckpointError, ConfigError
+from mono_internvl.released.keys import read_config
+from mono_internvl.released.weight_files import resolve_checkpoint
 
 
 def mono_internvl_2b() -> MonoInternVLConfig:
@@ -92,3 +94,23 @@ def preset(name: str) -> MonoInternVLConfig:
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not known; choose from {', '.join(sorted(PRESETS))}")
     return PRESETS[name]()
+
+
+def config_of(model: str | None, otherwise: str, revision: str | None = None) -> MonoInternVLConfig:
+    """The configuration of a checkpoint, or that of a preset.
+
+    Args:
+        model: Checkpoint folder or hub id.
+        otherwise: Name of the preset where there is no `model`.
+        revision: Branch, tag or commit of a hub id.
+
+    Raises:
+        CheckpointError: There is no configuration.
+        ConfigError: There is no such preset.
+    """
+    if model is None:
+        return preset(otherwise)
+    folder = resolve_checkpoint(model, revision=revision, patterns=("config.json",))
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{model}: no config.json; expected a checkpoint folder or a hub id")
+    return read_config(folder)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from mono_internvl.cli.attention_map import attention_map
+from mono_internvl.cli.compute_plan import say_plan
 from mono_internvl.cli.data import data as data_verbs
 from mono_internvl.cli.evaluation import evaluate
 from mono_internvl.cli.export import export
@@ -32,7 +33,7 @@ from mono_internvl.cli.options import (
     WorldSeed,
 )
 from mono_internvl.cli.pictures import check_picture_path, draw_answer
-from mono_internvl.cli.plan import say_plan
+from mono_internvl.cli.plan import plan
 from mono_internvl.cli.serve import serve
 from mono_internvl.cli.web import web
 from mono_internvl.door import pass_through
@@ -49,6 +50,7 @@ app = typer.Typer(
 
 app.add_typer(data_verbs, name="data")
 app.add_typer(lab, name="lab")
+app.command()(plan)
 app.command()(serve)
 app.command()(web)
 app.command()(evaluate)
@@ -176,14 +178,14 @@ def info(
     """Count parameters, and the operations and bytes of a prompt."""
     if model is not None and preset is not None:
         raise typer.BadParameter("give --model or --preset, not both")
-    from mono_internvl.checkpoints.presets import PRESET_NOTES
+    from mono_internvl.checkpoints.presets import PRESET_NOTES, config_of
     from mono_internvl.cli.printing import info_values, print_info
     from mono_internvl.cli.recipes import RECIPES
     from mono_internvl.costs.info import describe
     from mono_internvl.training.recipe import load_recipe
 
     quieten()
-    config = _config_of(model, preset or DEFAULT_PRESET, revision)
+    config = config_of(model, preset or DEFAULT_PRESET, revision)
     found = describe(config, tokens, load_recipe(recipe, RECIPES) if recipe else None)
     title = model or preset or DEFAULT_PRESET
     if note := PRESET_NOTES.get(preset or ""):
@@ -421,20 +423,6 @@ def _print_recipes() -> None:
 
     for recipe in RECIPES.values():
         typer.echo(summarize_recipe(recipe))
-
-
-def _config_of(model: str | None, preset: str, revision: str | None) -> Any:
-    from mono_internvl.checkpoints.presets import preset as preset_config
-    from mono_internvl.errors import CheckpointError
-    from mono_internvl.released.keys import read_config
-    from mono_internvl.released.weight_files import resolve_checkpoint
-
-    if model is None:
-        return preset_config(preset)
-    folder = resolve_checkpoint(model, revision=revision, patterns=("config.json",))
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{model}: no config.json; expected a checkpoint folder or a hub id")
-    return read_config(folder)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mono_internvl.cli.compute_plan import say_plan
 from mono_internvl.cli.options import AnswerPrecision, Attention, Device, Fps, Frames, Json
-from mono_internvl.cli.plan import say_plan
 from mono_internvl.errors import ConfigError
 from mono_internvl.serving.terminal import print_json, quieten
 
