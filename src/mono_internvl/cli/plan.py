@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mono_internvl.cli.options import Json
+from mono_internvl.errors import ConfigError
 from mono_internvl.serving.terminal import print_json, quieten
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ def plan(
     chosen = load_recipe(recipe, RECIPES)
     is_plus_plus = chosen.name.startswith("evip-plus-plus")
     config = config_of(model, preset or ("v1_5" if is_plus_plus else "v1"))
-    stages = budget(
-        chosen,
-        config,
-        fleet,
-        tokens=parse_tokens(tokens) if tokens else None,
-        records=records,
-    )
+    sample = None
+    if tokens is not None:
+        visual, text, images = parse_tokens(tokens)
+        if images:
+            raise ConfigError(f"tokens={tokens!r}: say visual=N; sizes of images are for `info`")
+        sample = (visual, text)
+    stages = budget(chosen, config, fleet, tokens=sample, records=records)
     if as_json:
         print_json(_values(chosen.name, fleet, stages))
     else:
