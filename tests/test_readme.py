@@ -55,6 +55,7 @@ PAIRS = "needs a model that is right at times; tests/evaluation/test_pairs.py ha
 MINUTES_MODULAR = "takes minutes; tests/miniature/test_lab_modular.py walks a smaller form"
 MINUTES_LLM = "takes minutes; tests/miniature/test_quickstart_llm.py walks a smaller form"
 MINUTES_EVIP = "takes hours; tests/miniature/test_lab_evip.py walks a smaller form"
+MINUTES_LAB = "takes an hour; tests/miniature/test_lab_analysis.py walks a smaller form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
 DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
 SERVES = "needs a server; tests/serving/http/test_page.py has one"
@@ -105,6 +106,9 @@ NOT_EXECUTED = {
     "mono-internvl chat --model runs/quickstart/model --image a.png --draw drawn.png "
     "'Detect the <ref>red circle</ref> in the image with its bounding box.'": "the tiny model "
     "here writes no box; tests/cli/test_pictures.py has answers",
+    "mono-internvl lab table-5": MINUTES_LAB,
+    "mono-internvl lab table-9 --seeds 1 --out runs/table-9": MINUTES_LAB,
+    "mono-internvl lab figure-4 --quick": MINUTES_LAB,
     "mono-internvl serve --model runs/quickstart/model --name quickstart": SERVES,
     "mono-internvl web --model runs/quickstart/model "
     "--examples runs/quickstart/data/validation.jsonl": "serves; `make test-web` opens the page",

@@ -29,10 +29,13 @@ from cost_pages import inference_block, training_block
 from real_pages import real_block
 
 from mono_internvl.errors import ConfigError, TrainingStateError
+from mono_internvl.miniature.lab_attention import FIGURE_5
+from mono_internvl.miniature.lab_experiments import LABS
 from mono_internvl.miniature.lab_mpo import mpo_block
 from mono_internvl.miniature.lab_pages import LAB_BLOCKS
 from mono_internvl.miniature.lab_rates import rates_block
 from mono_internvl.miniature.lab_seeds import seeds_block
+from mono_internvl.miniature.lab_verdicts import analysis_block
 from mono_internvl.reports.markdown import NOTHING, in_words, table
 from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import place_of
@@ -292,6 +295,10 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "first-run": _first_run,
     "quickstart-answer": _first_answer,
     **LAB_BLOCKS,
+    **{
+        f"lab-{name}": analysis_block(name, lab)
+        for name, lab in {**LABS, "figure-5": FIGURE_5}.items()
+    },
     "quickstart-seeds": seeds_block,
     "rates": rates_block,
     "mpo": mpo_block,

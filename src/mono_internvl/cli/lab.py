@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,15 @@ from mono_internvl.cli.options import Device, Precision, Processes, WorldSeed
 from mono_internvl.serving.terminal import quieten
 
 lab = typer.Typer(help="Experiments in the miniature.", no_args_is_help=True)
+
+EXPERIMENTS = {
+    "table-4": "Captions without instruction tuning, after S1.2 and after S1.3.",
+    "table-5": "Full tuning, visual experts, delta tuning.",
+    "table-9": "Attention frozen or not in S1.3.",
+    "figure-4": "Scores against pre-training samples, through S1.1, S1.2 and S1.3.",
+    "version-1-5": "Attention experts and EViP++ against EViP, at equal data and at 42 %.",
+}
+"""What `miniature.lab_experiments` has, named here so that `--help` answers at once."""
 
 
 @lab.command("seeds")
@@ -158,3 +168,57 @@ def lab_evip_plus_plus(
     )
     typer.echo(table.read_text(encoding="utf-8"))
     typer.echo(f"table: {table}")
+
+
+@lab.command("figure-5")
+def lab_figure_5(
+    runs: Annotated[
+        list[Path], typer.Option("--run", metavar="DIR", help="A finished quickstart; a seed each.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of rows and page.")] = Path("runs/figure-5"),
+    pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures of each.")] = 30,
+) -> None:
+    """Where the tokens of finished quickstarts look, layer by layer."""
+    from mono_internvl.miniature.lab_attention import look
+
+    quieten()
+    page = look(runs, out, pictures=pictures)
+    typer.echo(page.read_text(encoding="utf-8"))
+    typer.echo(f"page: {page}")
+
+
+def _experiment(name: str) -> Callable[..., None]:
+    """The verb of one experiment of the paper; all of them take the same options."""
+
+    def run(
+        out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs") / name,
+        seeds: Annotated[int, typer.Option(min=1, help="How many; more may follow later.")] = 3,
+        quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+        processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 2,
+        device: Device = "cpu",
+        precision: Precision = "auto",
+    ) -> None:
+        from mono_internvl.miniature.lab_analysis import run_lab
+        from mono_internvl.miniature.lab_experiments import LABS
+        from mono_internvl.miniature.lab_verdicts import lab_page
+
+        quieten()
+        page = run_lab(
+            name,
+            LABS[name],
+            lab_page,
+            out,
+            seeds=seeds,
+            quick=quick,
+            processes=processes,
+            device=device,
+            precision=precision,
+        )
+        typer.echo(page.read_text(encoding="utf-8"))
+        typer.echo(f"page: {page}")
+
+    return run
+
+
+for _name, _help in EXPERIMENTS.items():
+    lab.command(_name, help=_help)(_experiment(_name))
