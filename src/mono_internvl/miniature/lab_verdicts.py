@@ -150,21 +150,22 @@ def _claims(lab: Lab, runs: Sequence[LabRun]) -> str:
 def _figures(runs: Sequence[LabRun], titles: dict[str, str]) -> str:
     measures = list(dict.fromkeys(name for run in runs for name in run.figures))
     measures.sort(key=lambda name: (": " in name, "text: " in name))
-    rows = []
+    rows, marks = [], []
     for measure in measures:
-        found = [run.figures[measure] for run in runs if measure in run.figures]
-        blind = [one.blind for one in found if one.blind is not None]
-        chance = [one.chance for one in found if one.chance is not None]
-        items = f" ({found[0].items})" if found[0].items else ""
+        found = [(run, run.figures[measure]) for run in runs if measure in run.figures]
+        items = found[0][1].items
         cells = [
-            _cell(
-                [r.figures[measure].value for r in runs if r.variant == v and measure in r.figures]
-            )
-            for v in titles
+            _cell([one.value for run, one in found if run.variant == variant]) for variant in titles
         ]
-        best_blind = f"{max(blind):.3f}" if blind else ""
-        rows.append((measure + items, *cells, best_blind, f"{chance[0]:.3f}" if chance else ""))
-    return table(("held-out (records)", *titles.values(), "blind, best", "chance"), rows)
+        blind = max((one.blind for _, one in found if one.blind is not None), default=None)
+        chance = next((one.chance for _, one in found if one.chance is not None), None)
+        rows.append((measure + (f" ({items})" if items else ""), *cells))
+        marks.append(tuple("" if x is None else f"{x:.3f}" for x in (blind, chance)))
+    head: tuple[str, ...] = ("held-out (records)", *titles.values())
+    if any(any(pair) for pair in marks):
+        head = (*head, "blind, best", "chance")
+        rows = [(*row, *pair) for row, pair in zip(rows, marks, strict=True)]
+    return table(head, rows)
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from mono_internvl.processing.prompts import parse_boxes
@@ -93,7 +95,7 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     drawn = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
     width, height = drawn.size
     line = max(2, round(max(drawn.size) / 250))
-    font = ImageFont.load_default(max(12, round(max(drawn.size) / 36)))
+    font = font_of(max(12, round(max(drawn.size) / 28)))
     pen = ImageDraw.Draw(drawn)
     labels = list(dict.fromkeys(box.label for box in boxes))
     for box in boxes:
@@ -106,12 +108,18 @@ def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     return drawn
 
 
+def font_of(size_px: int) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings, which has Latin, Greek and Cyrillic letters and arrows."""
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(file), size_px)
+
+
 def _write_label(
     pen: ImageDraw.ImageDraw,
     label: str,
     corner: tuple[int, int],
     colour: str,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    font: ImageFont.FreeTypeFont,
     size: tuple[int, int],
 ) -> None:
     """White on the box's colour, above its corner where there is room, never beyond the image."""
