@@ -99,7 +99,7 @@ def test_fleet_that_is_too_small_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         ("sft", {}, "counts 1 epochs; say with --records"),
         ("evip-2b", {"tokens": (1280, 500)}, "1280 visual and 500 text tokens; it takes 1425"),
         ("evip-2b", {"tokens": (1280, 1)}, "text=1; expected 4"),
-        ("evip-2b", {"tokens": (100, 50)}, "visual tokens in multiples of 256"),
+        ("evip-2b", {"tokens": (100, 50)}, "visual=100; expected a multiple of 256"),
         ("evip-2b", {"gpus": 3}, "2048 samples of a step do not divide among 3 GPUs"),
         ("evip-2b", {"mfu": 0.0}, "mfu=0.0"),
         ("evip-2b", {"mfu": float("nan")}, "mfu=nan"),
