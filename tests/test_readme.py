@@ -125,6 +125,10 @@ NOT_EXECUTED = {
     "python examples/real/run.py --size cpu --out runs/real": NETWORK,
     "mono-internvl chat --model runs/real/s2/checkpoint --image "
     "runs/real/data/images/000000.png 'what is this?'": "needs the run of the command before",
+    "vllm serve OpenGVLab/InternVL3_5-8B --port 8000": "needs a GPU",
+    "mono-internvl data caption 'images/*.tar' --url http://127.0.0.1:8000/v1 --model "
+    "OpenGVLab/InternVL3_5-8B --out my-data/s12": "needs a server; tests/data/test_captions.py "
+    "has one",
 }
 """Command, as `shlex` writes it -> why it is only parsed."""
 

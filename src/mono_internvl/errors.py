@@ -55,6 +55,20 @@ class TrainingStateError(MonoInternVLError, RuntimeError):
     """A run directory cannot be resumed: it is damaged, in use, or belongs to another run."""
 
 
+class EndpointError(MonoInternVLError, RuntimeError):
+    """A model behind an address did not answer.
+
+    Args:
+        message: What it said last.
+        scope: "request", which it will not answer however often it is asked; "endpoint", which
+            answers nobody; "attempts", where it may answer another time.
+    """
+
+    def __init__(self, message: str, scope: str = "attempts") -> None:
+        super().__init__(message)
+        self.scope = scope
+
+
 class ExpertsUnavailable(MonoInternVLError, RuntimeError):
     """An implementation of the experts was asked for by name and cannot run here."""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mono_internvl.cli.caption import data_caption
 from mono_internvl.cli.options import (
     AnswerFormat,
     AnswerPrecision,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mono_internvl.data.survey import Finding, SourceCount, Survey
 
 data = typer.Typer(help="Look at training data, check it, shard it.", no_args_is_help=True)
+data.command("caption")(data_caption)
 
 Meta = Annotated[Path, typer.Argument(metavar="META.json", help="Names the sources.")]
 Tokenizer = Annotated[

@@ -8,7 +8,6 @@ stopped.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset
 from mono_internvl.data.batches import Skipped, read_ahead
 from mono_internvl.data.encoder import RecordEncoder, as_sample_error
 from mono_internvl.data.records import Record, to_conversation
+from mono_internvl.data.shard_files import add_member, image_extension
 from mono_internvl.data.skipped import QUARANTINE_FILE, SkipCounts
 from mono_internvl.data.sources import Measure, Source, TarSource, read_meta
 from mono_internvl.data.sources.meta import read_entries
@@ -43,8 +43,6 @@ from mono_internvl.runs.json_lines import to_line
 logger = logging.getLogger(__name__)
 
 META_FILE, SETTINGS_FILE = "meta.json", "prepare.json"
-_EXTENSIONS = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp"}
-_EXTENSIONS |= {b"II": "tif", b"MM": "tif"}
 _KEPT_FIELDS = ("repeat_time", "ratio", "max_dynamic_patch", "data_augment", "prompt")
 
 
@@ -207,10 +205,10 @@ def _write_shard(source: Source, tar: Path, records: range, encode: RecordEncode
                 continue
             measures.append(measure)
             words = json.dumps(to_conversation(record), ensure_ascii=False)
-            _add(file, f"{index:09d}.json", words.encode("utf-8", "surrogatepass"))
+            add_member(file, f"{index:09d}.json", words.encode("utf-8", "surrogatepass"))
             for number, data in enumerate(images):
-                extension = _EXTENSIONS.get(data[:2], "avif")
-                _add(file, f"{index:09d}.{number:03d}.{extension}", data)
+                extension = image_extension(data)
+                add_member(file, f"{index:09d}.{number:03d}.{extension}", data)
     shard = scan(partial)
     key = TarSource.of_index(partial, shard, None).counted_by(encode.tokenized_by)
     # The index goes first: a shard without one would be taken for one that is not prepared.
@@ -248,12 +246,6 @@ def _with_sizes(index: TarIndex, measures: Sequence[Measure | None], key: str) -
             sizes.append(next(images, (0, 0)) if is_image else (0, 0))
     tokens = [-1 if measure is None else measure.text_tokens for measure in measures]
     return index.with_sizes(sizes, tokens, key)
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
 
 
 def _entries(

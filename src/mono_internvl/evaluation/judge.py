@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-from mono_internvl.errors import ConfigError
+from mono_internvl.chat_client import ChatClient
+from mono_internvl.errors import ConfigError, EndpointError
 from mono_internvl.runs.json_lines import read_lines, to_line
 
 KEY_VARIABLE = "JUDGE_API_KEY"
@@ -41,8 +36,6 @@ if the reply gives none.
 Reply: {answer}
 Final answer:"""
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_ATTEMPTS = 5
-_TIMEOUT_S = 120.0
 _MAX_TOKENS = 128
 _KEY_BYTES = 16
 
@@ -65,8 +58,13 @@ class EndpointJudge:
     _replies: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https"):
-            raise ConfigError(f"judge_url={self.url!r}; expected http:// or https:// up to /v1")
+        self._client = ChatClient(
+            self.url,
+            self.model,
+            name_of_url="judge_url",
+            key_variables=(KEY_VARIABLE, "OPENAI_API_KEY"),
+            wait_s=self.wait_s,
+        )
         for line in read_lines(self.cache) if self.cache.is_file() else []:
             try:
                 self._replies.update(json.loads(line))
@@ -107,35 +105,11 @@ class EndpointJudge:
         return self._replies[key]
 
     def _call(self, prompt: str) -> str:
-        key = os.environ.get(KEY_VARIABLE) or os.environ.get("OPENAI_API_KEY")
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions",
-            json.dumps(
-                {
-                    "model": self.model,
-                    "messages": [{"role": "user", "content": prompt}],
-                    "temperature": 0,
-                    "max_tokens": _MAX_TOKENS,
-                }
-            ).encode(),
-            {"Content-Type": "application/json"}
-            | ({"Authorization": f"Bearer {key}"} if key else {}),
-        )
-        problem: Exception | None = None
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                time.sleep(self.wait_s * 2 ** (attempt - 1))
-            try:
-                with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
-                    found: Any = json.load(response)
-                return str(found["choices"][0]["message"]["content"] or "")
-            except urllib.error.HTTPError as error:
-                problem = error
-                if error.code in (400, 401, 403, 404):  # asking again does not help
-                    break
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                problem = error
-        raise ConfigError(
-            f"judge_url={self.url!r}, judge_model={self.model!r}: no answer ({problem}); check "
-            f"address, model and {KEY_VARIABLE}; what it has said already is kept in {self.cache}"
-        )
+        try:
+            return self._client.ask(prompt, _MAX_TOKENS).text
+        except EndpointError as error:
+            raise ConfigError(
+                f"judge_url={self.url!r}, judge_model={self.model!r}: no answer ({error}); check "
+                f"address, model and {KEY_VARIABLE}; what it has said already is kept in "
+                f"{self.cache}"
+            ) from error

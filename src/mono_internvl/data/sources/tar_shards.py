@@ -163,7 +163,7 @@ class TarSource:
                 "there on: fetch or write it again",
                 reason="shard damaged",
             )
-        key = _read_member(tar, found, members[0], with_content=False)[0]
+        key = sample_key(tar, found, members[0])
         words: dict[str, Any] = {}
         where = f"{tar}:{key}"
         # A caption in a .txt counts more than what a .json says of it.
@@ -221,6 +221,15 @@ def _open(tar: Path) -> _Shard:
         return _Shard(tar, head, None)
     index = scan(tar)
     return _Shard(tar, IndexHead(len(index), index.digest()), index)
+
+
+def sample_key(tar: Path, index: TarIndex, member: int) -> str:
+    """What the sample of a member is called.
+
+    Raises:
+        SampleError: The shard is not the one that the index was made of.
+    """
+    return _read_member(tar, index, member, with_content=False)[0]
 
 
 def _read_member(
