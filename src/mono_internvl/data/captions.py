@@ -193,8 +193,8 @@ def _with_ray(shards: Sequence[Path], out: Path, job: CaptionJob) -> Iterator[Ca
         ray.init(log_to_driver=False)
     machines = max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
     work = partial(_row, out=out.resolve(), job=job)
-    rows = ray.data.from_items([{"shard": str(shard.resolve())} for shard in shards])
-    rows = rows.repartition(len(shards))  # a block is a task
+    listed = ray.data.from_items([{"shard": str(shard.resolve())} for shard in shards])
+    rows = listed.repartition(len(shards))  # a block is a task
     spread = ray.data.TaskPoolStrategy(size=machines)
     for row in rows.map(work, compute=spread, num_cpus=1).iter_rows():
         if row["error"]:
