@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "training.rules",
         "recipes",
     },
+    "composition": {"processing"},
     "reports": {"processing"},
     "bench": {
         "attention",

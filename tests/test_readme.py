@@ -56,6 +56,7 @@ MINUTES_MODULAR = "takes minutes; tests/miniature/test_lab_modular.py walks a sm
 MINUTES_LLM = "takes minutes; tests/miniature/test_quickstart_llm.py walks a smaller form"
 MINUTES_EVIP = "takes hours; tests/miniature/test_lab_evip.py walks a smaller form"
 MINUTES_LAB = "takes an hour; tests/miniature/test_lab_analysis.py walks a smaller form"
+LAB_SIGHT = "takes half an hour; tests/miniature/test_lab_sight.py walks a smaller form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
 DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
 SERVES = "needs a server; tests/serving/http/test_page.py has one"
@@ -97,6 +98,13 @@ NOT_EXECUTED = {
     "mono-internvl lab modular --against runs/quickstart": MINUTES,
     "mono-internvl lab mpo runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
     "--out runs/mpo": "takes an hour; tests/miniature/test_lab_mpo.py walks a smaller form",
+    "mono-internvl compose --model runs/quickstart/model --title Shapes --text article.txt "
+    "--images album --out article.html": "needs an album; tests/composition/test_compose.py has "
+    "one",
+    "mono-internvl lab video runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
+    "--out runs/video": LAB_SIGHT,
+    "mono-internvl lab 4khd runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
+    "--out runs/4khd": LAB_SIGHT,
     "mono-internvl data pairs --model runs/quickstart/model --benchmark miniature "
     "--data runs/quickstart/data/validation.jsonl --out runs/own-pairs": PAIRS,
     "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,

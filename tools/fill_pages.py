@@ -29,6 +29,7 @@ from cost_pages import inference_block, training_block
 from real_pages import real_block
 
 from mono_internvl.errors import ConfigError, TrainingStateError
+from mono_internvl.miniature.lab_4khd import tilings_block
 from mono_internvl.miniature.lab_attention import FIGURE_5
 from mono_internvl.miniature.lab_experiments import LABS
 from mono_internvl.miniature.lab_mpo import mpo_block
@@ -36,6 +37,7 @@ from mono_internvl.miniature.lab_pages import LAB_BLOCKS
 from mono_internvl.miniature.lab_rates import rates_block
 from mono_internvl.miniature.lab_seeds import seeds_block
 from mono_internvl.miniature.lab_verdicts import analysis_block
+from mono_internvl.miniature.lab_video import frames_block
 from mono_internvl.reports.markdown import NOTHING, in_words, table
 from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import place_of
@@ -302,6 +304,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "quickstart-seeds": seeds_block,
     "rates": rates_block,
     "mpo": mpo_block,
+    "video": frames_block,
+    "4khd": tilings_block,
     "data": data_block,
     "real": real_block,
     "bench-targets": targets_block,

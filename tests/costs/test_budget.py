@@ -164,6 +164,17 @@ def test_sketch_keeps_what_a_step_keeps(layers: int, rules: tuple[Rule, ...]) ->
     assert found.recomputed < found.total
 
 
+def test_a_4khd_model_is_budgeted_with_its_learned_tokens() -> None:
+    config = tiny_config()
+    config.change({"tiling": "xcomposer_4khd", "max_dynamic_patch": 4})
+    stage = tiny_runs.tiny_stage(max_tiles=4, max_tokens=80)
+    sample = longest_sample(stage, config)
+    assert sample == SampleShape(5 * (4 + 2) + 1, 49, 47, tiles=5)
+    assert Sketch(config).kept_bytes(stage, sample, 2).layer > 0
+    with pytest.raises(ConfigError, match="they depend on the shapes of images"):
+        budget(RECIPES["evip-2b"], config, PAPER, tokens=(31, 9))
+
+
 def test_longest_sample_leaves_room_for_text() -> None:
     config = preset("v1")
     stage = RECIPES["sft"].stages[0]

@@ -12,6 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from mono_internvl.cli.attention_map import attention_map
+from mono_internvl.cli.compose import compose
 from mono_internvl.cli.compute_plan import say_plan
 from mono_internvl.cli.data import data as data_verbs
 from mono_internvl.cli.evaluation import evaluate
@@ -55,6 +56,7 @@ app.command()(serve)
 app.command()(web)
 app.command()(evaluate)
 app.command()(attention_map)
+app.command()(compose)
 app.command()(export)
 
 

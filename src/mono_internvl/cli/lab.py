@@ -140,6 +140,40 @@ def lab_mpo(
     typer.echo(f"table: {table}")
 
 
+@lab.command("video")
+def lab_video(
+    quickstarts: Quickstarts,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/video"),
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds side by side.")] = 1,
+    precision: Precision = "auto",
+) -> None:
+    """Ask about made-up clips: with frames, with a single one, and blind."""
+    from mono_internvl.miniature.lab_video import compare_frames
+
+    quieten()
+    table = compare_frames(quickstarts, out, quick=quick, processes=processes, precision=precision)
+    typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"table: {table}")
+
+
+@lab.command("4khd")
+def lab_4khd(
+    quickstarts: Quickstarts,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/4khd"),
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds side by side.")] = 1,
+    precision: Precision = "auto",
+) -> None:
+    """Read small text on large pictures: two tilings against the limit of tiles."""
+    from mono_internvl.miniature.lab_4khd import compare_tilings
+
+    quieten()
+    table = compare_tilings(quickstarts, out, quick=quick, processes=processes, precision=precision)
+    typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"table: {table}")
+
+
 @lab.command("evip-plus-plus")
 def lab_evip_plus_plus(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/evip-plus-plus"),

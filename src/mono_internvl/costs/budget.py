@@ -8,6 +8,7 @@ gradient, and recomputation is nothing owed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -171,15 +172,18 @@ def longest_sample(stage: Stage, config: MonoInternVLConfig) -> SampleShape:
     All of its text but what encloses the image has a label. Where the tiles fill it, so many are
     left out that a sixteenth of it is text.
     """
-    per_tile = config.num_image_tokens_per_tile
-    tiles = min(stage.max_tiles + 1, (stage.max_tokens * 15 // 16) // per_tile)
-    return _shape(tiles * per_tile, stage.max_tokens - tiles * per_tile)
+    per_tile, separator = config.num_image_tokens_per_tile, int(config.has_image_marks)
+    if config.has_image_marks:  # most newlines where tiles stand one below the other
+        per_tile += math.isqrt(per_tile)
+    tiles = min(stage.max_tiles + 1, (stage.max_tokens * 15 // 16 - separator) // per_tile)
+    visual = tiles * per_tile + separator if tiles else 0
+    return _shape(visual, stage.max_tokens - visual, tiles if separator else None)
 
 
-def _shape(visual: int, text: int) -> SampleShape:
+def _shape(visual: int, text: int, tiles: int | None = None) -> SampleShape:
     if text < 4:
         raise ConfigError(f"text={text}; expected 4 tokens or more of a sample")
-    return SampleShape(visual, text, text - 2)
+    return SampleShape(visual, text, text - 2, tiles)
 
 
 def _stage_budget(
@@ -196,6 +200,11 @@ def _stage_budget(
             "records its data have"
         )
     stage = stage.resolved(records or 0)
+    if tokens is not None and tokens[0] and config.has_image_marks:
+        raise ConfigError(
+            f"tokens={tokens}: with tiling={config.tiling!r} they depend on the shapes of images; "
+            "leave them out, and the longest sample of each stage is taken"
+        )
     sample = longest_sample(stage, config) if tokens is None else _shape(*tokens)
     if sample.visual_tokens + sample.text_tokens > stage.max_tokens:
         raise ConfigError(

@@ -123,7 +123,10 @@ class Sketch:
         labels[:, shape[1] - sample.labelled_tokens :] = 0
         routing = Routing.from_mask(is_visual)  # known to the host, as in training
         tiles = num_samples * sample.visual_tokens // self.config.num_image_tokens_per_tile
-        side, fake = self.config.force_image_size, self.mode.from_tensor
+        side, fake, order = self.config.force_image_size, self.mode.from_tensor, None
+        if sample.tiles is not None:  # learned tokens stand among those of the tiles
+            tiles = num_samples * sample.tiles
+            order = fake(torch.zeros(num_samples * sample.visual_tokens, dtype=torch.int64))
         with self.mode:
             fake_tiles = torch.empty(tiles, 3, side, side)
         return {
@@ -131,6 +134,7 @@ class Sketch:
             "pixel_values": fake_tiles if tiles else None,
             "labels": fake(labels),
             "routing": routing,
+            "feature_order": order,
             "labelled": KeptRows.labelled(labels, routing),
             "loss_weight": fake(torch.ones(shape)),
             "num_items_in_batch": fake(torch.ones(())),

@@ -75,7 +75,7 @@ def draw_scene(scene: Scene, rng: random.Random, is_aligned: bool = False) -> Dr
     Returns:
         The drawing, one box for each object.
     """
-    image = _background(rng)
+    image = background(rng)
     boxes = []
     for thing in scene.objects:
         diameter = rng.choice(_DIAMETERS_PX[thing.size])
@@ -103,7 +103,7 @@ def draw_sign(text: str, rng: random.Random, is_aligned: bool = False) -> Drawin
     Returns:
         The drawing, with one box for each word.
     """
-    image = _background(rng)
+    image = background(rng)
     font, size_px = rng.choice(_FONTS), rng.choice(_SIGN_FONT_PX)
     ink = (rng.randrange(90), rng.randrange(90), rng.randrange(90))
     reach = 0 if is_aligned else _SIGN_JITTER_PX
@@ -123,6 +123,26 @@ def draw_sign(text: str, rng: random.Random, is_aligned: bool = False) -> Drawin
     return Drawing(image, tuple(boxes))
 
 
+def draw_word(word: str, size_px: tuple[int, int], rng: random.Random) -> Image.Image:
+    """A word of a sign's size, anywhere on a picture of any size.
+
+    Args:
+        word: Capitals or digits.
+        size_px: Width and height of the picture.
+        rng: Source of font, place and ink.
+    """
+    image = background(rng).resize(size_px)
+    font, height = rng.choice(_FONTS), rng.choice(_SIGN_FONT_PX)
+    ink = (rng.randrange(90), rng.randrange(90), rng.randrange(90))
+    left = rng.randrange(size_px[0] - len(word) * TOKEN_PX)
+    top = rng.randrange(size_px[1] - 2 * TOKEN_PX)
+    for index, character in enumerate(word):
+        glyph, rise = _glyph(font, height, character)
+        x = left + index * TOKEN_PX + (TOKEN_PX - glyph.width) // 2
+        image.paste(ink, (x, top + _SIGN_BASELINE_PX - rise), glyph)
+    return image
+
+
 def draw_chart(chart: Chart, rng: random.Random, is_aligned: bool = False) -> Drawing:
     """Draw a bar chart, the value of each bar written below it in its colour.
 
@@ -136,7 +156,7 @@ def draw_chart(chart: Chart, rng: random.Random, is_aligned: bool = False) -> Dr
     Returns:
         The drawing, one box for each bar.
     """
-    image = _background(rng)
+    image = background(rng)
     draw = ImageDraw.Draw(image)
     reach = 0 if is_aligned else _CHART_JITTER_PX
     shift_x, shift_y = rng.randint(-reach, reach), rng.randint(-reach, reach)
@@ -159,10 +179,19 @@ def draw_chart(chart: Chart, rng: random.Random, is_aligned: bool = False) -> Dr
     return Drawing(image, tuple(boxes))
 
 
-def _background(rng: random.Random) -> Image.Image:
+def background(rng: random.Random) -> Image.Image:
+    """An empty picture of a light shade."""
     grey = rng.randint(222, 250)
     tint = (grey + rng.randint(-6, 5), grey + rng.randint(-6, 5), grey + rng.randint(-6, 5))
     return Image.new("RGB", (IMAGE_SIZE_PX, IMAGE_SIZE_PX), tint)
+
+
+def paste_thing(
+    image: Image.Image, thing: tuple[str, str], diameter_px: int, corner: tuple[int, int]
+) -> None:
+    """Draw a thing of a colour and a shape, its upper left corner at a place in px."""
+    colour, shape = thing
+    image.paste(_RGB[colour], corner, _shape_mask(shape, diameter_px))
 
 
 def _shade(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, int]:

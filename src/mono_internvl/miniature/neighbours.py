@@ -7,13 +7,14 @@ of them the same held-out questions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mono_internvl.compute import ComputePlan
+from mono_internvl.compute import ComputePlan, make_plan
+from mono_internvl.distributed import run_side_by_side
 from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.perplexity import perplexity
 from mono_internvl.evaluation.questions import first_of_each_kind
@@ -22,7 +23,8 @@ from mono_internvl.miniature.lab_pages import QUICK_NOTE, Figure, check_one_prot
 from mono_internvl.miniature.quickstart import SETTINGS, english_conversations
 from mono_internvl.miniature.scoring import BENCHMARK, PROTOCOL, TEXT_KINDS, mean_scores
 from mono_internvl.miniature.world import WorldFiles, read_world
-from mono_internvl.reports.markdown import head, line
+from mono_internvl.reports.markdown import NOTHING, head, line
+from mono_internvl.runs.folder import begin, exclusive, resumable, write_whole
 from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import Origin
 
@@ -212,3 +214,68 @@ def _each(values: Sequence[float], sign: str = "") -> str:
         return f"{values[0]:{sign}{digits}}"
     each = ", ".join(f"{value:{sign}{digits}}" for value in values)
     return f"{fmean(values):{sign}{digits}} ({each})"
+
+
+# --------------------------------------------------------------------------------- a lab's run
+
+
+def run_seeds(
+    quickstarts: Sequence[Path],
+    run: Path,
+    rows: str,
+    one_seed: Callable[[Ground, Path, bool, ComputePlan], None],
+    page: Callable[[Sequence[NeighbourRun]], str],
+    *,
+    quick: bool = False,
+    processes: int = 1,
+    precision: str = "auto",
+) -> Path:
+    """Run a lab for every seed; a second call goes on, and may add seeds.
+
+    Args:
+        quickstarts: Folders of finished quickstarts, one for each seed.
+        run: Output folder: `seed<n>/`, the rows and `table.md`.
+        rows: Name of the file of rows.
+        one_seed: Does a seed in a folder, and leaves `row.json` there at last.
+        page: Of the rows.
+        quick: The same path with small numbers; its scores mean nothing.
+        processes: Seeds side by side, each in one process.
+        precision: "auto", "bf16" or "fp32".
+
+    Returns:
+        The table.
+
+    Raises:
+        ConfigError: A folder holds no finished quickstart, or `run` was begun otherwise.
+    """
+    grounds = open_grounds(quickstarts)
+    with exclusive(run), resumable(run):
+        plan = make_plan("cpu", precision, processes=1, threads=1 if processes > 1 else None)
+        begin(run / "lab.json", {"quick": quick, "precision": plan.precision})
+        tasks = [(ground, run / f"seed{ground.seed}", quick, plan) for ground in grounds]
+        left = [task for task in tasks if not (task[1] / "row.json").exists()]
+        run_side_by_side(one_seed, left, processes)
+        found = [row.read_text("utf-8").strip() for row in sorted(run.glob("seed*/row.json"))]
+        write_whole(run / rows, "\n".join(found))
+        write_whole(run / "table.md", page(read_neighbour_runs(run / rows)))
+    return run / "table.md"
+
+
+def block_of(rows: str, page: Callable[[Sequence[NeighbourRun]], str]) -> Callable[[Path], str]:
+    """What fills a page with the committed rows of a lab.
+
+    Args:
+        rows: Name of the file of rows in the folder of results.
+        page: Of the rows.
+    """
+
+    def block(results: Path) -> str:
+        file = results / rows
+        if not file.is_file():
+            return NOTHING
+        runs = read_neighbour_runs(file)
+        if not runs or any(run.quick for run in runs):
+            raise ConfigError(f"{file}: no run, or a quick one; commit the rows of a full lab")
+        return page(runs) + "\n"
+
+    return block

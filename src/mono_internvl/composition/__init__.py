@@ -1,0 +1,1 @@
+"""Articles with pictures: written or given, illustrated from a folder."""
