@@ -21,7 +21,7 @@ from typing import Any
 
 from mono_internvl.data.records import ImageRef, shortened
 from mono_internvl.data.sources.source import FileImage
-from mono_internvl.data.sources.tables import import_package
+from mono_internvl.data.sources.tables import opened_parquet
 from mono_internvl.errors import ImageError, SampleError
 from mono_internvl.evaluation.toolkits import is_given
 from mono_internvl.runs.json_lines import read_lines
@@ -348,29 +348,22 @@ def _mme_text(file: Path, root: Path) -> Iterator[Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    import_package("pyarrow")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file) as table:
-            columns = table.schema_arrow.names
-            shown = [name for name in _IMAGE_COLUMNS if name in columns]
-            plain = [name for name in columns if name not in shown]
-            number = 0
-            for group in range(table.num_row_groups):
-                rows = table.read_row_group(group, columns=plain).to_pylist()
-                counts = _image_counts(table.read_row_group(group, columns=shown), shown)
-                for index, fields in enumerate(rows):
-                    images = tuple(
-                        ParquetImage(file, group, index, column, n)
-                        for column in shown
-                        for n in range(counts[column][index])
-                    )
-                    yield Row(fields, images, f"{file}:{number}")
-                    number += 1
-    except (OSError, pa.ArrowException) as error:
-        raise SampleError(f"{file}: not a readable parquet file ({error})") from error
+    with opened_parquet(file) as table:
+        columns = table.schema_arrow.names
+        shown = [name for name in _IMAGE_COLUMNS if name in columns]
+        plain = [name for name in columns if name not in shown]
+        number = 0
+        for group in range(table.num_row_groups):
+            rows = table.read_row_group(group, columns=plain).to_pylist()
+            counts = _image_counts(table.read_row_group(group, columns=shown), shown)
+            for index, fields in enumerate(rows):
+                images = tuple(
+                    ParquetImage(file, group, index, column, n)
+                    for column in shown
+                    for n in range(counts[column][index])
+                )
+                yield Row(fields, images, f"{file}:{number}")
+                number += 1
 
 
 def _image_counts(table: Any, columns: list[str]) -> dict[str, list[int]]:
@@ -385,11 +378,10 @@ def _image_counts(table: Any, columns: list[str]) -> dict[str, list[int]]:
 @lru_cache(maxsize=2)
 def _image_column(file: Path, group: int, column: str) -> list[Any]:
     """The cells of one row group; the last two are kept, for questions come in order."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        with pq.ParquetFile(file) as table:
+        with opened_parquet(file) as table:
             return list(table.read_row_group(group, columns=[column]).column(column).to_pylist())
-    except (OSError, pa.ArrowException) as error:
-        raise ImageError(f"{file}: row group {group} is not readable ({error})") from error
+    except SampleError as error:
+        raise ImageError(
+            f"{file}: row group {group} is not readable ({error.__cause__})"
+        ) from error

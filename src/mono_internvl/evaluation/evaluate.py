@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,8 @@ def evaluate(
         encoder.check_text(benchmark.prompt(question, protocol), question.sample.where)
     if blind:
         questions = [question.without_images() for question in questions]
-    name = f"predictions-{data.stem}{'-blind' if blind else ''}.jsonl"
+    of = re.sub(r"[^\w.+-]+", "_", data.stem)  # it may be a pattern of shards
+    name = f"predictions-{of}{'-blind' if blind else ''}.jsonl"
     file = out or (Path(model) / name if Path(model).is_dir() else Path(name))
     with process_group():
         subject = Subject.load(folder, plan)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mono_internvl.data.order import mix
 from mono_internvl.data.records import Record
-from mono_internvl.data.sources import JsonlSource
+from mono_internvl.data.sources import open_source
 from mono_internvl.errors import SampleError
 from mono_internvl.evaluation.protocol import Protocol
 from mono_internvl.processing.image_files import load_image
@@ -74,12 +74,15 @@ class Question:
 
 
 def read_records(file: Path) -> Iterator[Question]:
-    """The records of a JSON lines file; image paths are relative to the file's folder.
+    """The records of any source; image paths are relative to the folder that it lies in.
+
+    Args:
+        file: As `annotation` in a meta file: JSON lines, a JSON array, shards, ...
 
     Raises:
         SampleError: A record is malformed or has no `kind`.
     """
-    source = JsonlSource(file, file.parent)
+    source = open_source(file)
     for index in range(len(source)):
         found = source.record(index)
         if found.document is not None:

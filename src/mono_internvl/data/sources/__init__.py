@@ -1,7 +1,7 @@
 """Where records come from: one protocol (`Source`), and a file for each kind of store."""
 
 from mono_internvl.data.sources.json_files import JsonArraySource, JsonlSource
-from mono_internvl.data.sources.meta import SOURCES, read_meta
+from mono_internvl.data.sources.meta import SOURCES, open_source, read_meta
 from mono_internvl.data.sources.source import (
     BytesImage,
     FileImage,
@@ -26,5 +26,6 @@ __all__ = [
     "Source",
     "SourceOptions",
     "TarSource",
+    "open_source",
     "read_meta",
 ]

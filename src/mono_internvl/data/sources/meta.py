@@ -82,22 +82,51 @@ def _source_of(meta: Path, name: str, entry: Any) -> Source:
     if not isinstance(entry, dict):
         raise SampleError(f"{here}: {entry!r}; expected an object with root and annotation")
     names = _names_of(here, entry.get("annotation"))
-    base, suffix = meta.parent, Path(names[0]).suffix
-    is_folder = (base / names[0]).is_dir()
-    needs_root = suffix not in _SHARDED and not is_folder  # images lie elsewhere
+    needs_root = not _holds_images(meta.parent, names)  # else they lie elsewhere
     root = entry.get("root", None if needs_root else ".")
     if not isinstance(root, str):
         raise SampleError(f"{here}: root={root!r}; expected a path")
     options = {"name": name, **_options_of(here, entry)}
+    return _opened(here, meta.parent, names, meta.parent / root, options)
+
+
+def open_source(annotation: Path, root: Path | None = None, **options: Any) -> Source:
+    """The source that one annotation names, as in a meta file.
+
+    Args:
+        annotation: File, pattern of shards such as `shards/*.tar`, or folder.
+        root: Folder that image paths are relative to; the annotation's own unless given.
+        **options: Fields of `SourceOptions`.
+
+    Raises:
+        SampleError: It is not there, or damaged.
+    """
+    base, name = annotation.parent, annotation.name
+    root = base if root is None else root
+    if glob.has_magic(str(base)):  # folders may be part of the pattern
+        base, name = Path(), str(annotation)
+    return _opened(str(annotation), base, [name], root, options)
+
+
+def _holds_images(base: Path, names: list[str]) -> bool:
+    """Whether the images of an annotation are in it."""
+    return Path(names[0]).suffix in _SHARDED or (base / names[0]).is_dir()
+
+
+def _opened(
+    here: str, base: Path, names: list[str], root: Path, options: Mapping[str, Any]
+) -> Source:
+    """The source of annotations below a folder, chosen by the first of them."""
+    suffix, is_folder = Path(names[0]).suffix, (base / names[0]).is_dir()
     if suffix in _SHARDED and not is_folder:
-        return SOURCES[suffix](_files_of(here, base, names, suffix), base / root, **options)
+        return SOURCES[suffix](_files_of(here, base, names, suffix), root, **options)
     if len(names) > 1:
         raise SampleError(
             f"{here}: annotation is a list of {len(names)}; only {' and '.join(sorted(_SHARDED))} "
             "files are listed, write an entry for each other file"
         )
-    open_source = SOURCES.get(FOLDER if is_folder else suffix, JsonlSource)
-    return open_source(base / names[0], base / root, **options)
+    open_one = SOURCES.get(FOLDER if is_folder else suffix, JsonlSource)
+    return open_one(base / names[0], root, **options)
 
 
 def _check_ratios(meta: Path, entries: Mapping[str, Any]) -> None:

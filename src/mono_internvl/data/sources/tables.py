@@ -9,9 +9,11 @@ and tar shards, which `mono-internvl data prepare` makes.
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -79,16 +81,13 @@ class ParquetSource:
         if place in self._kept:
             self._kept.move_to_end(place)
             return self._kept[place]
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path, group, _ = self._groups[place]
         try:
-            with pq.ParquetFile(path) as file:
+            with opened_parquet(path) as file:
                 rows = file.read_row_group(group).to_pylist()
-        except (OSError, pa.ArrowException) as error:
+        except SampleError as error:
             raise SampleError(
-                f"{where}: row group {group} is not readable ({error}); fetch the file again",
+                f"{where}: row group {group} is not readable ({error.__cause__}); fetch it again",
                 reason="shard damaged",
             ) from error
         self._kept[place] = rows
@@ -159,7 +158,7 @@ def record_of_row(
     Raises:
         SampleError: It is malformed.
     """
-    fields = {name: value for name, value in row.items() if name not in _IMAGE_COLUMNS}
+    fields = {n: _plain(value) for n, value in row.items() if n not in _IMAGE_COLUMNS}
     images = list(_images(row, root, where))
     return parse_record(
         raw_record(fields, len(images), options.prompt, where),
@@ -169,6 +168,19 @@ def record_of_row(
         options.max_tiles,
         augments=options.augments,
     )
+
+
+def _plain(value: Any) -> Any:
+    """A cell as JSON has it, which fields of a record are; what is no number is none."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _images(row: Mapping[str, Any], root: Path, where: str) -> Iterator[Any]:
@@ -193,14 +205,27 @@ def _images(row: Mapping[str, Any], root: Path, where: str) -> Iterator[Any]:
 
 def _row_groups(path: Path, sha: Any) -> list[int]:
     """Rows of each row group; the file's name, size and footer go into a digest."""
+    with opened_parquet(path) as file:
+        about = file.metadata
+    sha.update(f"{path.name} {path.stat().st_size} {about.to_dict()}".encode())
+    return [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+
+
+@contextmanager
+def opened_parquet(path: Path) -> Iterator[Any]:
+    """A parquet file as `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        SampleError: It is not there, or what is read of it within is damaged.
+        MissingDependency: pyarrow is not installed.
+    """
+    import_package("pyarrow")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            about = file.metadata
-        sha.update(f"{path.name} {path.stat().st_size} {about.to_dict()}".encode())
-        return [about.row_group(group).num_rows for group in range(about.num_row_groups)]
+            yield file
     except FileNotFoundError:
         raise SampleError(f"{path}: no such parquet file") from None
     except (OSError, pa.ArrowException) as error:
