@@ -80,6 +80,7 @@ ALLOWED: dict[str, set[str]] = {
         "model",
         "processing",
         "checkpoints",
+        "composition",
         "generation",
         "data",
         "training",

@@ -103,6 +103,8 @@ NOT_EXECUTED = {
     "one",
     "mono-internvl lab video runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
     "--out runs/video": LAB_SIGHT,
+    "mono-internvl lab compose runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
+    "--out runs/compose": LAB_SIGHT,
     "mono-internvl lab 4khd runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
     "--out runs/4khd": LAB_SIGHT,
     "mono-internvl data pairs --model runs/quickstart/model --benchmark miniature "

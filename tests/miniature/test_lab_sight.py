@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from mono_internvl.cli.app import app
 from mono_internvl.errors import ConfigError
-from mono_internvl.miniature import lab_4khd, lab_video
+from mono_internvl.miniature import lab_4khd, lab_compose, lab_video
 from mono_internvl.miniature.clips import DIRECTIONS, NUM_FRAMES, sample_clip
 from mono_internvl.miniature.drawing import _RGB, draw_word
 from mono_internvl.miniature.lab_4khd import LIMITS, retiled, tilings_block, tilings_page
@@ -85,6 +85,21 @@ def test_4khd_lab_reads_under_every_limit(
     assert "| at most 4 tiles (2) |" in page
     with pytest.raises(ConfigError, match="a quick one"):
         tilings_block(_results(run, lab_4khd.RUNS, tmp_path / "results"))
+
+
+def test_compose_lab_looks_for_planted_pictures(
+    monkeypatch: pytest.MonkeyPatch, ground: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(lab_compose, "QUICK", lab_compose.Sizes(album=5))
+    run = tmp_path / "run"
+    assert "A line finds its picture" in _lab("compose", ground, run)
+    (row,) = read_neighbour_runs(run / lab_compose.RUNS)
+    assert row.scores["chance"][lab_compose.BY_LINE].value == pytest.approx(4 / 5)
+    assert set(row.scores["model"]) == set(row.scores["chance"])
+    index = json.loads((run / "seed0" / "index.json").read_text())
+    assert len(index["pictures"]) == 5
+    with pytest.raises(ConfigError, match="a quick one"):
+        lab_compose.compose_block(_results(run, lab_compose.RUNS, tmp_path / "results"))
 
 
 def test_retiled_checkpoint_answers_text_as_before(ground: Path, tmp_path: Path) -> None:

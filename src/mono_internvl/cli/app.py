@@ -133,6 +133,8 @@ def chat(
         if question is None or len(image or ()) != 1 or video:
             raise typer.BadParameter("--draw takes one question about one --image")
         check_picture_path(draw, "--draw", (".png", ".jpg", ".jpeg", ".webp"))
+    if not video and (frames is not None or fps is not None):
+        raise typer.BadParameter("--frames and --fps say which frames of a --video are shown")
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, max_new_tokens, seed)
     pictures = [Picture.load(name) for name in image or ()]
     for name in video or ():

@@ -174,6 +174,23 @@ def lab_4khd(
     typer.echo(f"table: {table}")
 
 
+@lab.command("compose")
+def lab_compose(
+    quickstarts: Quickstarts,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/compose"),
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds side by side.")] = 1,
+    precision: Precision = "auto",
+) -> None:
+    """Look for the pictures of lines of text in an album, and choose among candidates."""
+    from mono_internvl.miniature.lab_compose import compare_choices
+
+    quieten()
+    table = compare_choices(quickstarts, out, quick=quick, processes=processes, precision=precision)
+    typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"table: {table}")
+
+
 @lab.command("evip-plus-plus")
 def lab_evip_plus_plus(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/evip-plus-plus"),

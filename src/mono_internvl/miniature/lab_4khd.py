@@ -66,7 +66,7 @@ class Sizes:
 
     pictures: int = 1600
     heldout: int = 80
-    steps: int = 250
+    steps: int = 200
 
 
 FULL, QUICK = Sizes(), Sizes(pictures=8, heldout=4, steps=2)

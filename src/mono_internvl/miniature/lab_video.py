@@ -59,7 +59,7 @@ class Sizes:
 
     clips: int = 1500
     heldout: int = 240
-    steps: int = 700
+    steps: int = 600
 
 
 FULL, QUICK = Sizes(), Sizes(clips=12, heldout=6, steps=4)
