@@ -100,6 +100,33 @@ def test_batching_changes_no_answer(
     assert others == answers == read_predictions(out)
 
 
+def test_an_image_is_read_once_for_several_questions(
+    subject: Subject, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the prompts about one image begin with, all its visual tokens, comes from the cache."""
+    records = [tiny_runs.image_record(data, 0) for _ in range(4)]
+    for number, record in enumerate(records):
+        record["id"] = f"again-{number}"
+        turns = record["conversations"]
+        asked = {**turns[0], "value": f"{turns[0]['value']} {'really ' * number}"}
+        record["conversations"] = [asked, *turns[1:]]
+    tiny_runs.write_lines(data / "again.jsonl", records)
+    submit = Engine.submit
+
+    def watch(engine: Engine, request: Request) -> Generation:
+        generation = submit(engine, request)
+        generations.append(generation)
+        return generation
+
+    generations: list[Generation] = []
+    monkeypatch.setattr(Engine, "submit", watch)
+    questions = RECORDS.questions(data / "again.jsonl")
+    ask(subject, RECORDS, SHORT, questions, out=tmp_path / "p.jsonl", batch_size=1)
+    cached = [one.result.num_cached for one in generations]
+    assert cached[0] == 0
+    assert min(cached[1:]) >= subject.processor.tokens_per_tile
+
+
 def test_sets_come_one_after_another(
     subject: Subject, questions: list[Question], answers: list[Prediction], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from mono_internvl.cli.app import app
 from mono_internvl.data.records import Record
 from mono_internvl.errors import ConfigError, SampleError
+from mono_internvl.evaluation import families
 from mono_internvl.evaluation import fetch as fetching
 from mono_internvl.evaluation import runner as run_module
 from mono_internvl.evaluation.benchmarks.table import ROWS, TABLE
@@ -241,6 +243,51 @@ def test_judge_grades_and_is_named_and_asked_once(
         file.write('{"cut')
     assert score_suite(suite, judge_for)[0].scores == {"paper": 50.0}
     assert len(FakeEndpoint.asked) == 5, "what was said before is kept"
+
+
+def test_judge_reads_several_answers_at_a_time(finished: Suite) -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    class Slow:
+        """Grades an answer when another one is there to be graded."""
+
+        name = "slow"
+        num_asked = 0
+
+        def grade(self, question: str, truth: str, answer: str) -> float:
+            self.num_asked += 1
+            if self.num_asked <= 4:
+                together.wait()
+            return 0.5
+
+        def extract(self, question: str, answer: str) -> str:
+            raise NotImplementedError
+
+    assert score_suite(replace(finished, names=("mmvet",)), lambda row: Slow())[0].scores == {
+        "paper": 50.0
+    }
+
+
+def test_judge_that_fails_is_not_asked_about_the_rest(
+    finished: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "JUDGE_REQUESTS", 1)
+    asked: list[str] = []
+
+    class Failing:
+        name = "failing"
+
+        def grade(self, question: str, truth: str, answer: str) -> float:
+            asked.append(question)
+            time.sleep(0.05)  # so that those behind it are still waiting
+            raise ConfigError("no answer")
+
+        def extract(self, question: str, answer: str) -> str:
+            raise NotImplementedError
+
+    with pytest.raises(ConfigError, match="no answer"):
+        score_suite(replace(finished, names=("mmvet",)), lambda row: Failing())
+    assert len(asked) < 5
 
 
 def test_judge_extracts_what_is_not_read_without_it(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mono_internvl.evaluation import truths
 from mono_internvl.evaluation.data_files import Row
@@ -24,8 +25,14 @@ ROTATION = 1_000_000
 BY_RULE = "answers extracted by rule, without a judge: not comparable with published figures"
 
 
+_Found = TypeVar("_Found")
+
+JUDGE_REQUESTS = 8
+"""Most answers that a judge reads at a time."""
+
+
 class Judge(Protocol):
-    """A model that reads answers.
+    """A model that reads answers, several at a time from several threads.
 
     Attributes:
         name: Part of the result.
@@ -258,6 +265,18 @@ def _ocr(answered: Sequence[Answered], judge: Judge | None) -> Scores:
 # With a judge
 
 
+def _judged(of: Callable[[Answered], _Found], answered: Sequence[Answered]) -> list[_Found]:
+    """`of` each answer, in order, a few at a time: a judge answers over a network.
+
+    The first error ends it; what was not asked yet is not asked any more.
+    """
+    pool = ThreadPoolExecutor(JUDGE_REQUESTS)
+    try:
+        return list(pool.map(of, answered))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _maths(answered: Sequence[Answered], judge: Judge | None) -> Scores:
     asked = [(maths.MathQuestion(**one.truth), one) for one in answered]
     by_rule = percent([maths.is_right_by_rule(question, one.text) for question, one in asked])
@@ -265,9 +284,11 @@ def _maths(answered: Sequence[Answered], judge: Judge | None) -> Scores:
     details = {"read without a judge": percent([bool(found) for found in early])}
     if judge is None:
         return Scores(None, by_rule, details, (f"corrected: {BY_RULE}",))
+    unread = [one for (_, one), found in zip(asked, early, strict=True) if not found]
+    extracted = iter(_judged(lambda one: judge.extract(one.question, one.text), unread))
     hits = [
-        maths.is_right(question, str(found) if found else judge.extract(one.question, one.text))
-        for (question, one), found in zip(asked, early, strict=True)
+        maths.is_right(question, str(found) if found else next(extracted))
+        for (question, _), found in zip(asked, early, strict=True)
     ]
     return Scores(percent(hits), by_rule, details, (f"corrected: {BY_RULE}",))
 
@@ -283,11 +304,9 @@ def _maths_wrong(truth: Mapping[str, Any]) -> str:
 def _graded(answered: Sequence[Answered], judge: Judge | None) -> Scores:
     if judge is None:
         return Scores(None, notes=("needs a judge",))
-    graded = [
-        (one.truth["capabilities"], judge.grade(one.question, one.truth["answer"], one.text))
-        for one in answered
-    ]
-    found = averages.mmvet_report(graded)
+    grades = _judged(lambda one: judge.grade(one.question, one.truth["answer"], one.text), answered)
+    capabilities = (one.truth["capabilities"] for one in answered)
+    found = averages.mmvet_report(list(zip(capabilities, grades, strict=True)))
     return Scores(found.pop("Overall", 0.0), details=found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +43,7 @@ _KEY_BYTES = 16
 
 @dataclass
 class EndpointJudge:
-    """A judge model at an address.
+    """A judge model at an address; may be asked from several threads.
 
     Attributes:
         url: Up to `/v1`.
@@ -56,6 +57,7 @@ class EndpointJudge:
     cache: Path
     wait_s: float = 1.0
     _replies: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _writing: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._client = ChatClient(
@@ -98,10 +100,12 @@ class EndpointJudge:
         asked = json.dumps([self.url, self.model, prompt]).encode()
         key = hashlib.blake2b(asked, digest_size=_KEY_BYTES).hexdigest()
         if key not in self._replies:
-            self._replies[key] = self._call(prompt)
-            self.cache.parent.mkdir(parents=True, exist_ok=True)
-            with self.cache.open("a", encoding="utf-8") as file:
-                file.write(to_line({key: self._replies[key]}))
+            reply = self._call(prompt)
+            with self._writing:
+                self._replies[key] = reply
+                self.cache.parent.mkdir(parents=True, exist_ok=True)
+                with self.cache.open("a", encoding="utf-8") as file:
+                    file.write(to_line({key: reply}))
         return self._replies[key]
 
     def _call(self, prompt: str) -> str:

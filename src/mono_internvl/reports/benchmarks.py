@@ -100,7 +100,7 @@ def radar(model: str, results: Sequence[BenchmarkResult]) -> str | None:
         return None
     angles = [2 * math.pi * i / len(shown) for i in range(len(shown))]
     with matplotlib.rc_context({"svg.hashsalt": "radar", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8.0, 8.0))
+        figure = Figure(figsize=(9.0, 8.0))
         axes = figure.add_subplot(polar=True)
         ours = [(one.scores[PAPER] or 0.0) / one.top for one in shown]
         around = [*angles, angles[0]]
@@ -120,13 +120,18 @@ def radar(model: str, results: Sequence[BenchmarkResult]) -> str | None:
                 label=f"{name}, published",
             )
         axes.set_xticks(
-            angles, [f"{one.title}\n{_cell(one.scores[PAPER], one.unit)}" for one in shown]
+            angles, [f"{one.title}  {_cell(one.scores[PAPER], one.unit)}" for one in shown]
         )
-        axes.set_yticks([0.25, 0.5, 0.75, 1.0], ["25 %", "50 %", "75 %", "of the best"])
+        for label, angle in zip(axes.get_xticklabels(), angles, strict=True):
+            side = math.cos(angle)  # words stand beside the circle, not across it
+            label.set_ha("left" if side > 0.1 else "right" if side < -0.1 else "center")
+        axes.set_yticks([0.25, 0.5, 0.75], ["25 %", "50 %", "75 % of the best"])
+        axes.set_rlabel_position(180 / len(shown))  # between the first two axes
         axes.set_ylim(0, 1)
         axes.tick_params(labelsize=8)
+        axes.tick_params(axis="y", labelsize=7, labelcolor=_OTHERS[0])
         figure.legend(loc="lower center", ncols=2, frameon=False, fontsize=9)
-        figure.subplots_adjust(bottom=0.16)
+        figure.subplots_adjust(left=0.22, right=0.78, bottom=0.16)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     return buffer.getvalue()
