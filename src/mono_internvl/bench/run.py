@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -60,7 +59,6 @@ def bench(
     what: str,
     *,
     size: str | None = None,
-    layers: int | None = None,
     precision: str = "auto",
     device: str | None = None,
     rounds: int = 5,
@@ -73,7 +71,6 @@ def bench(
     Args:
         what: One of `COMPARISONS`.
         size: "tiny", "middle" or "2b"; unless given, "2b" for "gpu" and "middle" for others.
-        layers: Decoder layers, where they should differ from the size's own.
         precision: Of weights and activations: "bf16", "fp32", or "auto" for what the device
             multiplies faster.
         device: "auto", "cpu", "cuda" or "cuda:1"; unless given, "auto" for "gpu" and "cpu" for
@@ -85,17 +82,14 @@ def bench(
     """
     if what not in COMPARISONS:
         raise ConfigError(f"bench {what!r} is not known; choose from {', '.join(COMPARISONS)}")
-    if rounds < 1 or (layers is not None and layers < 1):
-        raise ConfigError(f"rounds={rounds}, layers={layers}; expected numbers >= 1")
+    if rounds < 1:
+        raise ConfigError(f"rounds={rounds}; expected a number >= 1")
     size = size or ("2b" if what == "gpu" else "middle")
     device = device or ("auto" if what == "gpu" else "cpu")
     chosen = size_of(size)
     plan = make_plan(device, precision, processes=1)
     precision = plan.precision
     command = f"mono-internvl bench {what} --size {size} --precision {precision} --rounds {rounds}"
-    if layers is not None:
-        chosen = replace(chosen, layers=layers)
-        command += f" --layers {layers}"
     place = torch.device(plan.device)
     if place.type != "cpu":
         command += f" --device {device}"

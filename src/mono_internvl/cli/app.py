@@ -399,7 +399,6 @@ def bench(
         ),
     ],
     size: Annotated[str | None, typer.Option(help="tiny, middle or 2b; middle, gpu: 2b.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers; the size's.")] = None,
     precision: Precision = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved runs of every subject.")] = 5,
     out: Annotated[
@@ -414,9 +413,7 @@ def bench(
     from mono_internvl.bench.run import bench as run_bench
 
     quieten()
-    rows = run_bench(
-        what, size=size, layers=layers, precision=precision, device=device, rounds=rounds
-    )
+    rows = run_bench(what, size=size, precision=precision, device=device, rounds=rounds)
     for row in rows if out is None else keep(out, rows):
         typer.echo(row.to_json() if as_json else row.to_line())
 

@@ -43,17 +43,13 @@ def lab_seeds(
 @lab.command("rates")
 def lab_rates(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/rates"),
-    factors: Annotated[
-        list[float] | None, typer.Option("--factor", help="One run each; 0.5, 1 and 2.")
-    ] = None,
     quick: Annotated[bool, typer.Option(help="The same path with small numbers.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
 ) -> None:
-    """Multiply all rates by factors and score each on the validation split."""
+    """Multiply all rates by 0.5, 1 and 2 and score each on the validation split."""
     from mono_internvl.miniature.lab_rates import compare_rates
-    from mono_internvl.miniature.recipes import RATE_FACTORS
 
-    rows = compare_rates(out, factors=factors or RATE_FACTORS, quick=quick, processes=processes)
+    rows = compare_rates(out, quick=quick, processes=processes)
     typer.echo(f"rows: {rows}")
 
 
