@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow    also the tests that need minutes or gigabytes"
 	@echo "make test-web     the page of \`mono-internvl web\` in headless Chromium, in an environment of its own"
 	@echo "make fuzz         damaged files, records and requests for an hour (FUZZ_SECONDS=600: ten minutes)"
+	@echo "make soak         kill training at random moments, 20 times with one process and with two (KILLS=20)"
 	@echo "make serve-load RUN=DIR       sixteen clients for LOAD_SECONDS=300 on a quickstart's model, against one"
 	@echo "make serve-options RUN=DIR    what prompt look-up and int8 weights would spare there"
 	@echo "make serve-hostile MODEL=DIR  CASES=10000 malformed and hostile requests to a server"
@@ -57,6 +58,10 @@ $(VENV)-web/.installed: pyproject.toml constraints.txt
 # FUZZ_SEED=N begins with other cases; FUZZ_CASE="TARGET SEED" repeats one.
 fuzz: $(STAMP)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzing.py
+
+# SEED=N begins with the same moments again.
+soak: $(STAMP)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/training/soak.py --kills $(or $(KILLS),20) $(if $(SEED),--seed $(SEED))
 
 serve-load serve-hostile serve-options: export OMP_NUM_THREADS ?= 1
 serve-load: $(STAMP)

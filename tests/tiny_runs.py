@@ -146,4 +146,5 @@ def tiny_stage(**fields: Any) -> Stage:
 def metric_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file without the time they took."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    timed = {"seconds", "tokens_per_s", "images_per_s", "mfu"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]

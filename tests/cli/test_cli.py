@@ -373,6 +373,7 @@ def test_train_passes_its_arguments_on(command, monkeypatch):
     calls = record_calls(monkeypatch, train, "train")
     options = ["--model", "start", "--data", "meta.json", "--out", "run", "--processes", 2]
     options += ["--precision", "fp32", "--attention", "eager", "--parallel", "fsdp"]
+    options += ["--watch", "tensorboard"]
     code, out, _ = command("train", "miniature", *options, "--set", "steps=3", "--set", "seed=1")
     assert code == 0 and "runs/x/checkpoint" in out
     assert calls == [
@@ -387,6 +388,7 @@ def test_train_passes_its_arguments_on(command, monkeypatch):
             "precision": "fp32",
             "attention": "eager",
             "parallel": "fsdp",
+            "watch": ["tensorboard"],
             "overrides": {"steps": "3", "seed": "1"},
         }
     ]

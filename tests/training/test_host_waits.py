@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from mono_internvl.data.batches import Batch
-from mono_internvl.training.loop import _Loop, optimizer_of
+from mono_internvl.training.loop import _Loop
+from mono_internvl.training.optimizer import optimizer_of
 from mono_internvl.training.rules import apply_rules
 from mono_internvl.training.state_folders import StateFolders
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ _COMMON: dict[str, tuple[Any, str]] = {
     "loader_workers": (0, "ours"),
     "keep_last": (1, "ours"),
     "keep_every": (0, "ours"),
+    "on_bad_step": ("stop", "ours"),
+    "max_loss_ratio": (math.inf, "ours"),
+    "compiling": ("none", "ours"),
     "recompute": ("none", "ours"),
     "accumulation": (1, "P table 8"),
     "batch_size": (2048, "P table 8"),

@@ -118,8 +118,8 @@ def test_stage_refuses_fields_that_make_no_sense(fields: dict[str, Any], complai
 
 NUMERIC = [f.name for f in dataclasses.fields(Stage) if f.type in ("int", "float")]
 INTEGERS = [f.name for f in dataclasses.fields(Stage) if f.type == "int"]
-UNLIMITED = {"clip_norm"}
-"""May be infinite: no clipping."""
+UNLIMITED = {"clip_norm", "max_loss_ratio"}
+"""May be infinite: no clipping, no limit."""
 
 
 def test_every_field_of_a_stage_is_checked() -> None:

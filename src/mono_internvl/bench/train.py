@@ -26,11 +26,12 @@ from mono_internvl.bench.models import (
 )
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
+from mono_internvl.compute import PEAK_TFLOPS
 from mono_internvl.configuration.labels import IGNORED_LABEL
 from mono_internvl.costs.accelerators import peak_tflops_of
 from mono_internvl.costs.training import SampleShape, step_flops
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
-from mono_internvl.training.loop import optimizer_of
+from mono_internvl.training.optimizer import optimizer_of
 from mono_internvl.training.recipe import Stage
 from mono_internvl.training.recompute import enable_recompute
 from mono_internvl.training.rules import apply_rules

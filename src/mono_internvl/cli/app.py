@@ -318,6 +318,9 @@ def train(
     parallel: Annotated[
         str, typer.Option(metavar="HOW", help="ddp; fsdp shards the model; fsdp_offload.")
     ] = "ddp",
+    watch: Annotated[
+        list[str] | None, typer.Option(metavar="BY", help="tensorboard, wandb; again for both.")
+    ] = None,
     assignments: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Change a field of every stage."),
@@ -352,6 +355,7 @@ def train(
         precision=precision,
         attention=attention,
         parallel=cast(Any, parallel),
+        watch=cast(Any, watch or ()),
         overrides=overrides,
     )
     typer.echo(f"checkpoint: {checkpoint}")

@@ -78,6 +78,8 @@ class Batch:
             they stand tile after tile.
         position_ids: (B, T) int64, of packed samples: they start anew with every sample, and tokens
             of one attend to those of no other. None where each row is one sample.
+        source_ids: (B, T) int64, the number of the source that each token is of; None where nobody
+            asks.
         num_pairs: Of paired samples: so many rows with chosen answers, then as many with the
             rejected ones to the same questions, whose labels weigh 0. Both show the same tiles. 0
             where nothing is paired.
@@ -96,10 +98,12 @@ class Batch:
     feature_order: Tensor | None = None
     position_ids: Tensor | None = None
     num_pairs: int = 0
+    source_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; nothing waits until they are there."""
         pixels, order, positions = self.pixel_values, self.feature_order, self.position_ids
+        sources = self.source_ids
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
@@ -110,6 +114,7 @@ class Batch:
             labelled=self.labelled.to(device),
             feature_order=None if order is None else order.to(device, non_blocking=True),
             position_ids=None if positions is None else positions.to(device, non_blocking=True),
+            source_ids=None if sources is None else sources.to(device, non_blocking=True),
         )
 
 
@@ -190,6 +195,7 @@ class BatchStream(Dataset[Batch]):
         samples: list[Sample] = []
         skipped: list[Skipped] = []
         ids: list[str] = []
+        sources: list[int] = []
         # A process without any sample could not take part in the step: the records that follow
         # stand in, so what they are is still a function of `number` alone.
         stand_ins = range(positions[-1] + 1, positions[-1] + 1 + _MOST_STAND_INS)
@@ -208,6 +214,7 @@ class BatchStream(Dataset[Batch]):
                     )
                 samples.append(sample)
                 ids.append(record.record_id)
+                sources.append(source)
             except SampleError as error:
                 if plan.on_bad_sample == "raise":
                     raise
@@ -217,7 +224,9 @@ class BatchStream(Dataset[Batch]):
                 f"micro-batch {number}: all {len(skipped)} records are bad, first: "
                 f"{skipped[0].message}"
             )
-        return collate(samples, plan, tuple(ids), tuple(skipped))
+        batch = collate(samples, plan, tuple(ids), tuple(skipped))
+        rows = torch.tensor(sources * (2 if batch.num_pairs else 1))
+        return replace(batch, source_ids=rows[:, None].expand_as(batch.labels))
 
     def _batches_of_window(self, window: int) -> list[list[int]]:
         if self._window[0] != window:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch.utils.data import Dataset
 
 from mono_internvl.data.batches import Batch, BatchPlan, Skipped, collate_packed, drawn
@@ -103,17 +104,20 @@ class PackedStream(Dataset[tuple[Batch, ...]]):
     def _row(self, placed: Sequence[_Placed], skipped: tuple[Skipped, ...]) -> Batch:
         samples: list[Sample] = []
         ids: list[str] = []
+        sources: list[int] = []
         bad = list(skipped)
         for sample in placed:
             try:
                 encoded, record_id = self._sample(sample)
                 samples.append(encoded)
                 ids.append(record_id)
+                sources += [self.mixture.locate(sample.position)[0]] * sample.length
             except SampleError as error:
                 if self.plan.on_bad_sample == "raise":
                     raise
                 bad.append(self._skipped(sample.position, error))
-        return collate_packed(samples, self.plan, tuple(ids), tuple(bad))
+        batch = collate_packed(samples, self.plan, tuple(ids), tuple(bad))
+        return replace(batch, source_ids=torch.tensor(sources or [0])[None])
 
     def _sample(self, placed: _Placed) -> tuple[Sample, str]:
         source, index = self.mixture.locate(placed.position)

@@ -44,6 +44,7 @@ class RunState:
         stage: Fields of the stage, for the check at resume.
         inputs: Digests of start and data, for the same check.
         skipped: Counts of records left out so far.
+        guard: What tells bad steps from good ones.
     """
 
     model: MonoInternVLForConditionalGeneration
@@ -54,6 +55,7 @@ class RunState:
     stage: Mapping[str, Any]
     inputs: Mapping[str, str]
     skipped: Mapping[str, Any]
+    guard: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """What a state says of itself, as plain data."""
@@ -62,6 +64,7 @@ class RunState:
             "stage": dict(self.stage),
             "inputs": dict(self.inputs),
             "skipped": dict(self.skipped),
+            "guard": dict(self.guard),
             "processes": world_size(),
             "versions": {**versions(), "commit": commit()},
         }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import statistics
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_internvl.compute import ComputePlan, default_attention, make_plan
+from mono_internvl.compute import ComputePlan, default_attention, make_plan, peak_flops
 from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
 from mono_internvl.data.encoder import RecordEncoder
 from mono_internvl.data.order import mix
@@ -52,11 +51,12 @@ from mono_internvl.training.checkpointing import (
     sweep,
 )
 from mono_internvl.training.objectives.objective import LossOf
+from mono_internvl.training.optimizer import optimizer_of
 from mono_internvl.training.parallel import Parallel, Parallelism, local_value, parallelism_of
 from mono_internvl.training.progress import StageProgress
 from mono_internvl.training.recipe import Stage
-from mono_internvl.training.recompute import enable_recompute
-from mono_internvl.training.rules import TrainableGroup, apply_rules
+from mono_internvl.training.recompute import compile_layers, enable_recompute
+from mono_internvl.training.rules import apply_rules
 from mono_internvl.training.state import (
     SavedState,
     check_resumable,
@@ -65,6 +65,19 @@ from mono_internvl.training.state import (
     truncate_metrics,
 )
 from mono_internvl.training.state_folders import StateFolders
+from mono_internvl.training.watching import (
+    BAD_STEPS_FILE,
+    OwedFlops,
+    SourceLosses,
+    StepGuard,
+    Watch,
+    attended_pairs,
+    bad_step_error,
+    finite_row,
+    note_bad_step,
+    rates_of,
+    watchers,
+)
 
 LOSS = "loss"
 """Of the scalars of a step, the one that is minimised."""
@@ -98,6 +111,7 @@ def train_stage(
     plan: ComputePlan | None = None,
     parallel: Parallel = "ddp",
     parallelism: Parallelism | None = None,
+    watch: Sequence[Watch] = (),
     checkpointing: Callable[[Path], Checkpointing] | None = None,
 ) -> StageResult:
     """Train one stage; go on where a killed run of the same stage stopped.
@@ -113,6 +127,7 @@ def train_stage(
             goes on keeps the precision it began with.
         parallel: How processes share the model.
         parallelism: Another way than those with a name.
+        watch: Who is told of every step beside `metrics.jsonl`.
         checkpointing: Where states are kept, made of `run`; `StateFolders` unless given.
 
     Raises:
@@ -139,7 +154,7 @@ def train_stage(
             checkpointing(run) if checkpointing else keeping,
         )
         with loop.saving():
-            return loop.train()
+            return loop.train(watch)
 
 
 @dataclass(frozen=True)
@@ -231,9 +246,15 @@ class _Loop:
             self.reference.requires_grad_(False)
         if stage.recompute != "none":
             enable_recompute(self.model, stage.recompute)
+        if stage.compiling != "none":
+            compile_layers(self.model)
         self.carried = stage.objective.initial_state()
         skipped = self.resumed.skipped if self.resumed else {}
         self.skipped = SkipCounts.from_dict(skipped, stage.max_skipped_ratio)
+        guard = self.resumed.guard if self.resumed else {}
+        self.guard = StepGuard.from_dict(guard, stage.max_loss_ratio)
+        self.bad_steps = run / BAD_STEPS_FILE
+        self.owed: OwedFlops | None = None
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -245,7 +266,7 @@ class _Loop:
                 self.checkpointing.wait()
             raise
 
-    def train(self) -> StageResult:
+    def train(self, watch: Sequence[Watch] = ()) -> StageResult:
         """See `train_stage`."""
         stage = self.stage
         first = self.resumed.step if self.resumed else 0
@@ -260,13 +281,17 @@ class _Loop:
             self.carried = self.checkpointing.restore(
                 self.resumed, self.model, optimizer, self.carried
             )
+        if peak_flops(self.device) is not None:
+            learned = {name for group in groups for name in group.names}
+            self.owed = OwedFlops.of(self.model.config, learned)
         if rank() == 0:
-            truncate_metrics(self.metrics, first)
-            truncate_metrics(self.quarantine, first)
+            for file in (self.metrics, self.quarantine, self.bad_steps):
+                truncate_metrics(file, first)
         self.model.train()
         with (
             StageProgress(stage, first, quiet=rank() != 0) as progress,
             self.metrics.open("a") if rank() == 0 else nullcontext() as log,
+            watchers(watch if rank() == 0 else (), self.run, first, self.fields) as told,
         ):
             steps = self._steps(first)
             for step in range(first, stage.steps):
@@ -274,6 +299,8 @@ class _Loop:
                 if log is not None:
                     log.write(json.dumps(row) + "\n")
                     log.flush()
+                for one in told:
+                    one.write(row)
                 progress.update(row)
                 done = step + 1
                 is_due = stage.checkpoint_every and done % stage.checkpoint_every == 0
@@ -343,12 +370,14 @@ class _Loop:
         micro = next(batches)
         torch.manual_seed(mix(stage.seed, step, rank()))  # dropout, too, is a function of the step
         all_sum = self.parallelism.all_sum
-        weight = all_sum(torch.stack([batch.loss_weight.sum() for batch in micro]).sum())
+        losses = SourceLosses(len(self.sources))
+        total = torch.stack([batch.loss_weight.sum() for batch in micro]).sum()
+        weight, *of_sources = all_sum(torch.cat((total[None], losses.weights(micro)))).unbind()
         found: dict[str, list[Tensor]] = {}
         for index, batch in enumerate(micro):
             is_last = index == len(micro) - 1
             with nullcontext() if is_last else self.parallelism.no_sync(loss_of):
-                scalars = self._backward(loss_of, batch, weight / world_size())
+                scalars = self._backward(loss_of, batch, weight / world_size(), losses)
             for name in sorted(scalars):  # in the same order in every process
                 found.setdefault(name, []).append(scalars[name])
         means = {n: all_sum(torch.stack(of).sum()) / world_size() for n, of in found.items()}
@@ -360,34 +389,39 @@ class _Loop:
             if parameter.grad is None:  # a step without images counts as a zero gradient
                 parameter.grad = torch.zeros_like(parameter)
         norm = local_value(nn.utils.clip_grad_norm_(trainable, stage.clip_norm))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(0) if losses.sums is None else all_sum(losses.sums)
+        device = found[LOSS][0].device
+        scalars = torch.stack([*means.values(), norm.to(device), *found[LOSS]])
         # The only time in a step that the host waits for the device.
-        *values, grad_norm = torch.stack([*means.values(), norm]).tolist()
-        logged = dict(zip(means, values, strict=True))
-        loss = logged.pop(LOSS)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            ids = ", ".join(i for batch in micro for i in batch.record_ids)
-            raise TrainingStateError(
-                f"stage {stage.name!r}: loss {loss} and gradient norm {grad_norm} at step "
-                f"{step + 1} (records {ids}); lower the learning rate or look at these records"
-            )
-        self.carried = stage.objective.next_state(self.carried, logged)
-        counts = self._count(step, micro)
-        return {
+        read = torch.cat((scalars, sums.to(device))).tolist()
+        read, lost = read[: len(scalars)], read[len(scalars) :]
+        logged, (grad_norm, *own) = dict(zip(means, read, strict=False)), read[len(means) :]
+        row = {
             **logged,
             "step": step + 1,
-            LOSS: loss,
             "learning_rate_share": rate_ratio,
             "grad_norm": grad_norm,
-            **counts,
-            "seconds": time.perf_counter() - began,
         }
+        if why := self.guard.judge(logged.pop(LOSS), grad_norm):
+            row["bad_step"] = why
+            ids = note_bad_step(self.bad_steps, row, micro, own)
+            if stage.on_bad_step == "stop" or self.guard.is_lost:
+                raise bad_step_error(stage.name, row, ids, self.bad_steps)
+        else:
+            optimizer.step()
+            self.carried = stage.objective.next_state(self.carried, logged)
+        optimizer.zero_grad(set_to_none=True)
+        of_each = zip(self.sources, lost, torch.stack(of_sources).tolist(), strict=False)
+        row["losses"] = {source.name: loss / w for source, loss, w in of_each if w}
+        row |= self._count(step, micro)
+        seconds = time.perf_counter() - began
+        rates = rates_of(row, self._shape, seconds, self.owed, self.device)
+        return {**finite_row(row), **rates, "seconds": seconds}
 
     def _count(self, step: int, micro: Sequence[Batch]) -> dict[str, int]:
         """What all processes read in a step; stops a run that leaves too much of it out."""
         own = [record for batch in micro for record in batch.skipped]
-        tokens, images, num_good, num_bad, rows = self.parallelism.all_sum(
+        tokens, images, num_good, num_bad, rows, *self._shape = self.parallelism.all_sum(
             torch.tensor(
                 [
                     sum(batch.num_tokens for batch in micro),
@@ -395,6 +429,9 @@ class _Loop:
                     sum(len(batch.record_ids) for batch in micro),
                     len(own),
                     sum(bool(batch.record_ids) for batch in micro),
+                    sum(batch.routing.num_visual for batch in micro),
+                    sum(batch.labelled.rows.numel() for batch in micro),
+                    sum(attended_pairs(batch) for batch in micro),
                 ]
             )
         ).tolist()
@@ -408,13 +445,17 @@ class _Loop:
         counts = {"tokens": tokens, "images": images, "skipped": num_bad}
         return counts if self.stage.packing == "none" else {**counts, "rows": rows}
 
-    def _backward(self, loss_of: nn.Module, batch: Batch, denominator: Tensor) -> dict[str, Tensor]:
+    def _backward(
+        self, loss_of: nn.Module, batch: Batch, denominator: Tensor, losses: SourceLosses
+    ) -> dict[str, Tensor]:
         """Add up the gradients of a micro-batch; returns its loss and logged scalars, unread."""
         device = torch.device(self.device)
-        here, denominator = batch.to(device), denominator.to(device, non_blocking=True)
+        here = losses.weighing(batch.to(device))
+        denominator = denominator.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bf16"):
             loss, scalars = loss_of(here, denominator, self.carried)
         loss.backward()
+        losses.add(here, denominator)
         return {name: value.detach().float() for name, value in {**scalars, LOSS: loss}.items()}
 
     def _state(self, step: int, optimizer: torch.optim.Optimizer | None) -> RunState:
@@ -427,6 +468,7 @@ class _Loop:
             stage=self.fields,
             inputs=self.inputs,
             skipped=self.skipped.to_dict(),
+            guard=self.guard.to_dict(),
         )
 
 
@@ -440,30 +482,3 @@ def _precision(
         return begun.stage["precision"]
     precision = (plan or make_plan(device)).precision if rank() == 0 else ""
     return from_first(precision)
-
-
-def optimizer_of(
-    model: nn.Module, groups: Sequence[TrainableGroup], stage: Stage
-) -> torch.optim.Optimizer:
-    """AdamW over the trainable groups, at their peak rates.
-
-    Args:
-        model: Its parameters are looked up by name.
-        groups: What `apply_rules` gives.
-        stage: Its moments are taken.
-    """
-    parameters = dict(model.named_parameters())
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[name] for name in group.names],
-                "lr": group.learning_rate,
-                "peak_rate": group.learning_rate,
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-        ],
-        betas=stage.betas,
-        eps=stage.eps,
-        fused=True,
-    )

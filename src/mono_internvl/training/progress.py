@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -84,7 +85,7 @@ class StageProgress:
         self.run = _RUN.get()
         self.is_live = self.console.is_terminal and not self.run
         self.loss: float | None = None
-        self.tokens = self.images = self.skipped = 0
+        self.tokens = self.images = self.skipped = self.bad_steps = 0
         self.began = time.perf_counter()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -109,13 +110,19 @@ class StageProgress:
     def update(self, row: dict[str, Any]) -> None:
         """Show a metrics row."""
         loss = row["loss"]
-        self.loss = loss if self.loss is None else _SMOOTHING * self.loss + (1 - _SMOOTHING) * loss
+        if "bad_step" in row:
+            self.bad_steps += 1
+        elif self.loss is None:
+            self.loss = loss
+        else:
+            self.loss = _SMOOTHING * self.loss + (1 - _SMOOTHING) * loss
         self.tokens, self.images = self.tokens + row["tokens"], self.images + row["images"]
         self.skipped += row["skipped"]
         self.done = row["step"]
         seconds = max(1e-9, time.perf_counter() - self.began)
+        loss = math.nan if self.loss is None else self.loss
         text = (
-            f"loss {self.loss:.3f}  {self.tokens / seconds:,.0f} tokens/s  "
+            f"loss {loss:.3f}  {self.tokens / seconds:,.0f} tokens/s  "
             f"{self.images / seconds:,.0f} images/s"
         )
         if not self.is_live and self.done < self.stage.steps:
@@ -123,6 +130,8 @@ class StageProgress:
             text += f"  {datetime.timedelta(seconds=round(left))} left"
         if self.skipped:
             text += f"  {self.skipped:,} skipped"
+        if self.bad_steps:
+            text += f"  {self.bad_steps:,} bad steps"
         self.bar.update(self.task, completed=self.done, text=text)
         tenth = max(1, self.stage.steps // 10)
         if not self.quiet and not self.is_live and self.done % tenth == 0:

@@ -39,6 +39,8 @@ from mono_internvl.training.objectives.objective import Objective
 from mono_internvl.training.recompute import Recompute
 
 Schedule = Literal["constant", "cosine"]
+Compiling = Literal["none", "layers"]
+OnBadStep = Literal["stop", "skip"]
 
 OLD_NAMES = {"warmup_share": "warmup_ratio", "final_rate_share": "final_rate_ratio"}
 """Fields of a stage as earlier recipes and states call them, and their names now."""
@@ -123,11 +125,15 @@ class Stage:
         checkpoint_every: Steps between saved states; 0 saves at the end only.
         keep_last: How many of the latest states stay while the stage runs.
         keep_every: States of a multiple of so many steps stay for good; 0 keeps none.
+        on_bad_step: What is done about a step whose loss or gradient is not finite, or whose loss
+            leaps: "stop" ends the run, "skip" leaves the weights as they are.
+        max_loss_ratio: Of a step's loss to the running mean; above it the loss leaps.
         on_bad_sample: "raise" or "skip".
         max_skipped_ratio: Of all records read, how many may be skipped before the run stops.
         loader_workers: Reader processes per training process; 0 reads in the loop.
         recompute: What the backward pass computes again to save memory: "none", "selective" (norms,
             rotations, SwiGLU, softmax) or "full" (whole layers).
+        compiling: "layers" compiles every decoder layer (`torch.compile`); "none" does not.
     """
 
     name: str
@@ -158,10 +164,13 @@ class Stage:
     checkpoint_every: int = 0
     keep_last: int = 1
     keep_every: int = 0
+    on_bad_step: OnBadStep = "stop"
+    max_loss_ratio: float = math.inf
     on_bad_sample: OnBadSample = "raise"
     max_skipped_ratio: float = 0.1
     loader_workers: int = 0
     recompute: Recompute = "none"
+    compiling: Compiling = "none"
 
     def __post_init__(self) -> None:
         check_fields(f"stage {self.name!r}", self, STAGE_CHECKS)
@@ -242,10 +251,13 @@ STAGE_CHECKS = {
     "checkpoint_every": integer(0),
     "keep_last": integer(1),
     "keep_every": integer(0),
+    "on_bad_step": choice(OnBadStep),
+    "max_loss_ratio": positive_or_infinite(),
     "on_bad_sample": choice(OnBadSample),
     "max_skipped_ratio": number(at_least=0, at_most=1),
     "loader_workers": integer(0),
     "recompute": choice(Recompute),
+    "compiling": choice(Compiling),
 }
 """What each field of a stage may be."""
 

@@ -6,10 +6,12 @@ import functools
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from mono_internvl.errors import RecipeError
+from mono_internvl.model.layers import DecoderLayer
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -61,6 +63,17 @@ def checkpointing_options(recompute: Recompute) -> dict[str, Any]:
         contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
         return {"use_reentrant": False, "context_fn": contexts}
     raise RecipeError(f"recompute={recompute!r}; expected selective or full")
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile every decoder layer by itself, for any number of tokens.
+
+    Args:
+        model: Changed in place; compiled when it first runs.
+    """
+    for layer in model.modules():
+        if isinstance(layer, DecoderLayer):
+            layer.compile(dynamic=True)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mono_internvl.training.parallel import Parallel
 from mono_internvl.training.progress import describe_recipe
 from mono_internvl.training.recipe import Recipe, Stage, current_names
 from mono_internvl.training.state import keep_plan
+from mono_internvl.training.watching import Watch, check_watch
 
 _NOT_AS_TEXT = {"name", "rules", "objective", "betas"}
 """Fields of a stage that no command line sets."""
@@ -40,6 +41,7 @@ def train(
     precision: str = "auto",
     attention: str | None = None,
     parallel: Parallel = "ddp",
+    watch: Sequence[Watch] = (),
     overrides: Mapping[str, str] | None = None,
 ) -> Path:
     """Train all stages of a recipe; a second call goes on where the first one stopped.
@@ -58,6 +60,7 @@ def train(
         attention: Attention implementation; the plan's unless given.
         parallel: "ddp" (every process holds the whole model), "fsdp" (its share of it) or
             "fsdp_offload" (the same in host memory). A run may go on with another.
+        watch: Who is told of every step beside `metrics.jsonl`: "tensorboard", "wandb".
         overrides: Fields of every stage as text, e.g. `{"steps": "200"}`.
 
     Returns:
@@ -71,6 +74,7 @@ def train(
     if parallel not in typing.get_args(Parallel):
         known = ", ".join(typing.get_args(Parallel))
         raise RecipeError(f"--parallel {parallel}: expected one of {known}")
+    check_watch(watch)
     plan = override(recipe, overrides or {})
     if precision != "auto":
         plan = override(plan, {"precision": precision})
@@ -104,7 +108,7 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         with exclusive(folder):  # before processes are started: it can be written to
             compute = keep_plan(folder, compute, asked)
-    arguments = (plan, first, data, folder, compute, parallel)
+    arguments = (plan, first, data, folder, compute, parallel, tuple(watch))
     with resumable(folder):
         run_processes(train_stages, compute.processes, *arguments, threads=compute.threads)
     return folder / plan.stages[-1].name / "checkpoint"
@@ -123,6 +127,7 @@ def train_stages(
     run: Path,
     compute: ComputePlan,
     parallel: Parallel = "ddp",
+    watch: Sequence[Watch] = (),
 ) -> None:
     """In every process: recipe and plan are printed, then the stages are trained in order."""
     if rank() == 0:
@@ -138,6 +143,7 @@ def train_stages(
             device=compute.device,
             plan=compute,
             parallel=parallel,
+            watch=watch,
         )
         start = result.checkpoint
     if rank() == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,13 @@ _LATER_FIELDS: dict[str, Any] = {
     "packing": "none",
     "packed_tokens": 8192,
     "decoding": "exact",
+    "compiling": "none",
 }
 """Fields of a stage that are younger than the first states, with what held before."""
-_MAY_CHANGE = {"title", "max_skipped_ratio", "loader_workers", "keep_last", "keep_every"}
+_MAY_CHANGE = {
+    *("title", "max_skipped_ratio", "loader_workers", "keep_last", "keep_every"),
+    *("on_bad_step", "max_loss_ratio"),
+}
 """Fields of a stage that do not change what it computes: a run may go on with others."""
 
 
@@ -42,6 +46,7 @@ class SavedState:
         inputs: Digests of what the run was begun from, by name; see `digest_of_checkpoint`
             and `digest_of_data`. A name that is not there was not known.
         skipped: Counts of records left out, see `SkipCounts`; empty if they were not kept.
+        guard: What told bad steps from good ones, see `StepGuard`; empty if it was not kept.
         files: Bytes of its other files, by name; None of states in an earlier layout.
     """
 
@@ -51,6 +56,7 @@ class SavedState:
     inputs: dict[str, str]
     skipped: dict[str, Any]
     files: dict[str, int] | None = None
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def keep_plan(run: Path, plan: ComputePlan, asked: str) -> ComputePlan:
@@ -108,6 +114,7 @@ def read_state(folder: Path) -> SavedState:
             dict(state.get("inputs", {})),
             dict(state.get("skipped", {})),
             dict(state["files"]) if "files" in state else None,
+            dict(state.get("guard", {})),
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise TrainingStateError(
