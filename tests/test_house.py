@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": {"released", "model", "processing"},
     "generation": {"attention", "experts", "model"},
     "data": {"chat_client", "experts.routing", "processing"},
-    "training": {"released", "model", "processing", "data", "costs.training"},
+    "training": {"released", "model", "processing", "data", "costs.accelerators", "costs.training"},
     "recipes": {"training.objectives", "training.recipe"},
     "evaluation": {
         "chat_client",

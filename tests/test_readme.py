@@ -59,6 +59,7 @@ MINUTES_LAB = "takes an hour; tests/miniature/test_lab_analysis.py walks a small
 LAB_SIGHT = "takes half an hour; tests/miniature/test_lab_sight.py walks a smaller form"
 PROCESSES = "starts processes; tests/training/test_loop.py does"
 DIGITS = "exports 1,797 images; tests/miniature/test_digits.py does it in a quick form"
+LLAVA = "needs LLaVA-665k and eight GPUs"
 SERVES = "needs a server; tests/serving/http/test_page.py has one"
 NOT_EXECUTED = {
     "make quickstart": MINUTES,
@@ -77,6 +78,19 @@ NOT_EXECUTED = {
     "--out runs/two --processes 2": PROCESSES,
     "torchrun --nproc-per-node 8 -m mono_internvl train sft --model MODEL "
     "--data my-data/meta.json --device cuda --parallel fsdp": "needs eight GPUs",
+    "sbatch --nodes 4 examples/cluster/slurm.sbatch evip-2b --model START --data DATA "
+    "--out RUN": "needs a cluster",
+    "NODES=2 FIRST=node-0 examples/cluster/nodes.sh sft --model START --data META.json "
+    "--out RUN": "needs two nodes; tests/training/test_launch.py walks it on one",
+    "mono-internvl data prepare llava/source.json --model START --out llava/shards": LLAVA,
+    "mono-internvl data verify llava/shards/meta.json --model START --max-tokens 2048 "
+    "--max-tiles 6 --out llava/bad.jsonl": LLAVA,
+    "torchrun --nproc-per-node 8 -m mono_internvl train llava-665k --model START "
+    "--data llava/shards/meta.json --out runs/llava --device cuda --parallel fsdp "
+    "--watch tensorboard --set loader_workers=8 --set packing=best_fit "
+    "--set recompute=selective": LLAVA,
+    "mono-internvl export runs/llava --out runs/llava-model --dtype bfloat16": LLAVA,
+    "mono-internvl chat --model runs/llava-model --image a.png 'What is this?'": LLAVA,
     "pytest -m gpu tests/experts": "needs a GPU",
     "mono-internvl bench gpu --out results": "needs a GPU",
     "mono-internvl quickstart": MINUTES,

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 QUICKSTART, ROWS = "quickstart.json", "rows.jsonl"
 ROW_FIELDS = ("group", "what", "value", "unit", "command", "commit", "device", "versions", "date")
-GROUPS = ("parity", "checkpoints", "digits", "gpu", "suite", "first-run", "serving")
+GROUPS = ("parity", "checkpoints", "digits", "gpu", "suite", "first-run", "serving", "training")
 """Groups of single figures in `rows.jsonl`; each is a block of its own."""
 
 _BLOCK = re.compile(

@@ -31,9 +31,6 @@ ACCELERATORS = ("cuda", "xpu", "mps")
 """Devices that "auto" prefers to a CPU, best first. `xpu` and `mps` are reached by PyTorch's
 documented interface and have not been tried on such hardware."""
 
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0}
-"""Dense bf16 by data sheet; part of a device's name -> 1e12 operations per second."""
-
 _DEVICE_NAMES = "auto, cpu, cuda, cuda:N, xpu or mps"
 _SHAPE = {"cpu": (64, 512)}
 _SHAPE_ELSEWHERE = (4096, 4096)  # smaller products would time the launch
@@ -218,14 +215,6 @@ def seconds_of_product(x: torch.Tensor, weight: torch.Tensor) -> float:
     torch.nn.functional.linear(x, weight)
     _wait(x.device)
     return max(1e-9, time.perf_counter() - began)
-
-
-def peak_flops(device: str) -> float | None:
-    """Dense bf16 operations per second of a device by its data sheet; None where none is known."""
-    if torch.device(device).type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def cpu_capability() -> str:

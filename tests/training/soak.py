@@ -55,13 +55,16 @@ def main() -> int:
     seed = random.randrange(1 << 30) if options.seed is None else options.seed
     commit()  # of what is run, whatever is committed meanwhile
     with tempfile.TemporaryDirectory() as folder:
-        soaks = [soak(Path(folder), world, options.kills, seed + world) for world in WAYS]
+        worlds = [options.processes] if options.processes else list(WAYS)
+        soaks = [soak(Path(folder), world, options.kills, seed + world) for world in worlds]
     kills, writing = sum(s.kills for s in soaks), sum(s.while_writing for s in soaks)
     wrong = [line for s in soaks for line in s.wrong]
+    numbers = {1: "one process", 2: "two"}
+    named = " and ".join(f"with {numbers[s.world]}" for s in soaks)
     for what, value in (
-        ("kills, a third of them while a state is written, with one process and with two", kills),
+        (f"kills, every third of them while a state is written, {named}", kills),
         (
-            "runs that ended with another loss or weight than the undisturbed one, to the bit",
+            "losses and weights of killed runs that are not the undisturbed ones to the bit",
             len(wrong),
         ),
     ):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stored
 import tiny_runs
 import torch
 from interrupted import interrupt
@@ -23,7 +24,6 @@ from mono_internvl.data.encoder import RecordEncoder
 from mono_internvl.data.records import Record, parse_record, to_conversation
 from mono_internvl.data.sources import FileImage
 from mono_internvl.errors import RecipeError, SampleError
-from mono_internvl.training.checkpointing import OBJECTIVE_FILE
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.objectives.mpo import MPO
 from mono_internvl.training.recipe import Stage
@@ -222,8 +222,8 @@ def test_mpo_stage_ranks_its_pairs_and_resumes(
     assert whole[5]["shift"] == pytest.approx(sum(rewards[:5]) / 5, abs=1e-6)
     run = tmp_path / "run"
     interrupt(monkeypatch, 7, STAGE, start, pairs, run)
-    carried = load_file(run / "step_00000006" / OBJECTIVE_FILE)
-    assert carried["steps"].item() == 6 and carried["shift"] != 0
+    carried = load_file(stored.shard(run / "step_00000006"))
+    assert carried["objective.steps"].item() == 6 and carried["objective.shift"] != 0
     assert tiny_runs.metric_rows(train_stage(STAGE, start, pairs, run).metrics) == whole
     halves = dataclasses.replace(STAGE, accumulation=2)
     other = tiny_runs.metric_rows(train_stage(halves, start, pairs, tmp_path / "halves").metrics)

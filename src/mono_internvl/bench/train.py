@@ -26,7 +26,6 @@ from mono_internvl.bench.models import (
 )
 from mono_internvl.bench.rows import BenchRow
 from mono_internvl.bench.timing import Subject, measure
-from mono_internvl.compute import PEAK_TFLOPS
 from mono_internvl.configuration.labels import IGNORED_LABEL
 from mono_internvl.costs.accelerators import peak_tflops_of
 from mono_internvl.costs.training import SampleShape, step_flops
@@ -45,6 +44,8 @@ TILE_PX, TILES, TEXT = 224, 6, 64
 """Two samples of 512 tokens, 384 of them visual."""
 TOKENS_OF_STEP = {"cpu": 1024, "cuda": 8 * 1425}
 """By device type; 8 samples of S1.1 are what one of the paper's 256 accelerators has of a step."""
+PEAK_TFLOPS = {"H200": 989.0, "A100": 312.0}
+"""Dense bf16 by data sheet; part of a device's name -> 1e12 operations per second."""
 
 
 def training_size(size: Size) -> Size:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mono_internvl.compute import ComputePlan, default_attention, make_plan, peak_flops
+from mono_internvl.compute import ComputePlan, default_attention, make_plan
 from mono_internvl.data.batches import Batch, BatchPlan, BatchStream, read_ahead
 from mono_internvl.data.encoder import RecordEncoder
 from mono_internvl.data.order import mix
@@ -75,6 +75,7 @@ from mono_internvl.training.watching import (
     bad_step_error,
     finite_row,
     note_bad_step,
+    peak_flops,
     rates_of,
     watchers,
 )
@@ -391,10 +392,10 @@ class _Loop:
         norm = local_value(nn.utils.clip_grad_norm_(trainable, stage.clip_norm))
         sums = torch.zeros(0) if losses.sums is None else all_sum(losses.sums)
         device = found[LOSS][0].device
-        scalars = torch.stack([*means.values(), norm.to(device), *found[LOSS]])
+        single = torch.stack([*means.values(), norm.to(device), *found[LOSS]])
         # The only time in a step that the host waits for the device.
-        read = torch.cat((scalars, sums.to(device))).tolist()
-        read, lost = read[: len(scalars)], read[len(scalars) :]
+        read = torch.cat((single, sums.to(device))).tolist()
+        read, lost = read[: len(single)], read[len(single) :]
         logged, (grad_norm, *own) = dict(zip(means, read, strict=False)), read[len(means) :]
         row = {
             **logged,

@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mono_internvl.compute import peak_flops
 from mono_internvl.configuration.model import MonoInternVLConfig
+from mono_internvl.costs.accelerators import peak_tflops_of
 from mono_internvl.costs.training import SampleShape, step_flops
 from mono_internvl.data.batches import Batch
 from mono_internvl.distributed import gathered, rank, world_size
@@ -224,6 +224,14 @@ def attended_pairs(batch: Batch) -> int:
         return int((batch.position_ids + 1).sum())
     samples = max(1, len(batch.record_ids) + batch.num_pairs)
     return batch.num_tokens * (batch.num_tokens // samples + 1) // 2
+
+
+def peak_flops(device: str) -> float | None:
+    """Dense bf16 operations per second of a device, by its data sheet; None where none is known."""
+    if torch.device(device).type != "cuda":
+        return None
+    peak = peak_tflops_of(torch.cuda.get_device_name(device))
+    return None if peak is None else 1e12 * peak
 
 
 def rates_of(
