@@ -44,8 +44,6 @@ TILE_PX, TILES, TEXT = 224, 6, 64
 """Two samples of 512 tokens, 384 of them visual."""
 TOKENS_OF_STEP = {"cpu": 1024, "cuda": 8 * 1425}
 """By device type; 8 samples of S1.1 are what one of the paper's 256 accelerators has of a step."""
-PEAK_TFLOPS = {"H200": 989.0, "A100": 312.0}
-"""Dense bf16 by data sheet; part of a device's name -> 1e12 operations per second."""
 
 
 def training_size(size: Size) -> Size:
