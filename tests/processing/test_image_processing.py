@@ -256,6 +256,15 @@ def test_preprocess_takes_one_limit_or_one_for_each_image() -> None:
         cutter(images, max_tiles=[1, 2, 3])
 
 
+def test_preprocess_answers_to_the_names_of_transformers() -> None:
+    cutter = MonoInternVLImageProcessor(image_size=28, max_tiles=4, min_tiles=2)
+    images = [picture(120, 30, 1), picture(30, 60, 2)]
+    cut = cutter(images, crop_to_patches=True, return_tensors="pt")
+    assert cut["num_patches"].tolist() == cut["num_tiles"].tolist() == [5, 3]
+    assert torch.equal(cut["pixel_values"], cutter(images)["pixel_values"])
+    assert cutter(images, crop_to_patches=False)["num_patches"] == [1, 1]
+
+
 def test_preprocess_makes_one_tile_of_each_video_frame() -> None:
     cutter = MonoInternVLImageProcessor(image_size=28)
     frames = [picture(320, 180, seed) for seed in range(8)]

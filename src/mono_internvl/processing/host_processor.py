@@ -59,7 +59,7 @@ class HostProcessor(ProcessorMixin):
     @property
     def unused_input_names(self) -> list[str]:
         """What the image processor returns and the model does not take."""
-        return ["num_tiles", "layouts"]
+        return ["num_tiles", "num_patches", "layouts"]
 
     def replace_image_token(
         self, image_inputs: Mapping[str, Any], image_idx: int, **kwargs: Any
@@ -80,6 +80,8 @@ class HostProcessor(ProcessorMixin):
         options = {
             k: v for k, v in kwargs.items() if k in ("min_tiles", "max_tiles", "use_thumbnail")
         }
+        if not kwargs.get("crop_to_patches", True):
+            options |= {"min_tiles": 1, "max_tiles": 1}
         layouts = [
             self.image_processor.layout_of(width, height, **options)
             for height, width in image_sizes

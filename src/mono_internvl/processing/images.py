@@ -46,6 +46,7 @@ class MonoInternVLImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-
     max_tiles: int | list[int]
     use_thumbnail: bool
     pad2square: bool
+    crop_to_patches: bool
 
 
 class MonoInternVLImageProcessor(BaseImageProcessor):
@@ -194,6 +195,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         max_tiles: int | Sequence[int] | None = None,
         use_thumbnail: bool | None = None,
         pad2square: bool | None = None,
+        crop_to_patches: bool = True,
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -203,11 +205,14 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
             images: An `ImageSource` or nested lists of them.
             image_size, min_tiles, use_thumbnail, pad2square: Override the processor's own.
             max_tiles: Overrides the processor's own; one number, or one for each image in order.
+            crop_to_patches: Whether images are cut at all; without, each is one tile. Trainers ask
+                for it by this name of transformers' own InternVL.
             return_tensors: `"np"` for numpy arrays; torch tensors otherwise.
 
         Returns:
             `pixel_values`, float32 (N, 3, S, S), tiles of all images in order; `num_tiles`, for
-            each image its tiles with the thumbnail: a list, or int64 if `return_tensors` is given;
+            each image its tiles with the thumbnail: a list, or int64 if `return_tensors` is given,
+            also under transformers' name, `num_patches`;
             `layouts`, for each image its `TokenLayout`, and what `feature_order` makes of them.
 
         Raises:
@@ -225,6 +230,8 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         flat = _flatten(images)
         if not flat:
             raise ImageError("images: empty list; expected at least one image")
+        if not crop_to_patches:
+            min_tiles = max_tiles = 1
         limits = _one_limit_per_image(max_tiles, len(flat))
         settings: dict[str, Any] = {
             "min_tiles": min_tiles,
@@ -250,6 +257,7 @@ class MonoInternVLImageProcessor(BaseImageProcessor):
         else:
             num_tiles = counts if return_tensors is None else torch.tensor(counts)
             data = {"pixel_values": torch.from_numpy(pixels), "num_tiles": num_tiles}
+        data["num_patches"] = data["num_tiles"]
         if (order := feature_order(layouts)) is not None:
             data["feature_order"] = order.numpy() if return_tensors == "np" else order
         return BatchFeature({**data, "layouts": layouts})
