@@ -68,6 +68,15 @@ def test_seeds_block_refuses_two_protocols_in_one_column(tmp_path: Path) -> None
         seeds_block(tmp_path)
 
 
+def test_fields_that_say_nothing_make_no_other_protocol(tmp_path: Path) -> None:
+    older, newer = (
+        json.dumps(json.loads(seed_row(seed, 0.5)) | {"protocol": {"max_tiles": 1, **more}})
+        for seed, more in ((0, {}), (1, {"frames": None}))
+    )
+    (tmp_path / lab_seeds.RUNS).write_text(f"{older}\n{newer}\n")
+    assert "mean (0, 1)" in seeds_block(tmp_path)
+
+
 def test_read_seed_runs_refuses_other_rows(tmp_path: Path) -> None:
     assert read_seed_runs(tmp_path / "absent.jsonl") == []
     (tmp_path / "rows.jsonl").write_text('{"seed": 1}\n')

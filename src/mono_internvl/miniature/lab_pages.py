@@ -128,15 +128,23 @@ def origin_of(made: Mapping[str, Any]) -> str:
 def check_one_protocol(runs: Sequence[Origin], where: str) -> None:
     """Refuse figures for one table whose models were asked in different ways.
 
+    A field that is None says nothing, and older figures lack those that came later.
+
     Raises:
         ConfigError: They were.
     """
     for run in runs[1:]:
-        if run.protocol != runs[0].protocol:
+        if _said_by(run.protocol) != _said_by(runs[0].protocol):
             raise ConfigError(
                 f"{where}: figures under {run.protocol} beside such under {runs[0].protocol} (None "
                 "is unknown); measure them again under one protocol"
             )
+
+
+def _said_by(protocol: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if protocol is None:
+        return None
+    return {name: value for name, value in protocol.items() if value is not None}
 
 
 def read_runs(file: Path) -> list[MeasuredRun]:
