@@ -211,6 +211,59 @@ def data_pairs(
     typer.echo(f"meta:    {out / META}")
 
 
+@data.command("steps")
+def data_steps(
+    model: Model,
+    records: Annotated[
+        Path, typer.Option("--data", metavar="FILE.jsonl", help="Records with a kind and a truth.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the judged steps.")],
+    benchmark: Annotated[
+        str, typer.Option(metavar="NAME", help="Who asks and scores: records or miniature.")
+    ] = "records",
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each question.")] = 4,
+    continuations: Annotated[
+        int, typer.Option(min=1, help="From the end of each step of an answer.")
+    ] = 16,
+    answer_format: AnswerFormat = "final",
+    max_new_tokens: MaxNewTokens = None,
+    max_tiles: Annotated[int | None, typer.Option(min=1, help="Most tiles of an image.")] = None,
+    device: Device = "auto",
+    precision: AnswerPrecision = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of PyTorch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge the steps of a model's answers by going on from them, for a critic to learn from."""
+    import dataclasses
+
+    from mono_internvl.cli.benchmarks import BENCHMARKS
+    from mono_internvl.evaluation.benchmark import named
+    from mono_internvl.evaluation.pairs import META
+    from mono_internvl.evaluation.step_data import StepPlan, make_steps
+
+    quieten()
+    chosen = named(BENCHMARKS, benchmark)
+    protocol = chosen.protocol.changed(attention=None, max_tiles=max_tiles, precision=precision)
+    counts = make_steps(
+        model,
+        records,
+        out,
+        benchmark=chosen,
+        protocol=protocol.of_length(max_new_tokens),
+        plan=StepPlan(samples, continuations, format=answer_format),
+        device=device,
+        threads=threads,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(counts))
+        return
+    typer.echo(
+        f"{counts.answers:,} different answers to {counts.questions:,} questions, "
+        f"{counts.right:,} of them right; {counts.good:,} of {counts.steps:,} steps are +"
+    )
+    typer.echo(f"meta:    {out / META}")
+
+
 def _encoder(model: str, max_tiles: int) -> RecordEncoder:
     from mono_internvl.data.encoder import RecordEncoder
     from mono_internvl.processing.processor import MonoInternVLProcessor

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mono_internvl.cli.compute_plan import say_plan
-from mono_internvl.cli.options import AnswerPrecision, Attention, Device, Fps, Frames, Json
+from mono_internvl.cli.options import (
+    AnswerFormat,
+    AnswerPrecision,
+    Attention,
+    Device,
+    Fps,
+    Frames,
+    Json,
+)
 from mono_internvl.errors import ConfigError
 from mono_internvl.serving.terminal import print_json, quieten
 
@@ -54,6 +62,15 @@ def evaluate(
     judge_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="Judge of MM-Vet and MathVista there.")
     ] = None,
+    best_of: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw so many answers and choose one (your records)."),
+    ] = None,
+    critic: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|HUB_ID", help="With --best-of: who scores their steps."),
+    ] = None,
+    answer_format: AnswerFormat = "whole",
     blind: Annotated[bool, typer.Option("--blind", help="Hide the images (your records).")] = False,
     out: Annotated[
         Path | None,
@@ -91,16 +108,32 @@ def evaluate(
         "attention": attention,
         "threads": threads,
     }
-    if benchmarks in BENCHMARKS:
-        if frames is not None or fps is not None:
+    if benchmarks in BENCHMARKS and (frames is not None or fps is not None):
+        raise ConfigError("frames and fps are for published benchmarks; a record says them itself")
+    if best_of is None and critic is not None:
+        raise ConfigError(f"critic={critic!r} without --best-of N; say how many answers are drawn")
+    if best_of is not None:
+        if benchmarks not in BENCHMARKS or data is None or blind:
             raise ConfigError(
-                "frames and fps are for published benchmarks; a record says them itself"
+                f"best_of={best_of} needs --data FILE.jsonl of {' or '.join(BENCHMARKS)}, and "
+                "images that are seen"
             )
+        folder = out or _folder_of(model).with_name(f"best-of-{best_of}-{data.stem}")
+        _choose_best(
+            benchmarks,
+            (model, data, folder, best_of),
+            {"critic": critic, "answer_format": answer_format, "per_kind": per_kind},
+            {"max_tiles": max_tiles, **asks},
+            as_json,
+        )
+        return
+    if benchmarks in BENCHMARKS:
         _evaluate_records(
             benchmarks,
             model,
             data,
             {"blind": blind, "out": out, "per_kind": per_kind, "max_tiles": max_tiles, **asks},
+            answer_format,
             as_json,
         )
         return
@@ -144,16 +177,55 @@ def _fetch(names: str, root: Path) -> None:
         raise ConfigError("\n".join(problems))
 
 
-def _evaluate_records(
-    name: str, model: str, data: Path | None, options: dict[str, Any], as_json: bool
+def _choose_best(
+    name: str,
+    what: tuple[str, Path, Path, int],
+    choice: dict[str, Any],
+    asks: dict[str, Any],
+    as_json: bool,
 ) -> None:
     from mono_internvl.cli.benchmarks import BENCHMARKS
+    from mono_internvl.evaluation.benchmark import named
+    from mono_internvl.evaluation.best_of import evaluate_best_of
+
+    chosen = named(BENCHMARKS, name)
+    protocol = chosen.protocol.changed(
+        attention=asks["attention"], max_tiles=asks["max_tiles"], precision=asks["precision"]
+    )
+    found = evaluate_best_of(
+        *what,
+        benchmark=chosen,
+        protocol=protocol,
+        device=asks["device"],
+        threads=asks["threads"],
+        **choice,
+    )
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    typer.echo(f"{'':<20}" + "".join(f"{way:>9}" for way in found.scores))
+    for kind, items in found.items.items():
+        cells = "".join(f"{100 * scores[kind]:8.1f} " for scores in found.scores.values())
+        typer.echo(f"{kind:<20}{cells} %  of {items}, one of {found.count}")
+    typer.echo(f"predictions: {found.predictions}")
+
+
+def _evaluate_records(
+    name: str,
+    model: str,
+    data: Path | None,
+    options: dict[str, Any],
+    answer_format: str,
+    as_json: bool,
+) -> None:
+    from mono_internvl.cli.benchmarks import BENCHMARKS
+    from mono_internvl.evaluation.answer_formats import format_named
     from mono_internvl.evaluation.benchmark import named
     from mono_internvl.evaluation.evaluate import evaluate as run_evaluation
 
     if data is None:
         raise ConfigError(f"benchmarks={name!r} needs --data FILE.jsonl; or name published ones")
-    chosen = named(BENCHMARKS, name)
+    chosen = format_named(answer_format).of(named(BENCHMARKS, name))
     protocol = chosen.protocol.changed(
         attention=options.pop("attention"),
         max_tiles=options.pop("max_tiles"),

@@ -218,21 +218,25 @@ def _pair(
 ) -> dict[str, Any]:
     """A pair as a record."""
     image = question.record.get("image")
-    conversations = [
-        {
-            "from": _ROLES[turn.role],
-            "value": "".join(p if isinstance(p, str) else IMAGE_PLACEHOLDER for p in turn.parts),
-        }
-        for turn in prompt
-    ]
     return {
         "id": f"{question.sample.record_id}-{number}",
         **({} if image is None else {"image": image}),
-        "conversations": conversations,
+        "conversations": as_conversations(prompt),
         "chosen": chosen,
         "rejected": rejected,
         "kind": question.kind,
     }
+
+
+def as_conversations(turns: Iterable[Turn]) -> list[dict[str, str]]:
+    """Turns as a record has them, a placeholder for each image."""
+    return [
+        {
+            "from": _ROLES[turn.role],
+            "value": "".join(p if isinstance(p, str) else IMAGE_PLACEHOLDER for p in turn.parts),
+        }
+        for turn in turns
+    ]
 
 
 def _dropout_pairs(
