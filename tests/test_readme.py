@@ -121,6 +121,8 @@ NOT_EXECUTED = {
     "--out runs/compose": LAB_SIGHT,
     "mono-internvl lab 4khd runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
     "--out runs/4khd": LAB_SIGHT,
+    "mono-internvl lab best-of runs/seeds/auto-seed0 runs/seeds/auto-seed1 runs/seeds/auto-seed2 "
+    "--out runs/best-of": "takes an hour; tests/miniature/test_lab_best_of.py walks a smaller form",
     "mono-internvl data pairs --model runs/quickstart/model --benchmark miniature "
     "--data runs/quickstart/data/validation.jsonl --out runs/own-pairs": PAIRS,
     "mono-internvl lab modular --quick --out runs/modular-quick": MINUTES_MODULAR,

@@ -16,7 +16,7 @@ from mono_internvl.errors import ConfigError
 from mono_internvl.reports.markdown import NOTHING, in_words, table
 from mono_internvl.runs.json_lines import read_lines
 
-TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "engine", "images")
+TABLES = ("prefill", "modular", "decode", "prefix", "train", "serve", "engine", "samples", "images")
 """Comparisons that have a block `bench-NAME`."""
 
 DATA_ROWS = "data.jsonl"

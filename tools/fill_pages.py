@@ -31,6 +31,7 @@ from real_pages import real_block
 from mono_internvl.errors import ConfigError, TrainingStateError
 from mono_internvl.miniature.lab_4khd import tilings_block
 from mono_internvl.miniature.lab_attention import FIGURE_5
+from mono_internvl.miniature.lab_best_of import best_of_block
 from mono_internvl.miniature.lab_compose import compose_block
 from mono_internvl.miniature.lab_experiments import LABS
 from mono_internvl.miniature.lab_mpo import mpo_block
@@ -308,6 +309,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "video": frames_block,
     "compose": compose_block,
     "4khd": tilings_block,
+    "best-of": best_of_block,
     "data": data_block,
     "real": real_block,
     "bench-targets": targets_block,

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from mono_internvl.bench import engine
+from mono_internvl.bench import engine, samples
 from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.rows import BenchRow, Claim
 
@@ -39,3 +39,16 @@ def test_bench_engine_is_judged_by_the_ratio_of_times() -> None:
         target = engine.target_of(made)
         assert isinstance(target, Claim)
         assert (target.value, target.met, target.target) == (1 / ratio, met, ">= 3")
+
+
+def test_bench_samples_reads_the_prompt_once_or_with_each() -> None:
+    rows = list(samples.bench_samples(_setting(torch.float32)))
+    found = [row for row in rows if isinstance(row, BenchRow)]
+    assert [row.subject for row in found] == [
+        samples.SEPARATELY,
+        samples.REREAD,
+        samples.TOGETHER,
+    ]
+    for ratio, met in ((0.3, True), (0.5, False)):
+        made = [dataclasses.replace(row, ratio=ratio) for row in found]
+        assert samples.target_of(made).met is met

@@ -15,7 +15,6 @@ from mono_internvl.errors import ConfigError
 from mono_internvl.miniature import lab_mpo
 from mono_internvl.miniature.lab_mpo import BEFORE, CHOSEN, PREFERRED, RUNS, mpo_block, mpo_page
 from mono_internvl.miniature.lab_pages import Figure
-from mono_internvl.miniature.language_model import add_vision
 from mono_internvl.miniature.neighbours import (
     MEAN,
     PERPLEXITY,
@@ -24,19 +23,7 @@ from mono_internvl.miniature.neighbours import (
     read_neighbour_runs,
     verdict,
 )
-from mono_internvl.miniature.quickstart import SETTINGS, SHIPPED_LANGUAGE_MODEL
-from mono_internvl.miniature.world import WorldFiles
-
-
-@pytest.fixture(scope="module")
-def ground(world: WorldFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What looks like a quickstart: a world, and a model that has seen nothing yet."""
-    folder = tmp_path_factory.mktemp("ground") / "quickstart"
-    folder.mkdir()
-    (folder / SETTINGS).write_text(json.dumps({"quick": True, "llm": "shipped", "seed": 0}))
-    shutil.copytree(world.root, folder / "data")
-    add_vision(SHIPPED_LANGUAGE_MODEL, folder / "model", seed=0)
-    return folder
+from mono_internvl.miniature.quickstart import SETTINGS
 
 
 def test_lab_makes_pairs_learns_and_scores(

@@ -17,6 +17,7 @@ from mono_internvl.bench.models import Setting, size_of
 from mono_internvl.bench.prefill import bench_modular, bench_prefill
 from mono_internvl.bench.profile import bench_profile
 from mono_internvl.bench.rows import BenchRow, Claim
+from mono_internvl.bench.samples import bench_samples
 from mono_internvl.bench.serve import bench_serve
 from mono_internvl.bench.targets import bench_targets, targets_of_2b
 from mono_internvl.bench.train import bench_train
@@ -46,6 +47,7 @@ COMPARISONS: dict[str, Callable[[Setting], Rows]] = {
     "train": partial(bench_train, stages=EVIP.stages),
     "serve": bench_serve,
     "engine": bench_engine,
+    "samples": bench_samples,
     "images": bench_images,
     "data": partial(bench_data, stages=EVIP.stages),
     "targets": bench_targets,

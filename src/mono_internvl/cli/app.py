@@ -399,7 +399,7 @@ def bench(
         str,
         typer.Argument(
             help="targets, prefill, modular, decode, prefix, profile, train, serve, engine, "
-            "images, data, experts or gpu."
+            "samples, images, data, experts or gpu."
         ),
     ],
     size: Annotated[str | None, typer.Option(help="tiny, middle or 2b; middle, gpu: 2b.")] = None,

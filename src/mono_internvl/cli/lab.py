@@ -136,6 +136,23 @@ def lab_mpo(
     typer.echo(f"table: {table}")
 
 
+@lab.command("best-of")
+def lab_best_of(
+    quickstarts: Quickstarts,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/best-of"),
+    quick: Annotated[bool, typer.Option(help="The same steps with small numbers.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds side by side.")] = 1,
+    precision: Precision = "auto",
+) -> None:
+    """Answers in steps: the best of N by a critic, against a vote, by N."""
+    from mono_internvl.miniature.lab_best_of import compare_choices
+
+    quieten()
+    table = compare_choices(quickstarts, out, quick=quick, processes=processes, precision=precision)
+    typer.echo(table.read_text(encoding="utf-8"))
+    typer.echo(f"table: {table}")
+
+
 @lab.command("video")
 def lab_video(
     quickstarts: Quickstarts,
