@@ -23,7 +23,6 @@ from torch import Tensor
 
 from mono_internvl.errors import ConfigError, ImageError, PromptError, SampleError
 from mono_internvl.evaluation.runner import Subject
-from mono_internvl.experts.routing import Routing
 from mono_internvl.generation.context import most_tokens
 from mono_internvl.processing.encoding import Sample
 from mono_internvl.processing.prompts import ImagePart, Turn
@@ -164,12 +163,12 @@ class Critic:
         rows = [sample.input_ids for sample in samples]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (N, T)
         length = ids.shape[1]
-        routing = Routing.from_mask(ids == self.subject.processor.image_token_id)
+        num_visual = int((rows[0] == self.subject.processor.image_token_id).sum())
         pixels, order = samples[0].pixel_values, None
         if pixels is not None:
             one = feature_order(samples[0].layouts)
             if one is None:
-                one = torch.arange(routing.num_visual // len(samples))
+                one = torch.arange(num_visual)
             order = one.repeat(len(samples)).to(device)
             pixels = pixels.to(device)
         kept = [n * length + at - 1 for n, some in enumerate(places) for at, _, _ in some]
@@ -178,7 +177,6 @@ class Critic:
             ids.to(device),
             pixel_values=pixels,
             feature_order=order,
-            routing=routing.to(device),
             rows_to_keep=torch.tensor(kept, device=device),
             return_dict=True,
         ).last_hidden_state  # (R, D)
