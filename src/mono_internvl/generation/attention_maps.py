@@ -31,7 +31,7 @@ from mono_internvl.generation.context import most_tokens
 from mono_internvl.model.modeling import MonoInternVLForConditionalGeneration
 
 MAX_TOKENS = 16_384
-"""Longest prompt: the map of a layer then takes 1 GiB, and its mask a quarter of that."""
+"""Longest prompt: a layer's map, what it is compared with and the mask then take 2.3 GiB."""
 
 SYSTEM, IMAGE, USER, ANSWER = "system", "image", "user", "answer"
 
@@ -158,9 +158,7 @@ def attention_maps(
     def keep(weights: Tensor, sees: Tensor) -> None:
         layers.append(measure.layer(len(layers) + 1, weights, sees, max_side))
 
-    was_training = model.training
     with _mapped_attention(model):
-        model.eval()
         model.model(
             tokens[None].to(model.device),
             pixel_values.to(model.device, model.dtype),
@@ -168,7 +166,6 @@ def attention_maps(
             feature_order=None if feature_order is None else feature_order.to(model.device),
             on_weights=keep,
         )
-    model.train(was_training)
     return AttentionMaps(len(ids), _segments(visual.tolist(), num_prompt), tuple(layers))
 
 
@@ -177,13 +174,15 @@ def attention_maps(
 
 @contextlib.contextmanager
 def _mapped_attention(model: MonoInternVLForConditionalGeneration) -> Iterator[None]:
-    """Lets a model attend by `_mapped_attention_forward` for a while."""
-    before = model.config.get_text_config()._attn_implementation
+    """Lets a model attend by `_mapped_attention_forward` for a while, in eval mode."""
+    before, was_training = model.config.get_text_config()._attn_implementation, model.training
     model.set_attn_implementation(_MAPPED)
     try:
+        model.eval()
         yield
     finally:
         model.set_attn_implementation(before)
+        model.train(was_training)
 
 
 def _mapped_attention_forward(
