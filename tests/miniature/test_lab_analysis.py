@@ -157,6 +157,7 @@ def test_difference_and_interval_by_hand() -> None:
         ([0.495, 0.496, 0.497], 0.01, "**shown**"),
         ([0.60, 0.61], 0.0, "no verdict with fewer than 3 seeds; in the claimed direction"),
         ([0.40], 0.0, "no verdict with fewer than 3 seeds; against the claimed direction"),
+        ([0.50], 0.0, "no verdict with fewer than 3 seeds; no difference"),
     ],
 )
 def test_verdict_needs_the_whole_interval(b: list[float], margin: float, said: str) -> None:

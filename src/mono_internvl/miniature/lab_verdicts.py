@@ -97,6 +97,8 @@ def verdict(claim: Claim, found: Difference | None) -> str:
         return "not measured"
     if len(found.by_seed) < FEWEST_SEEDS or found.half_width is None:
         needed = f"no verdict with fewer than {FEWEST_SEEDS} seeds"
+        if found.mean == -claim.margin:
+            return f"{needed}; no difference"
         side = "in" if found.mean > -claim.margin else "against"
         return f"{needed}; {side} the claimed direction"
     if found.mean - found.half_width > -claim.margin:
