@@ -93,6 +93,20 @@ def test_fleet_that_is_too_small_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert native.layouts[1].accumulation == 0 and native.samples == 44_000 * 2048
 
 
+def test_reference_of_an_objective_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Sketch", _NoSketch)
+    (with_it,) = budget(RECIPES["mpo"], preset("v1"), PAPER, records=300_000)
+    stage = dataclasses.replace(
+        RECIPES["mpo"].stages[0], objective=RECIPES["sft"].stages[0].objective
+    )
+    plain = dataclasses.replace(RECIPES["mpo"], stages=(stage,))
+    (without,) = budget(plain, preset("v1"), PAPER, records=300_000)
+    first, second = with_it.layouts[1].memory, without.layouts[1].memory
+    assert first.weights == 2 * second.weights and first.moments == second.moments
+    # Forward once more beside forward and twice as much backward.
+    assert with_it.flops == pytest.approx(without.flops * 4 / 3, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("recipe", "options", "complaint"),
     [

@@ -83,10 +83,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif what == "drip":
             self.send_response(200)
             self.end_headers()
-            for _ in range(100):
+            for _ in range(40):
                 self.wfile.write(b" ")
                 self.wfile.flush()
                 time.sleep(0.05)
+            self.wfile.write(reply("What comes long after the time is over."))
         elif what == "gone":
             self.connection.shutdown(socket.SHUT_RDWR)
         elif what == "half":

@@ -128,6 +128,16 @@ def test_what_is_no_image_is_listed_and_not_asked(tmp_path: Path, server: Captio
     assert body["messages"][0]["content"][1]["text"].startswith("Provide a one-sentence caption")
 
 
+def test_shard_that_is_cut_short_is_described_up_to_there(
+    tmp_path: Path, server: CaptionServer
+) -> None:
+    shard = _shard(tmp_path / "in", range(4))
+    shard.write_bytes(shard.read_bytes()[:8000])
+    (done,) = caption([shard], tmp_path / "out", _job(server))
+    assert done.captions == len(server.answered) >= 1
+    assert dict(done.left_out) == {"shard damaged": 1}
+
+
 def test_captioned_shards_are_read_by_training(tmp_path: Path, server: CaptionServer) -> None:
     shards = [_shard(tmp_path / "in", range(n, n + 3), f"{n}.tar") for n in (0, 3)]
     caption(shards, tmp_path / "out", _job(server))

@@ -71,7 +71,7 @@ class Memory:
     """Bytes on one GPU in a training step; temporaries and what the allocator wastes come on top.
 
     Attributes:
-        weights: fp32, frozen ones included.
+        weights: fp32, frozen ones included, and those of a reference where there is one.
         gradients: fp32, of what is trainable.
         moments: Two in fp32 for each of these.
         kept: For the backward pass, weights in bf16 included.
@@ -216,7 +216,10 @@ def _stage_budget(
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     trainable, total = sum(sizes[name] for name in learned), sum(sizes.values())
     samples = stage.steps * stage.batch_size
-    flops = float(step_flops(config, learned, sample).total * samples)
+    of_step = step_flops(config, learned, sample).total
+    if stage.objective.needs_reference:
+        of_step += step_flops(config, (), sample).total  # forward alone
+    flops = float(of_step * samples)
     of_data = samples if records is None else min(samples, records)
     thumbnail = min(sample.visual_tokens, config.num_image_tokens_per_tile)
     of_sample = (sample.visual_tokens - thumbnail or thumbnail) * _PIXELS_OF_TOKEN
@@ -252,13 +255,14 @@ def _layouts(
             f"stage {stage.name!r}: its {stage.batch_size} samples of a step do not divide among "
             f"{fleet.gpus} GPUs; choose another number of GPUs"
         )
+    models = 2 if stage.objective.needs_reference else 1
     kept = list(_micro_batches(stage, sketch, fleet, sample))
     for is_sharded in (False, True):
         parts = fleet.gpus if is_sharded else 1
         chosen: Layout | None = None
         for accumulation, samples, recompute, of_backward in kept:
             memory = Memory(
-                weights=_FP32 * total // parts,
+                weights=_FP32 * total * models // parts,
                 gradients=_FP32 * trainable // parts,
                 moments=2 * _FP32 * trainable // parts,
                 kept=of_backward,

@@ -292,6 +292,11 @@ def image_of(shard: Path, index: TarIndex, sample: int) -> TarImage:
     Raises:
         SampleError: It has none, or several, or the shard was changed.
     """
+    if not index.members(sample):
+        raise SampleError(
+            f"{shard}: sample {sample} has no image; or the shard is damaged from there on",
+            reason="shard damaged",
+        )
     members = [member for member in index.members(sample) if index.kind[member] == IMAGE]
     if len(members) != 1:
         what = "no image" if not members else "several images"
