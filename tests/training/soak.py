@@ -44,13 +44,10 @@ _FORK = multiprocessing.get_context("fork")
 
 def main() -> int:
     """Parse, kill, judge."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=20, help="with one process, and with two")
-    parser.add_argument(
-        "--seed", type=int, default=None, help="of the moments; a new one unless given"
-    )
+    parser.add_argument("--processes", type=int, choices=tuple(WAYS), help="with these alone")
+    parser.add_argument("--seed", type=int, help="of the moments; a new one unless given")
     options = parser.parse_args()
     seed = random.randrange(1 << 30) if options.seed is None else options.seed
     commit()  # of what is run, whatever is committed meanwhile

@@ -26,8 +26,8 @@ def test_three_kills_change_nothing() -> None:
         check=False,
         timeout=600,
     )
-    last = done.stdout.splitlines()[-1]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    last = done.stdout.splitlines()[-1]
     assert re.match(r"soak: PASSED: 3 kills \(\d while a state was written\)", last)
 
 
