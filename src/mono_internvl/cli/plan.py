@@ -79,10 +79,8 @@ def _print(name: str, fleet: Fleet, stages: list[StageBudget], *, are_given: boo
     from rich.table import Table
 
     length = "of the length that was given" if are_given else "as long as their stage allows"
-    table = Table(
-        title=f"{name} on {fleet.gpus:,} x {fleet.gpu.name}, samples {length}",
-        title_justify="left",
-    )
+    typer.echo(f"{name} on {fleet.gpus:,} x {fleet.gpu.name}, samples {length}")
+    table = Table()
     table.add_column("", no_wrap=True)
     for stage in stages:
         table.add_column(stage.name, justify="right", overflow="fold")
