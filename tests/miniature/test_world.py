@@ -23,7 +23,8 @@ from mono_internvl.miniature.asking import (
     further_chart_questions,
     further_questions,
 )
-from mono_internvl.miniature.lexicon import NOVEL_PAIRS
+from mono_internvl.miniature.drawing import hue_distance, hue_of, unnamed_colour
+from mono_internvl.miniature.lexicon import COLOURS, NOVEL_PAIRS, SHAPES
 from mono_internvl.miniature.scenes import sample_chart, sample_scene
 from mono_internvl.miniature.scoring import BENCHMARK
 
@@ -155,6 +156,28 @@ def test_novel_pairs_occur_only_in_their_evaluation(world: WorldFiles) -> None:
         assert not joined.search(text), text
     novel = [r["answer"] for r in evaluation(world) if r["kind"] == "novel"]
     assert set(novel) == set(nouns)
+
+
+def test_captions_of_pre_training_leave_out_some_colours(world: WorldFiles) -> None:
+    thing = re.compile(rf"a (?:large|small) ({'|'.join(COLOURS)})? ?(?:{'|'.join(SHAPES)})\b")
+    ratios: dict[str, float] = {}
+    parts = {name: [r for _, r in meta_records(world, name)] for name in ("s12", "s13", "s2")}
+    for name, records in {**parts, "heldout": evaluation(world)}.items():
+        colours = [colour for record in records for colour in thing.findall(said(record))]
+        assert len(colours) > 50, name
+        ratios[name] = colours.count("") / len(colours)
+    assert [ratios[name] for name in ("s12", "s13")] == pytest.approx([0.35, 0.35], abs=0.06)
+    assert [ratios[name] for name in ("s2", "heldout")] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_thing_of_any_colour_is_never_painted_near_the_held_out_one(shape: str) -> None:
+    rng = random.Random(0)
+    hues = [hue_of(unnamed_colour(rng, shape)) for _ in range(400)]
+    named = {"red": 0.0, "green": 0.361, "blue": 0.624, "yellow": 0.143, "purple": 0.787}
+    held_out = [named[colour] for colour, other in NOVEL_PAIRS if other == shape]
+    assert all(hue_distance(hue, other) > 0.07 for hue in hues for other in held_out)
+    assert len({int(12 * hue) for hue in hues}) >= 12 - 2 * len(held_out)
 
 
 def test_heldout_has_every_kind_and_size(world: WorldFiles) -> None:
@@ -361,7 +384,9 @@ def test_never_replayed_facts_are_in_no_stage(world: WorldFiles) -> None:
 
 def test_noisy_captions_are_noisy_and_clean_ones_true(world: WorldFiles) -> None:
     clean = [r for name, r in meta_records(world, "s12") if name == "captions"]
-    assert all(BENCHMARK.score(r, r["answer"]) == 1.0 for r in clean)
+    named = [r for r in clean if all(all(thing) for thing in r["attributes"])]
+    assert all(BENCHMARK.score(r, r["answer"]) == 1.0 for r in named)
+    assert len(clean) // 3 < len(named) < len(clean)
     noisy = [r["answer"] for _, r in meta_records(world, "s11")]
     assert sum("large" in text or "small" in text for text in noisy) < 0.7 * len(noisy)
     prompts = {r["conversations"][0]["value"] for _, r in meta_records(world, "s11")}

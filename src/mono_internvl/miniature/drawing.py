@@ -6,6 +6,7 @@ A person can answer every question from the picture. Things are jittered off the
 
 from __future__ import annotations
 
+import colorsys
 import math
 import random
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Final, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mono_internvl.miniature.lexicon import POSITIONS
+from mono_internvl.miniature.lexicon import NOVEL_PAIRS, POSITIONS
 from mono_internvl.miniature.scenes import Chart, Scene
 
 IMAGE_SIZE_PX: Final = 168
@@ -34,6 +35,7 @@ _RGB: Final = {
     "purple": (140, 50, 175),
     "orange": (245, 135, 25),
 }
+_MIN_HUE_DISTANCE = 0.078  # of the circle, 28 degrees: as near as the nearest two, red and orange
 _COLOUR_JITTER = 14  # of 255, for each channel; the six colours stay far apart
 _DIAMETERS_PX = {"large": (48, 50, 52), "small": (32, 34, 36)}
 _MAX_OBJECT_JITTER_PX = 8
@@ -85,7 +87,8 @@ def draw_scene(scene: Scene, rng: random.Random, is_aligned: bool = False) -> Dr
         left = column * CELL_PX + margin + rng.randint(-reach, reach)
         top = row * CELL_PX + margin + rng.randint(-reach, reach)
         mask = _shape_mask(thing.shape, diameter)
-        image.paste(_shade(rng, _RGB[thing.colour]), (left, top), mask)
+        ink = _shade(rng, _RGB[thing.colour]) if thing.colour else unnamed_colour(rng, thing.shape)
+        image.paste(ink, (left, top), mask)
         boxes.append(_box_of(mask, left, top))
     return Drawing(image, tuple(boxes))
 
@@ -199,6 +202,35 @@ def _shade(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, int
         min(255, max(0, value + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER))) for value in rgb
     )
     return red, green, blue
+
+
+def unnamed_colour(rng: random.Random, shape: str) -> tuple[int, int, int]:
+    """Draw a colour of any hue but those near the one that the shape is never trained in.
+
+    Args:
+        rng: source of chance.
+        shape: of the thing to be painted; `NOVEL_PAIRS` says what it is held out in.
+
+    Returns:
+        RGB, each 0 to 255.
+    """
+    held_out = [hue_of(_RGB[colour]) for colour, other in NOVEL_PAIRS if other == shape]
+    hue = rng.random()
+    while any(hue_distance(hue, other) < _MIN_HUE_DISTANCE for other in held_out):
+        hue = rng.random()
+    saturation, value = rng.uniform(0.3, 1), rng.uniform(0.25, 0.95)
+    red, green, blue = (round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value))
+    return red, green, blue
+
+
+def hue_of(rgb: tuple[int, int, int]) -> float:
+    """Return the hue of a colour (RGB, each 0 to 255) as a part of the circle, 0 to 1."""
+    return colorsys.rgb_to_hsv(*(x / 255 for x in rgb))[0]
+
+
+def hue_distance(one: float, other: float) -> float:
+    """Return how far two hues lie apart on their circle, 0 to 0.5."""
+    return min((one - other) % 1, (other - one) % 1)
 
 
 def _box_of(mask: Image.Image, left: int, top: int) -> Box:

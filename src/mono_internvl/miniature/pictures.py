@@ -10,7 +10,13 @@ from typing import Generic, TypeVar
 
 from mono_internvl.miniature.drawing import Box, Drawing, draw_chart, draw_scene, draw_sign
 from mono_internvl.miniature.lexicon import Split, sample_page
-from mono_internvl.miniature.scenes import Chart, Scene, sample_chart, sample_scene
+from mono_internvl.miniature.scenes import (
+    Chart,
+    Scene,
+    sample_chart,
+    sample_scene,
+    without_colours,
+)
 
 _PNG_COMPRESSION = 1  # flat colours: small enough, and fast
 
@@ -65,9 +71,14 @@ class Album:
         drawing = draw_sign(text, self._rng, is_aligned)
         return Picture(self._write(drawing), text, drawing.boxes, is_aligned)
 
-    def scenes(self, split: Split, count: int) -> list[Picture[Scene]]:
-        """Draw and write random scenes of a split."""
-        return _repeat(count, lambda: self.scene(sample_scene(self._rng, split)))
+    def scenes(self, split: Split, count: int, unnamed_ratio: float = 0.0) -> list[Picture[Scene]]:
+        """Draw and write random scenes of a split; `unnamed_ratio` of the things lose a colour."""
+
+        def draw() -> Picture[Scene]:
+            scene = sample_scene(self._rng, split)
+            return self.scene(without_colours(self._rng, scene, unnamed_ratio))
+
+        return _repeat(count, draw)
 
     def charts(self, split: Split, count: int) -> list[Picture[Chart]]:
         """Draw and write random charts of a split."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mono_internvl.miniature.lexicon import (
     COLOURS,
@@ -34,7 +34,7 @@ class SceneObject:
 
     Attributes:
         size: `"large"` or `"small"`.
-        colour: a colour word.
+        colour: a colour word; empty for a thing of a colour without a name.
         shape: a shape word (in text-only scenes any noun).
         position: one of the nine cells.
     """
@@ -46,8 +46,8 @@ class SceneObject:
 
     @property
     def noun(self) -> str:
-        """Colour and shape, for example `red circle`."""
-        return f"{self.colour} {self.shape}"
+        """Colour and shape, for example `red circle`; the shape alone where no colour is named."""
+        return f"{self.colour} {self.shape}".strip()
 
     @property
     def attributes(self) -> list[str]:
@@ -95,6 +95,23 @@ class Scene:
     def attributes(self) -> list[list[str]]:
         """The attributes of all objects."""
         return [o.attributes for o in self.objects]
+
+
+def without_colours(rng: random.Random, scene: Scene, ratio: float) -> Scene:
+    """Take its colour's name from some things, which are then painted in any colour (`drawing`).
+
+    A shape that is learnt in six colours only may be known by them; here it is its outline alone.
+
+    Args:
+        rng: source of chance.
+        scene: the scene.
+        ratio: of the things that lose the name.
+
+    Returns:
+        The scene.
+    """
+    things = (replace(o, colour="") if rng.random() < ratio else o for o in scene.objects)
+    return Scene(tuple(things))
 
 
 @dataclass(frozen=True)

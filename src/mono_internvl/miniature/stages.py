@@ -39,6 +39,7 @@ _FACTS_REPEATED = 40
 _ENGLISH_REPEATED = 2
 _COPYING_REPEATED = 2
 _REPLAYED_FACTS_REPEATED = 10
+_UNNAMED_RATIO = 0.35  # of the things in S1.2 and S1.3: a shape is learnt whatever its colour
 _NOVEL = tuple(sorted(NOVEL_PAIRS))
 
 
@@ -230,13 +231,13 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
 
     album = Album(root, "s12", rng)
     s12 = [
-        _captions("captions", album.scenes("train", size.s12_scenes)),
+        _captions("captions", album.scenes("train", size.s12_scenes, _UNNAMED_RATIO)),
         _captions("captions_signs", album.pages("train", size.s12_signs)),
         _captions("captions_charts", album.charts("train", size.s12_charts)),
     ]
 
     album = Album(root, "s13", rng)
-    scenes = album.scenes("train", size.s13_scenes)
+    scenes = album.scenes("train", size.s13_scenes, _UNNAMED_RATIO)
     s13 = [
         Dataset("detection", [captioned_boxes_record(rng, picture) for picture in scenes]),
         Dataset("ocr", [reading_record(p) for p in album.pages("train", size.s13_signs)]),

@@ -68,7 +68,7 @@ QUICK: Final = WorldSize(
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 14
+_FORMAT_VERSION = 15
 
 
 @dataclass(frozen=True)
