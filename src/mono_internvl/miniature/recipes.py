@@ -158,7 +158,11 @@ def seeded(recipe: Recipe, seed: int) -> Recipe:
 
 def _quick(recipe: Recipe, steps: dict[str, int]) -> Recipe:
     stages = tuple(
-        dataclasses.replace(stage, steps=steps[stage.name], warmup_steps=10)
+        dataclasses.replace(
+            stage,
+            steps=(count := steps[stage.name]),
+            warmup_steps=min(stage.warmup_steps, count // 2),
+        )
         for stage in recipe.stages
     )
     return dataclasses.replace(recipe, name=f"{recipe.name}-quick", stages=stages)

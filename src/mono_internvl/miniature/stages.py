@@ -39,7 +39,6 @@ _FACTS_REPEATED = 40
 _ENGLISH_REPEATED = 2
 _COPYING_REPEATED = 2
 _REPLAYED_FACTS_REPEATED = 10
-_UNNAMED_RATIO = 0.35  # of the things in S1.2 and S1.3: a shape is learnt whatever its colour
 _NOVEL = tuple(sorted(NOVEL_PAIRS))
 
 
@@ -62,6 +61,8 @@ class WorldSize:
         heldout: held-out records of each kind.
         heldout_aligned: further held-out captions, boxes and signs without jitter.
         validation: validation records of each kind.
+        unnamed_ratio: of the things in S1.2 and S1.3, those of any colour, captioned without one: a
+            shape is learnt whatever its colour, in more steps.
     """
 
     reading: int = 40_000
@@ -92,6 +93,7 @@ class WorldSize:
     heldout: int = 300
     heldout_aligned: int = 100
     validation: int = 100
+    unnamed_ratio: float = 0.35
 
 
 def language_datasets(size: WorldSize, seed: int) -> list[Dataset]:
@@ -231,13 +233,13 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
 
     album = Album(root, "s12", rng)
     s12 = [
-        _captions("captions", album.scenes("train", size.s12_scenes, _UNNAMED_RATIO)),
+        _captions("captions", album.scenes("train", size.s12_scenes, size.unnamed_ratio)),
         _captions("captions_signs", album.pages("train", size.s12_signs)),
         _captions("captions_charts", album.charts("train", size.s12_charts)),
     ]
 
     album = Album(root, "s13", rng)
-    scenes = album.scenes("train", size.s13_scenes, _UNNAMED_RATIO)
+    scenes = album.scenes("train", size.s13_scenes, size.unnamed_ratio)
     s13 = [
         Dataset("detection", [captioned_boxes_record(rng, picture) for picture in scenes]),
         Dataset("ocr", [reading_record(p) for p in album.pages("train", size.s13_signs)]),

@@ -75,7 +75,9 @@ FULL_BOUNDS: dict[str, Bound] = {
 
 QUICK_BOUNDS: dict[str, Bound] = {
     CAPTION_ABOVE_BLIND: Bound(0.10, None),
-    above_guessing("shape"): Bound(0.15, None),
+    # Shapes come later than these two, and of twenty answers a tenth is scatter.
+    above_guessing("colour"): Bound(0.20, None),
+    above_guessing("position"): Bound(0.15, None),
     "text-only logits bit-identical after S1.1 and S1.2": Bound(1.0, 1.0),
     "perplexity, after S2 / start": Bound(1.4, None, "lower"),
     "facts replayed in S2, after / start": Bound(0.8, None),
