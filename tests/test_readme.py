@@ -80,7 +80,7 @@ NOT_EXECUTED = {
     "--data my-data/meta.json --device cuda --parallel fsdp": "needs eight GPUs",
     "sbatch --nodes 4 examples/cluster/slurm.sbatch evip-2b --model START --data DATA "
     "--out RUN": "needs a cluster",
-    "NODES=2 FIRST=node-0 examples/cluster/nodes.sh sft --model START --data META.json "
+    "FIRST=node-0 examples/cluster/nodes.sh sft --model START --data META.json "
     "--out RUN": "needs two nodes; tests/training/test_launch.py walks it on one",
     "mono-internvl data prepare llava/source.json --model START --out llava/shards": LLAVA,
     "mono-internvl data verify llava/shards/meta.json --model START --max-tokens 2048 "

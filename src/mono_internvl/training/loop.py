@@ -397,13 +397,10 @@ class _Loop:
         read = torch.cat((single, sums.to(device))).tolist()
         read, lost = read[: len(single)], read[len(single) :]
         logged, (grad_norm, *own) = dict(zip(means, read, strict=False)), read[len(means) :]
-        row = {
-            **logged,
-            "step": step + 1,
-            "learning_rate_share": rate_ratio,
-            "grad_norm": grad_norm,
-        }
-        if why := self.guard.judge(logged.pop(LOSS), grad_norm):
+        loss = logged.pop(LOSS)
+        row = {**logged, "step": step + 1, LOSS: loss, "learning_rate_share": rate_ratio}
+        row["grad_norm"] = grad_norm
+        if why := self.guard.judge(loss, grad_norm):
             row["bad_step"] = why
             ids = note_bad_step(self.bad_steps, row, micro, own)
             if stage.on_bad_step == "stop" or self.guard.is_lost:
