@@ -201,6 +201,8 @@ def _mutants(value: Any) -> list[Any]:
     """Values near one, each wrong in one thing."""
     if isinstance(value, bool) or value is None:
         return [not value]
+    if value == math.inf:
+        return [10.0]
     if isinstance(value, int | float):
         return [value * 3 + 1, value * 1.01 + 1e-9] if value else [1, 1e-3]
     if isinstance(value, str):

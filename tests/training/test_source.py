@@ -77,7 +77,7 @@ def records(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> list
         SOURCES, ".memory", lambda path, root, **options: MemorySource(found, pictures, **options)
     )
     entry = {"root": "nowhere", "annotation": "a.memory"}
-    (tmp_path / "memory.json").write_text(json.dumps({"toy": entry}))
+    (tmp_path / "memory.json").write_text(json.dumps({"images": entry}))
     return found
 
 
