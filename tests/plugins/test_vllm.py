@@ -23,7 +23,7 @@ os.environ.update(  # one process, so that a test can plant a fault in the model
 
 from tiny_runs import write_checkpoint
 from transformers import LogitsProcessorList
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 
 from mono_internvl import ChatSession, load
 from mono_internvl.serving.plugins.vllm_model import MonoInternVLForVllm
@@ -115,18 +115,36 @@ def asked(session: ChatSession, messages: list[Message]) -> dict[str, Any]:
     return {"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})}
 
 
-def theirs(
-    engine: LLM, prompts: list[dict[str, Any]], **options: Any
-) -> list[tuple[list[int], list[int]]]:
-    """Ids of each prompt and of its answer."""
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **options)
-    outputs = engine.generate(prompts, sampling, use_tqdm=False)
+def as_chat(messages: list[Message]) -> list[Message]:
+    """Messages as vLLM renders them itself."""
+
+    def part(one: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "image_pil", "image_pil": one["image"]} if "image" in one else one
+
+    return [
+        {**one, "content": [part(each) for each in one["content"]]}
+        if one["role"] == "user"
+        else one
+        for one in messages
+    ]
+
+
+def greedy(**options: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, **options)
+
+
+def ids_of(outputs: list[RequestOutput]) -> list[Tokens]:
     return [(list(one.prompt_token_ids), list(one.outputs[0].token_ids)) for one in outputs]
 
 
-def ours(
-    session: ChatSession, messages: list[Message], allowed: Sequence[int] = ()
-) -> tuple[list[int], list[int]]:
+def theirs(engine: LLM, prompts: list[dict[str, Any]], **options: Any) -> list[Tokens]:
+    rendered = {"add_special_tokens": False}  # a rendered prompt begins with BOS
+    return ids_of(
+        engine.generate(prompts, greedy(**options), use_tqdm=False, tokenization_kwargs=rendered)
+    )
+
+
+def ours(session: ChatSession, messages: list[Message], allowed: Sequence[int] = ()) -> Tokens:
     batch = session.processor.encode_prompt(messages)
     processors = LogitsProcessorList([Allowed(allowed)] if allowed else [])
     ids = session.model.generate(
@@ -150,6 +168,12 @@ def test_tokens_are_ours_in_a_mixed_batch_and_again(session: ChatSession, engine
     expected = [ours(session, messages) for messages in PROMPTS.values()]
     assert theirs(engine, prompts) == expected
     assert theirs(engine, prompts[::-1]) == expected[::-1]
+
+
+def test_chat_is_ours(session: ChatSession, engine: LLM) -> None:
+    for name, messages in PROMPTS.items():
+        outputs = engine.chat(as_chat(messages), greedy(), use_tqdm=False)
+        assert ids_of(outputs)[0] == ours(session, messages), name
 
 
 def test_image_behind_a_known_beginning_is_routed(session: ChatSession, engine: LLM) -> None:
@@ -181,8 +205,9 @@ def test_text_experts_alone_answer_otherwise(
     )
     names = ["one image", "several tiles", "two images", "later image"]
     got = theirs(engine, [asked(session, PROMPTS[name]) for name in names])
-    changed = [
-        name for name, one in zip(names, got, strict=True) if one != ours(session, PROMPTS[name])
-    ]
     engine.reset_prefix_cache()
+    expected = [ours(session, PROMPTS[name]) for name in names]
+    assert [prompt for prompt, _ in got] == [prompt for prompt, _ in expected]
+    pairs = zip(names, got, expected, strict=True)
+    changed = [name for name, (_, one), (_, other) in pairs if one != other]
     assert len(changed) > 1, changed
