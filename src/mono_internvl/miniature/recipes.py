@@ -97,7 +97,8 @@ _FROZEN_LANGUAGE = (
     Rule(EXPERTS, 2e-3),
     THE_REST_FROZEN,
 )
-"""Half of these rates left a run with .45 of the shapes after S1.2, these .84, twice them .73."""
+"""After S1.2 single runs said .45 of the shapes at half of these rates, .84 and .78 at these, .73
+at twice them."""
 
 MINIATURE = Recipe(
     name="miniature",

@@ -61,8 +61,8 @@ class WorldSize:
         heldout: held-out records of each kind.
         heldout_aligned: further held-out captions, boxes and signs without jitter.
         validation: validation records of each kind.
-        unnamed_ratio: of the things in S1.2 and S1.3, those of any colour, captioned without one: a
-            shape is learnt whatever its colour, in more steps.
+        unnamed_ratio: of the things in S1.3, those of any colour, captioned without one: a shape
+            that is known has another colour, too.
     """
 
     reading: int = 40_000
@@ -233,7 +233,7 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
 
     album = Album(root, "s12", rng)
     s12 = [
-        _captions("captions", album.scenes("train", size.s12_scenes, size.unnamed_ratio)),
+        _captions("captions", album.scenes("train", size.s12_scenes)),
         _captions("captions_signs", album.pages("train", size.s12_signs)),
         _captions("captions_charts", album.charts("train", size.s12_charts)),
     ]

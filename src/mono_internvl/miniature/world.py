@@ -64,12 +64,12 @@ QUICK: Final = WorldSize(
     heldout=40,
     heldout_aligned=10,
     validation=20,
-    unnamed_ratio=0.0,  # so few steps learn no shape apart from its colours
+    unnamed_ratio=0.0,  # so few steps hardly learn the shapes
 )
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 15
+_FORMAT_VERSION = 16
 
 
 @dataclass(frozen=True)
