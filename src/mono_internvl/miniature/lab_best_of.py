@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from mono_internvl.compute import ComputePlan, make_plan
-from mono_internvl.distributed import run_side_by_side
-from mono_internvl.errors import ConfigError
+from mono_internvl.compute import ComputePlan
 from mono_internvl.evaluation.answer_formats import FORMATS
 from mono_internvl.evaluation.benchmarks.records import RECORDS
 from mono_internvl.evaluation.best_of import (
@@ -40,21 +39,21 @@ from mono_internvl.miniature.neighbours import (
     MEAN,
     Ground,
     NeighbourRun,
-    open_grounds,
+    block_of,
     origins,
-    read_neighbour_runs,
+    run_seeds,
     verdict,
 )
 from mono_internvl.miniature.records import Dataset, write_jsonl, write_meta
 from mono_internvl.miniature.step_tasks import step_records
-from mono_internvl.reports.markdown import NOTHING, head, line
-from mono_internvl.runs.folder import begin, exclusive, resumable, write_whole
+from mono_internvl.reports.markdown import head, line
+from mono_internvl.runs.folder import begin, write_whole
 from mono_internvl.runs.provenance import origin
 from mono_internvl.runs.schemas import add_cost, cpu_minutes
 from mono_internvl.training.loop import train_stage
 from mono_internvl.training.recipe import Rule, Stage
 
-RUNS, TABLE = "best-of.jsonl", "table.md"
+RUNS = "best-of.jsonl"
 COUNTS = (1, 2, 4, 8, 16)
 AT = 8
 """Of the counts, what the verdicts are about, as InternVL3's are."""
@@ -110,40 +109,13 @@ def stage_of(name: str, steps: int, seed: int) -> Stage:
     )
 
 
-def compare_choices(
-    quickstarts: Sequence[Path],
-    run: Path = Path("runs/best-of"),
-    *,
-    quick: bool = False,
-    processes: int = 1,
-    precision: str = "auto",
-) -> Path:
-    """Train answers in steps and a critic, draw, choose and score; a second call goes on.
-
-    Args:
-        quickstarts: Folders of finished quickstarts, one for each seed.
-        run: Output folder: `seed<n>/`, `best-of.jsonl`, `table.md`.
-        quick: The same path with small numbers; its scores mean nothing.
-        processes: Seeds side by side, each in one process.
-        precision: "auto", "bf16" or "fp32".
+def compare_choices(quickstarts: Sequence[Path], run: Path, **options: Any) -> Path:
+    """Train answers in steps and a critic, draw, choose and score; options as of `run_seeds`.
 
     Returns:
         The table.
-
-    Raises:
-        ConfigError: A folder holds no finished quickstart, or `run` was begun otherwise.
     """
-    grounds = open_grounds(quickstarts)
-    with exclusive(run), resumable(run):
-        plan = make_plan("cpu", precision, processes=1, threads=1 if processes > 1 else None)
-        begin(run / "lab.json", {"quick": quick, "precision": plan.precision})
-        tasks = [(ground, run / f"seed{ground.seed}", quick, plan) for ground in grounds]
-        left = [task for task in tasks if not (task[1] / "row.json").exists()]
-        run_side_by_side(_run, left, processes)
-        rows = sorted(run.glob("seed*/row.json"))
-        write_whole(run / RUNS, "\n".join(row.read_text("utf-8").strip() for row in rows))
-        write_whole(run / TABLE, best_of_page(read_neighbour_runs(run / RUNS)))
-    return run / TABLE
+    return run_seeds(quickstarts, run, RUNS, _run, best_of_page, **options)
 
 
 def _run(ground: Ground, folder: Path, quick: bool, plan: ComputePlan) -> None:
@@ -252,16 +224,5 @@ def best_of_page(runs: Sequence[NeighbourRun]) -> str:
     )
 
 
-def best_of_block(results: Path) -> str:
-    """The committed rows of `lab best-of`.
-
-    Raises:
-        ConfigError: The file holds no row, a quick one, or something else.
-    """
-    file = results / RUNS
-    if not file.is_file():
-        return NOTHING
-    runs = read_neighbour_runs(file)
-    if not runs or any(run.quick for run in runs):
-        raise ConfigError(f"{file}: no run, or a quick one; commit the rows of a full lab")
-    return best_of_page(runs) + "\n"
+best_of_block = block_of(RUNS, best_of_page)
+"""Fills a page with the committed rows."""

@@ -14,28 +14,26 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mono_internvl.compute import ComputePlan, make_plan
+from mono_internvl.compute import ComputePlan
 from mono_internvl.data.sources import read_meta
-from mono_internvl.distributed import run_side_by_side
-from mono_internvl.errors import ConfigError
 from mono_internvl.evaluation.pairs import META, PairPlan, make_pairs
 from mono_internvl.evaluation.protocol import Drawing
 from mono_internvl.miniature.neighbours import (
     Ground,
     NeighbourRun,
+    block_of,
     compared,
     measured,
-    open_grounds,
     origins,
-    read_neighbour_runs,
+    run_seeds,
     verdict,
 )
 from mono_internvl.miniature.records import write_jsonl
 from mono_internvl.miniature.scoring import BENCHMARK, PROTOCOL
 from mono_internvl.miniature.stages import evaluation_records
-from mono_internvl.reports.markdown import NOTHING
-from mono_internvl.runs.folder import begin, exclusive, resumable, write_whole
+from mono_internvl.runs.folder import begin, write_whole
 from mono_internvl.runs.json_lines import read_lines
 from mono_internvl.runs.provenance import origin
 from mono_internvl.runs.schemas import add_cost, cpu_minutes
@@ -45,7 +43,7 @@ from mono_internvl.training.objectives.next_token import NextToken
 from mono_internvl.training.objectives.objective import Objective
 from mono_internvl.training.recipe import Rule, Stage
 
-RUNS, TABLE = "mpo.jsonl", "table.md"
+RUNS = "mpo.jsonl"
 BEFORE, PREFERRED, CHOSEN = "before", "mpo", "chosen"
 TITLES = {
     BEFORE: "after S2",
@@ -106,41 +104,16 @@ def stage_of(name: str, sizes: Sizes, seed: int) -> Stage:
     )
 
 
-def compare_preferences(
-    quickstarts: Sequence[Path],
-    run: Path = Path("runs/mpo"),
-    *,
-    quick: bool = False,
-    processes: int = 1,
-    precision: str = "auto",
-) -> Path:
-    """Make pairs, learn from them, and score; a second call goes on, and may add seeds.
-
-    Args:
-        quickstarts: Folders of finished quickstarts, one for each seed.
-        run: Output folder: `seed<n>/`, `mpo.jsonl`, `table.md`.
-        quick: The same path with small numbers; its scores mean nothing.
-        processes: Seeds side by side, each in one process.
-        precision: "auto", "bf16" or "fp32".
+def compare_preferences(quickstarts: Sequence[Path], run: Path, **options: Any) -> Path:
+    """Make pairs, learn from them, and score; options as of `run_seeds`.
 
     Returns:
         The table.
 
     Raises:
-        ConfigError: A folder holds no finished quickstart, or `run` was begun otherwise.
         SampleError: No pair was found.
     """
-    grounds = open_grounds(quickstarts)
-    with exclusive(run), resumable(run):
-        plan = make_plan("cpu", precision, processes=1, threads=1 if processes > 1 else None)
-        begin(run / "lab.json", {"quick": quick, "precision": plan.precision})
-        tasks = [(ground, run / f"seed{ground.seed}", quick, plan) for ground in grounds]
-        left = [task for task in tasks if not (task[1] / "row.json").exists()]
-        run_side_by_side(_run, left, processes)
-        rows = sorted(run.glob("seed*/row.json"))
-        write_whole(run / RUNS, "\n".join(row.read_text("utf-8").strip() for row in rows))
-        write_whole(run / TABLE, mpo_page(read_neighbour_runs(run / RUNS)))
-    return run / TABLE
+    return run_seeds(quickstarts, run, RUNS, _run, mpo_page, **options)
 
 
 def _run(ground: Ground, folder: Path, quick: bool, plan: ComputePlan) -> None:
@@ -222,16 +195,5 @@ def mpo_page(runs: Sequence[NeighbourRun]) -> str:
     )
 
 
-def mpo_block(results: Path) -> str:
-    """The committed rows of `lab mpo`.
-
-    Raises:
-        ConfigError: The file holds no row, a quick one, or something else.
-    """
-    file = results / RUNS
-    if not file.is_file():
-        return NOTHING
-    runs = read_neighbour_runs(file)
-    if not runs or any(run.quick for run in runs):
-        raise ConfigError(f"{file}: no run, or a quick one; commit the rows of a full lab")
-    return mpo_page(runs) + "\n"
+mpo_block = block_of(RUNS, mpo_page)
+"""Fills a page with the committed rows."""
