@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mono_internvl.miniature.lexicon import NOVEL_PAIRS, POSITIONS
+from mono_internvl.miniature.lexicon import POSITIONS
 from mono_internvl.miniature.scenes import Chart, Scene
 
 IMAGE_SIZE_PX: Final = 168
@@ -36,6 +36,7 @@ _RGB: Final = {
     "orange": (245, 135, 25),
 }
 _MIN_HUE_DISTANCE = 0.078  # of the circle, 28 degrees: as near as the nearest two, red and orange
+_GREY_SATURATION = 0.2
 _COLOUR_JITTER = 14  # of 255, for each channel; the six colours stay far apart
 _DIAMETERS_PX = {"large": (48, 50, 52), "small": (32, 34, 36)}
 _MAX_OBJECT_JITTER_PX = 8
@@ -87,7 +88,7 @@ def draw_scene(scene: Scene, rng: random.Random, is_aligned: bool = False) -> Dr
         left = column * CELL_PX + margin + rng.randint(-reach, reach)
         top = row * CELL_PX + margin + rng.randint(-reach, reach)
         mask = _shape_mask(thing.shape, diameter)
-        ink = _shade(rng, _RGB[thing.colour]) if thing.colour else unnamed_colour(rng, thing.shape)
+        ink = _shade(rng, _RGB[thing.colour]) if thing.colour else unnamed_colour(rng)
         image.paste(ink, (left, top), mask)
         boxes.append(_box_of(mask, left, top))
     return Drawing(image, tuple(boxes))
@@ -204,23 +205,22 @@ def _shade(rng: random.Random, rgb: tuple[int, int, int]) -> tuple[int, int, int
     return red, green, blue
 
 
-def unnamed_colour(rng: random.Random, shape: str) -> tuple[int, int, int]:
-    """Draw a colour of any hue but those near the one that the shape is never trained in.
+def unnamed_colour(rng: random.Random) -> tuple[int, int, int]:
+    """Draw a colour that no word of the world means: a grey, or a hue far from all that have one.
 
     Args:
         rng: source of chance.
-        shape: of the thing to be painted; `NOVEL_PAIRS` says what it is held out in.
 
     Returns:
         RGB, each 0 to 255.
     """
-    held_out = [hue_of(_RGB[colour]) for colour, other in NOVEL_PAIRS if other == shape]
-    hue = rng.random()
-    while any(hue_distance(hue, other) < _MIN_HUE_DISTANCE for other in held_out):
-        hue = rng.random()
-    saturation, value = rng.uniform(0.3, 1), rng.uniform(0.25, 0.95)
-    red, green, blue = (round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value))
-    return red, green, blue
+    named = [hue_of(rgb) for rgb in _RGB.values()]
+    while True:
+        hue, saturation, value = rng.random(), rng.random(), rng.uniform(0.2, 0.85)
+        is_far = all(hue_distance(hue, other) >= _MIN_HUE_DISTANCE for other in named)
+        if is_far or saturation < _GREY_SATURATION:
+            red, green, blue = (round(255 * x) for x in colorsys.hsv_to_rgb(hue, saturation, value))
+            return red, green, blue
 
 
 def hue_of(rgb: tuple[int, int, int]) -> float:

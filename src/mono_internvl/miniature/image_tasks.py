@@ -13,14 +13,7 @@ from mono_internvl.miniature.asking import (
     further_questions,
 )
 from mono_internvl.miniature.drawing import Box
-from mono_internvl.miniature.lexicon import (
-    COLOURS,
-    NOVEL_PAIRS,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    sample_word,
-)
+from mono_internvl.miniature.lexicon import SHAPES
 from mono_internvl.miniature.pictures import Content, Picture
 from mono_internvl.miniature.records import Record, make_record
 from mono_internvl.miniature.scenes import (
@@ -46,9 +39,7 @@ _JUNK: Final = (
     "nice",
 )
 _JUNK_SHARE = 0.3
-_WRONG_SHARE = 0.06  # of the attributes in a noisy caption
-_KEPT_SHARE = {"size": 0.5, "colour": 0.85, "position": 0.6}
-_DROPPED_OBJECT_SHARE = 0.15
+_WRONG_SHARE = 0.06  # of the noisy captions
 
 
 def detection_prompt(noun: str) -> str:
@@ -78,47 +69,16 @@ def caption_record(picture: Picture[Scene] | Picture[Chart] | Picture[str]) -> R
     return make_record(kind, [(CAPTION_PROMPT, caption_of(content))], picture.path, **extra)
 
 
-def noisy_caption_record(
-    rng: random.Random, picture: Picture[Scene] | Picture[Chart] | Picture[str]
-) -> Record:
-    """Make a caption as the web has them: terse, with junk, attributes missing or wrong."""
-    content = picture.content
-    if isinstance(content, Scene):
-        text = _noisy_scene(rng, content)
-    elif isinstance(content, Chart):
-        shown = rng.sample(content.bars, rng.randint(1, len(content.bars)))
-        text = "bar chart " + " ".join(f"{colour} {value}" for colour, value in shown)
-    else:
-        sign = sample_word(rng, "train") if rng.random() < _WRONG_SHARE else content
-        text = rng.choice((f"sign {sign}", f"text {sign}", sign))
+def noisy_caption_record(rng: random.Random, picture: Picture[Scene]) -> Record:
+    """Make a caption as the web has them: names, now and then a wrong one, among junk."""
+    names = [o.shape for o in picture.content.objects]
+    if rng.random() < _WRONG_SHARE:
+        names = [rng.choice(SHAPES)]
+    text = " and ".join(names)
     if rng.random() < _JUNK_SHARE:
         junk = rng.choice(_JUNK)
         text = f"{junk} {text}" if rng.random() < 0.5 else f"{text} {junk}"
     return make_record("noisy_caption", [(CAPTION_PROMPT, text)], picture.path)
-
-
-def _noisy_scene(rng: random.Random, scene: Scene) -> str:
-    parts = []
-    objects = list(scene.objects)
-    if len(objects) > 1 and rng.random() < _DROPPED_OBJECT_SHARE:
-        objects.pop(rng.randrange(len(objects)))
-    for thing in objects:
-        size = _perhaps_wrong(rng, thing.size, SIZES)
-        colour = _perhaps_wrong(rng, thing.colour, COLOURS)
-        shape = _perhaps_wrong(rng, thing.shape, SHAPES)
-        if (colour, shape) in NOVEL_PAIRS:
-            colour, shape = thing.colour, thing.shape
-        words = [size] if rng.random() < _KEPT_SHARE["size"] else []
-        words += [colour] if rng.random() < _KEPT_SHARE["colour"] else []
-        words.append(shape)
-        if rng.random() < _KEPT_SHARE["position"]:
-            words.append(_perhaps_wrong(rng, thing.position, POSITIONS))
-        parts.append(" ".join(words))
-    return rng.choice((" and ", ", ")).join(parts)
-
-
-def _perhaps_wrong(rng: random.Random, word: str, words: Sequence[str]) -> str:
-    return rng.choice(words) if rng.random() < _WRONG_SHARE else word
 
 
 def detection_record(picture: Picture[Scene], index: int) -> Record:

@@ -80,6 +80,15 @@ class Album:
 
         return _repeat(count, draw)
 
+    def unnamed_things(self, split: Split, count: int) -> list[Picture[Scene]]:
+        """Draw and write single things of a split, each in a colour without a name."""
+
+        def draw() -> Picture[Scene]:
+            scene = sample_scene(self._rng, split, num_objects=1)
+            return self.scene(without_colours(self._rng, scene, 1.0))
+
+        return _repeat(count, draw)
+
     def charts(self, split: Split, count: int) -> list[Picture[Chart]]:
         """Draw and write random charts of a split."""
         return _repeat(count, lambda: self.chart(sample_chart(self._rng, split)))

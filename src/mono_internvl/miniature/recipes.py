@@ -107,31 +107,32 @@ MINIATURE = Recipe(
         _stage(
             "s11",
             "concept learning",
-            steps=250,
+            steps=500,
+            final_rate_ratio=0.5,  # S1.2 goes on at the same rates
             rules=_FROZEN_LANGUAGE,
         ),
         _stage(
             "s12",
             "semantic learning",
-            steps=2200,
+            steps=1950,
             rules=_FROZEN_LANGUAGE,
         ),
         _stage(
             "s13",
             "alignment learning",
-            steps=1500,
+            steps=1750,
             rules=(
-                Rule(PATCHES, 3e-4),
-                Rule(VISION_PARAMETERS, 1e-3),
-                Rule(EXPERTS, 1e-3),
-                Rule(ATTENTION, 4e-4),
+                Rule(PATCHES, 4.5e-4),
+                Rule(VISION_PARAMETERS, 1.5e-3),
+                Rule(EXPERTS, 1.5e-3),
+                Rule(ATTENTION, 6e-4),
                 THE_REST_FROZEN,
             ),
         ),
         _stage(
             "s2",
             "instruction tuning",
-            steps=2500,
+            steps=2600,
             rules=(
                 Rule(PATCHES, 3e-4),
                 Rule(VISION_PARAMETERS, 1e-3),

@@ -98,7 +98,7 @@ class Scene:
 
 
 def without_colours(rng: random.Random, scene: Scene, ratio: float) -> Scene:
-    """Take its colour's name from some things, which are then painted in any colour (`drawing`).
+    """Take its colour's name from some things, which then have one without a name (`drawing`).
 
     A shape that is learnt in six colours only may be known by them; here it is its outline alone.
 

@@ -53,16 +53,17 @@ class WorldSize:
         lookups: contexts of many things, each of them asked for; for the second lesson, too.
         english: plain-English records, at most.
         text_probes: drawn records of each text skill, for each split.
-        s11_scenes: pictures of shapes for S1.1; likewise signs and charts, and those of the later
+        s11_things: pictures of a single thing for S1.1.
+        s12_scenes: pictures of shapes for S1.2; likewise signs and charts, and those of the later
             stages. Every stage draws new ones.
         s2_dialogues: dialogues about the scenes of S2; likewise about its charts.
-        s2_captions: how many scenes of S2 are captioned too; likewise s2_detection.
+        s2_captions: further scenes of S2 that are captioned; s2_detection: likewise, with boxes.
         replay_reading: described scenes repeated in S2; likewise copying and English.
         heldout: held-out records of each kind.
         heldout_aligned: further held-out captions, boxes and signs without jitter.
         validation: validation records of each kind.
-        unnamed_ratio: of the things in S1.3, those of any colour, captioned without one: a shape
-            that is known has another colour, too.
+        unnamed_ratio: of the things that S1.2 to S2 describe, those whose colour has no name: a
+            shape that is known may have another colour, too.
     """
 
     reading: int = 40_000
@@ -71,29 +72,27 @@ class WorldSize:
     lookups: int = 10_000
     english: int = 100_000
     text_probes: int = 300
-    s11_scenes: int = 1_600
-    s11_signs: int = 300
-    s11_charts: int = 200
+    s11_things: int = 4_000
     s12_scenes: int = 9_000
-    s12_signs: int = 4_500
-    s12_charts: int = 4_300
+    s12_signs: int = 4_000
+    s12_charts: int = 3_000
     s13_scenes: int = 5_600
-    s13_signs: int = 4_600
+    s13_signs: int = 6_600
     s13_charts: int = 1_800
     s2_scenes: int = 5_500
-    s2_signs: int = 1_500
+    s2_signs: int = 1_200
     s2_charts: int = 4_000
     s2_dialogues: int = 5_000
-    s2_chart_dialogues: int = 5_500
-    s2_captions: int = 3_000
-    s2_detection: int = 5_000
+    s2_chart_dialogues: int = 5_200
+    s2_captions: int = 3_800
+    s2_detection: int = 6_200
     replay_reading: int = 400
     replay_copying: int = 150
     replay_english: int = 1_700
     heldout: int = 300
     heldout_aligned: int = 100
     validation: int = 100
-    unnamed_ratio: float = 0.35
+    unnamed_ratio: float = 0.3
 
 
 def language_datasets(size: WorldSize, seed: int) -> list[Dataset]:
@@ -177,7 +176,7 @@ class ImageStages:
     """The data sets of the four stages with pictures.
 
     Attributes:
-        s11: noisy captions.
+        s11: noisy captions: names of single things, whatever their colour.
         s12: clean captions.
         s13: captions, detection and reading.
         s2: questions and dialogues, some of everything before, and text.
@@ -224,16 +223,12 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
     """
     rng = random.Random(f"{seed}/images")
     album = Album(root, "s11", rng)
-    noisy: list[Picture[Scene] | Picture[Chart] | Picture[str]] = [
-        *album.scenes("train", size.s11_scenes),
-        *album.pages("train", size.s11_signs),
-        *album.charts("train", size.s11_charts),
-    ]
-    s11 = [Dataset("captions_noisy", [noisy_caption_record(rng, picture) for picture in noisy])]
+    things = album.unnamed_things("train", size.s11_things)
+    s11 = [Dataset("captions_noisy", [noisy_caption_record(rng, thing) for thing in things])]
 
     album = Album(root, "s12", rng)
     s12 = [
-        _captions("captions", album.scenes("train", size.s12_scenes)),
+        _captions("captions", album.scenes("train", size.s12_scenes, size.unnamed_ratio)),
         _captions("captions_signs", album.pages("train", size.s12_signs)),
         _captions("captions_charts", album.charts("train", size.s12_charts)),
     ]
@@ -252,11 +247,13 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
     scenes = album.scenes("train", size.s2_scenes)
     charts = album.charts("train", size.s2_charts)
     signs = album.pages("train", size.s2_signs)
+    count = max(size.s2_captions, size.s2_detection)
+    described = album.scenes("train", count, size.unnamed_ratio)
     s2 = [
         Dataset("dialogues", question_records(rng, scenes, size.s2_dialogues)),
         Dataset("chart_dialogues", chart_question_records(rng, charts, size.s2_chart_dialogues)),
-        _captions("captions", scenes[: size.s2_captions]),
-        Dataset("detection", [boxes_record(rng, p) for p in scenes[-size.s2_detection :]]),
+        _captions("captions", described[: size.s2_captions]),
+        Dataset("detection", [boxes_record(rng, p) for p in described[-size.s2_detection :]]),
         Dataset("ocr", [reading_record(picture) for picture in signs]),
         *replay_datasets(size, seed),
     ]

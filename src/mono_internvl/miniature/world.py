@@ -42,9 +42,7 @@ QUICK: Final = WorldSize(
     lookups=1000,
     english=2000,
     text_probes=60,
-    s11_scenes=900,
-    s11_signs=150,
-    s11_charts=150,
+    s11_things=1200,
     s12_scenes=2500,
     s12_signs=400,
     s12_charts=400,
@@ -69,7 +67,7 @@ QUICK: Final = WorldSize(
 """The sizes of `quickstart --quick` and of tests."""
 
 _MARKER = "world.json"
-_FORMAT_VERSION = 16
+_FORMAT_VERSION = 17
 
 
 @dataclass(frozen=True)
