@@ -389,8 +389,7 @@ def test_noisy_captions_are_noisy_and_clean_ones_true(world: WorldFiles) -> None
     assert all(BENCHMARK.score(r, r["answer"]) == 1.0 for r in clean)
     noisy = [set(r["answer"].split()) for _, r in meta_records(world, "s11")]
     assert not any(words & {*COLOURS, *SIZES} for words in noisy)
-    named = [words for words in noisy if words & set(SHAPES)]
-    assert 0.1 * len(named) < sum(len(words) > 1 for words in named) < 0.5 * len(named)
+    assert all(len(words) == 1 and words <= set(SHAPES) for words in noisy)
     prompts = {r["conversations"][0]["value"] for _, r in meta_records(world, "s11")}
     assert prompts == {"<image>\nprovide a one-sentence caption for the image"}
 

@@ -120,28 +120,30 @@ KINDS = {
 
 
 @pytest.mark.parametrize("packing", ["none", "best_fit"])
-def test_ten_kinds_of_broken_records_are_counted_and_quarantined_and_training_ends(
+def test_one_broken_record_in_a_hundred_is_counted_and_quarantined_and_training_ends(
     start: Path, tmp_path: Path, packing: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    good = [json.dumps(tiny_runs.text_record(n)).encode() for n in range(90)]
+    good = [json.dumps(tiny_runs.text_record(n)).encode() for n in range(990)]
     bad = broken_records(tmp_path)
-    lines = [line for n in range(10) for line in (*good[n * 9 : n * 9 + 9], bad[n])]
+    lines = [line for n in range(10) for line in (*good[n * 99 : n * 99 + 99], bad[n])]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
     entry = {"mine": {"root": ".", "annotation": "a.jsonl"}}
     tiny_shards.write_meta(tmp_path / "meta.json", entry)
-    fields = {"packing": packing, "steps": 5, "batch_size": 20, "on_bad_sample": "skip"}
-    stage = _stage(**fields, max_skipped_ratio=0.15, checkpoint_every=0)
+    fields = {"packing": packing, "steps": 10, "batch_size": 100, "on_bad_sample": "skip"}
+    stage = _stage(**fields, max_skipped_ratio=0.02, checkpoint_every=0)
     done = train_stage(stage, start, tmp_path, tmp_path / "run")
     rows = tiny_runs.metric_rows(done.metrics)
     assert sum(row["skipped"] for row in rows) == 10
     listed = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").open()]
     assert {row["reason"] for row in listed} == KINDS and len(listed) == 10
-    assert {int(row["message"].split(":")[1]) for row in listed} == {n * 10 + 10 for n in range(10)}
+    assert {int(row["message"].split(":")[1]) for row in listed} == {
+        n * 100 + 100 for n in range(10)
+    }
     assert {row["source"] for row in listed} == {"mine"}
     assert all(row["message"].startswith(f"{tmp_path / 'a.jsonl'}:") for row in listed)
-    strict = _stage(**fields, max_skipped_ratio=0.02, checkpoint_every=0)
+    strict = _stage(**fields, max_skipped_ratio=0.005, checkpoint_every=0)
     with pytest.raises(
-        SampleError, match=r"records were skipped, more than max_skipped_ratio=0\.02"
+        SampleError, match=r"records were skipped, more than max_skipped_ratio=0\.005"
     ):
         train_stage(strict, start, tmp_path, tmp_path / "strict")
     table = next(r.getMessage() for r in caplog.records if "all listed in" in r.getMessage())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Final
-
 from mono_internvl.miniature.asking import (
     SCENE_KINDS,
     BalancedAsker,
@@ -26,19 +24,6 @@ from mono_internvl.miniature.scenes import (
 )
 from mono_internvl.miniature.text_tasks import describe_box, plain_detection_prompt
 
-_JUNK: Final = (
-    "jpg",
-    "image",
-    "photo of",
-    "hd",
-    "free",
-    "stock",
-    "click here",
-    "new",
-    "my",
-    "nice",
-)
-_JUNK_SHARE = 0.3
 _WRONG_SHARE = 0.06  # of the noisy captions
 
 
@@ -70,15 +55,14 @@ def caption_record(picture: Picture[Scene] | Picture[Chart] | Picture[str]) -> R
 
 
 def noisy_caption_record(rng: random.Random, picture: Picture[Scene]) -> Record:
-    """Make a caption as the web has them: names, now and then a wrong one, among junk."""
-    names = [o.shape for o in picture.content.objects]
+    """Make a caption as terse as the web's: a name, now and then a wrong one.
+
+    No words of chance around it: with them, 500 steps taught .23 of the shapes instead of .70.
+    """
+    names = [thing.shape for thing in picture.content.objects]
     if rng.random() < _WRONG_SHARE:
         names = [rng.choice(SHAPES)]
-    text = " and ".join(names)
-    if rng.random() < _JUNK_SHARE:
-        junk = rng.choice(_JUNK)
-        text = f"{junk} {text}" if rng.random() < 0.5 else f"{text} {junk}"
-    return make_record("noisy_caption", [(CAPTION_PROMPT, text)], picture.path)
+    return make_record("noisy_caption", [(CAPTION_PROMPT, " and ".join(names))], picture.path)
 
 
 def detection_record(picture: Picture[Scene], index: int) -> Record:

@@ -71,21 +71,19 @@ class Album:
         drawing = draw_sign(text, self._rng, is_aligned)
         return Picture(self._write(drawing), text, drawing.boxes, is_aligned)
 
-    def scenes(self, split: Split, count: int, unnamed_ratio: float = 0.0) -> list[Picture[Scene]]:
+    def scenes(
+        self,
+        split: Split,
+        count: int,
+        unnamed_ratio: float = 0.0,
+        *,
+        num_objects: int | None = None,
+    ) -> list[Picture[Scene]]:
         """Draw and write random scenes of a split; `unnamed_ratio` of the things lose a colour."""
 
         def draw() -> Picture[Scene]:
-            scene = sample_scene(self._rng, split)
+            scene = sample_scene(self._rng, split, num_objects=num_objects)
             return self.scene(without_colours(self._rng, scene, unnamed_ratio))
-
-        return _repeat(count, draw)
-
-    def unnamed_things(self, split: Split, count: int) -> list[Picture[Scene]]:
-        """Draw and write single things of a split, each in a colour without a name."""
-
-        def draw() -> Picture[Scene]:
-            scene = sample_scene(self._rng, split, num_objects=1)
-            return self.scene(without_colours(self._rng, scene, 1.0))
 
         return _repeat(count, draw)
 

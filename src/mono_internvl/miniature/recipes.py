@@ -74,7 +74,7 @@ LANGUAGE = Recipe(
             "language",
             "a small language model",
             batch_size=32,
-            steps=2600,
+            steps=2500,
             warmup_steps=100,
             loss_weighting="sample",  # English answers are twenty times as long as the others
             rules=(Rule(VISION_PARAMETERS, None), Rule(".*", 2e-3)),
@@ -107,14 +107,14 @@ MINIATURE = Recipe(
         _stage(
             "s11",
             "concept learning",
-            steps=500,
+            steps=600,
             final_rate_ratio=0.5,  # S1.2 goes on at the same rates
             rules=_FROZEN_LANGUAGE,
         ),
         _stage(
             "s12",
             "semantic learning",
-            steps=1950,
+            steps=1800,
             rules=_FROZEN_LANGUAGE,
         ),
         _stage(
@@ -132,7 +132,7 @@ MINIATURE = Recipe(
         _stage(
             "s2",
             "instruction tuning",
-            steps=2600,
+            steps=2500,
             rules=(
                 Rule(PATCHES, 3e-4),
                 Rule(VISION_PARAMETERS, 1e-3),

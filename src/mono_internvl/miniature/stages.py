@@ -39,6 +39,7 @@ _FACTS_REPEATED = 40
 _ENGLISH_REPEATED = 2
 _COPYING_REPEATED = 2
 _REPLAYED_FACTS_REPEATED = 10
+_UNNAMED_RATIO_OF_NAMES = 0.5
 _NOVEL = tuple(sorted(NOVEL_PAIRS))
 
 
@@ -72,8 +73,8 @@ class WorldSize:
     lookups: int = 10_000
     english: int = 100_000
     text_probes: int = 300
-    s11_things: int = 4_000
-    s12_scenes: int = 9_000
+    s11_things: int = 4_800
+    s12_scenes: int = 8_800
     s12_signs: int = 4_000
     s12_charts: int = 3_000
     s13_scenes: int = 5_600
@@ -84,8 +85,8 @@ class WorldSize:
     s2_charts: int = 4_000
     s2_dialogues: int = 5_000
     s2_chart_dialogues: int = 5_200
-    s2_captions: int = 3_800
-    s2_detection: int = 6_200
+    s2_captions: int = 4_600
+    s2_detection: int = 5_400
     replay_reading: int = 400
     replay_copying: int = 150
     replay_english: int = 1_700
@@ -223,7 +224,7 @@ def image_stages(root: Path, size: WorldSize, seed: int) -> ImageStages:
     """
     rng = random.Random(f"{seed}/images")
     album = Album(root, "s11", rng)
-    things = album.unnamed_things("train", size.s11_things)
+    things = album.scenes("train", size.s11_things, _UNNAMED_RATIO_OF_NAMES, num_objects=1)
     s11 = [Dataset("captions_noisy", [noisy_caption_record(rng, thing) for thing in things])]
 
     album = Album(root, "s12", rng)
