@@ -130,7 +130,8 @@ def test_one_broken_record_in_a_hundred_is_counted_and_quarantined_and_training_
     entry = {"mine": {"root": ".", "annotation": "a.jsonl"}}
     tiny_shards.write_meta(tmp_path / "meta.json", entry)
     fields = {"packing": packing, "steps": 10, "batch_size": 100, "on_bad_sample": "skip"}
-    stage = _stage(**fields, max_skipped_ratio=0.02, checkpoint_every=0)
+    # Batches hold records of like length, so without packing the bad ones come together.
+    stage = _stage(**fields, max_skipped_ratio=0.05, checkpoint_every=0)
     done = train_stage(stage, start, tmp_path, tmp_path / "run")
     rows = tiny_runs.metric_rows(done.metrics)
     assert sum(row["skipped"] for row in rows) == 10

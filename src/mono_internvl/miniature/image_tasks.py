@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+
 from mono_internvl.miniature.asking import (
     SCENE_KINDS,
     BalancedAsker,
