@@ -22,7 +22,7 @@ vision encoder. Patches of the image become tokens and pass through the same dec
 attention is shared, but in every layer a visual token takes a feed-forward network of its own, the
 <em>visual expert</em>, which began as a copy of the text expert. <em>EViP</em>, endogenous visual
 pre-training, teaches these new parts from coarse to fine while the language model stays as it was
-(S1.1 noisy captions, S1.2 clean captions), then opens its attention as well (S1.3 captions, boxes,
+(S1.1 names of things, S1.2 captions), then opens its attention as well (S1.3 captions, boxes,
 reading); S2 trains everything on questions and dialogue."""
 
 _QUICK_NOTE = """<strong>Quick run.</strong> Less data, fewer steps and lower
