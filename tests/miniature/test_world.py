@@ -24,8 +24,10 @@ from mono_internvl.miniature.asking import (
     further_questions,
 )
 from mono_internvl.miniature.drawing import hue_distance, hue_of, unnamed_colour
+from mono_internvl.miniature.image_tasks import noisy_caption_record
 from mono_internvl.miniature.lexicon import COLOURS, NOVEL_PAIRS, SHAPES, SIZES
-from mono_internvl.miniature.scenes import sample_chart, sample_scene
+from mono_internvl.miniature.pictures import Picture
+from mono_internvl.miniature.scenes import Scene, SceneObject, sample_chart, sample_scene
 from mono_internvl.miniature.scoring import BENCHMARK
 
 TINY = WorldSize(
@@ -390,6 +392,11 @@ def test_noisy_captions_are_noisy_and_clean_ones_true(world: WorldFiles) -> None
     noisy = [set(r["answer"].split()) for _, r in meta_records(world, "s11")]
     assert not any(words & {*COLOURS, *SIZES} for words in noisy)
     assert all(len(words) == 1 and words <= set(SHAPES) for words in noisy)
+    rng = random.Random(0)
+    thing = SceneObject("small", "red", "moon", "top")
+    picture = Picture("a.png", Scene((thing,)), ((0, 0, 1, 1),), False)
+    names = [noisy_caption_record(rng, picture)["answer"] for _ in range(2000)]
+    assert 0.03 < sum(name != "moon" for name in names) / len(names) < 0.08
     prompts = {r["conversations"][0]["value"] for _, r in meta_records(world, "s11")}
     assert prompts == {"<image>\nprovide a one-sentence caption for the image"}
 
