@@ -97,8 +97,8 @@ _FROZEN_LANGUAGE = (
     Rule(EXPERTS, 2e-3),
     THE_REST_FROZEN,
 )
-"""After S1.2, behind a shorter S1.1 of whole captions, single runs said .45 of the shapes at half of
-these rates, .84 and .78 at these, .73 at twice them."""
+"""After S1.2, behind a shorter S1.1 of whole captions, single runs said .45 of the shapes at half
+of these rates, .84 and .78 at these, .73 at twice them."""
 
 MINIATURE = Recipe(
     name="miniature",
